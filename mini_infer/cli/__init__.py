@@ -1,0 +1,40 @@
+"""The command line."""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import mini_infer
+from mini_infer.exceptions import MiniInferError
+
+app = typer.Typer(no_args_is_help=True, help="Mini-Infer: an LLM inference engine to read, to learn from, and to use.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mini-infer {mini_infer.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console without Chinese shows ? instead
+
+
+@app.command()
+def demo() -> None:
+    """Ask the bundled model in English and in Chinese, then run a batch and show what the engine did."""
+    from mini_infer.cli.demo import run_demo  # torch and transformers load only when there is work to do
+
+    try:
+        run_demo(Console())
+    except MiniInferError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error

@@ -1,0 +1,6 @@
+"""The loop, and the pieces only it uses."""
+
+from mini_infer.engine.async_engine import AsyncLLMEngine
+from mini_infer.engine.llm_engine import LLM, EngineStats, LLMEngine
+
+__all__ = ["LLM", "AsyncLLMEngine", "EngineStats", "LLMEngine"]

@@ -1,0 +1,168 @@
+"""From a configuration to the parts of an engine: model, tokenizer, KV cache, scheduler."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini_infer import kernels
+from mini_infer.config import EngineConfig
+from mini_infer.engine.device import resolve_device, resolve_dtype
+from mini_infer.engine.generation_config import GenerationDefaults
+from mini_infer.engine.model_runner import ModelRunner
+from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.exceptions import OutOfMemoryError
+from mini_infer.memory import BlockManager
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len
+from mini_infer.models import Decoder, ModelConfig, load_model, resolve_model, resolve_tokenizer
+from mini_infer.scheduler import Scheduler, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of.
+
+    Attributes:
+        model_config: what the checkpoint says of itself.
+        tokenizer: text to tokens and back.
+        defaults: how the model wants to be sampled, and stopped.
+        scheduler: decides who runs.
+        runner: runs them.
+        max_model_len: most tokens of one sequence.
+    """
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    scheduler: Scheduler
+    runner: ModelRunner
+    max_model_len: int
+
+
+def build(config: EngineConfig) -> Parts:
+    """Load the checkpoint and lay out the KV memory.
+
+    Raises:
+        ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
+        OutOfMemoryError: weights or KV memory do not fit.
+        InvalidConfigError, KernelError: the device or the kernel backend is not there.
+    """
+    with kernels.use_backend(config.kernel_backend):  # an unknown backend fails here, before anything is loaded
+        device = resolve_device(config.device)
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    directory = resolve_model(str(config.model), config.revision, cache_dir)
+    tokenizer_directory = (
+        directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
+    )
+    tokenizer = Tokenizer(tokenizer_directory, config)
+    model_config = ModelConfig.from_directory(directory)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    _mention_what_means_nothing_here(config, device)
+    model = load_model(directory, model_config, dtype, device)
+
+    bytes_per_block = block_bytes(
+        config.block_size, model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, dtype.itemsize
+    )
+    num_blocks = config.num_gpu_blocks or _num_blocks(config, model, bytes_per_block, device)
+    max_model_len, warning = fit_max_model_len(
+        config.max_model_len, model_config.max_position_embeddings, num_blocks, config.block_size
+    )
+    if warning is not None:
+        logger.warning(warning)
+
+    block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
+    return Parts(
+        model_config=model_config,
+        tokenizer=tokenizer,
+        defaults=GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id),
+        scheduler=Scheduler(
+            config.max_num_seqs,
+            max_model_len,
+            config.block_size,
+            max_num_batched_tokens=config.token_budget,
+            block_manager=block_manager,
+            watermark=config.watermark,
+        ),
+        runner=_runner(config, model, num_blocks, device),
+        max_model_len=max_model_len,
+    )
+
+
+def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
+    if device.type == "cpu" and config.enforce_eager:
+        logger.info("enforce_eager means nothing on a CPU: there are no CUDA graphs to avoid")
+    if device.type == "cpu" and config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
+        logger.info("gpu_memory_utilization means nothing on a CPU: set num_gpu_blocks for more KV memory")
+
+
+def _runner(config: EngineConfig, model: Decoder, num_blocks: int, device: torch.device) -> ModelRunner:
+    """A runner with a cache of ``num_blocks`` blocks.
+
+    Raises:
+        OutOfMemoryError: the device cannot hold that many.
+    """
+    shape = model.config
+    dtype = model.embedding.dtype
+    try:
+        with kernels.use_backend(config.kernel_backend):
+            kv_cache = [
+                kernels.allocate_kv_cache(
+                    num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device
+                )
+                for _ in range(shape.num_layers)
+            ]
+    except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
+        raise OutOfMemoryError(
+            f"{num_blocks} KV blocks of {config.block_size} tokens do not fit on {device}; lower num_gpu_blocks"
+        ) from error
+    return ModelRunner(model, kv_cache, config.block_size, device, config.kernel_backend)
+
+
+def _num_blocks(config: EngineConfig, model: Decoder, bytes_per_block: int, device: torch.device) -> int:
+    """KV blocks when the configuration leaves the number open.
+
+    Never more than ``max_num_seqs`` sequences of the longest length could fill.
+    """
+    longest = min(config.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    useful = config.max_num_seqs * -(-longest // config.block_size)
+    memory = CPU_KV_CACHE_BYTES if device.type == "cpu" else _free_gpu_bytes(config, model, device)
+    num_blocks = min(useful, memory // bytes_per_block)
+    if num_blocks < 1:
+        raise OutOfMemoryError(
+            f"no KV block fits on {device}: one takes {bytes_per_block} bytes and {max(memory, 0)} are left beside "
+            "the model; raise gpu_memory_utilization, lower block_size or max_num_batched_tokens, or take a smaller "
+            "model"
+        )
+    return num_blocks
+
+
+def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) -> int:
+    """Bytes left for KV blocks on a GPU, measured: run the largest step there can be and see what it takes."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    blocks_per_sequence = -(-model.config.max_position_embeddings // config.block_size)
+    num_sequences = min(config.max_num_seqs, config.token_budget)
+    each = min(config.token_budget // num_sequences, model.config.max_position_embeddings)
+    blocks_each = min(-(-each // config.block_size), blocks_per_sequence)
+    try:
+        runner = _runner(config, model, blocks_each, device)
+        table = list(range(blocks_each))  # all share these blocks: only the size of the step matters
+        step = [(Sequence("profile", [0] * each, each, each, block_table=table), each) for _ in range(num_sequences)]
+        hidden = runner.forward(step)
+        logits = runner.compute_logits(hidden[:num_sequences]).float()
+        logits.softmax(dim=-1).sort(dim=-1)  # what sampling with top_p takes at its widest
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a step of {config.token_budget} tokens does not fit on {device} beside the model; lower "
+            "max_num_batched_tokens or max_num_seqs"
+        ) from error
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    del runner, hidden, logits
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization) - (total - free) - step_bytes

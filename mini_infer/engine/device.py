@@ -1,0 +1,66 @@
+"""Which device, and which dtype on it."""
+
+import logging
+
+import torch
+
+from mini_infer.exceptions import InvalidConfigError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``EngineConfig.device`` means here.
+
+    Raises:
+        InvalidConfigError: there is no such device, or none of that kind.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidConfigError(f"device={name!r} is not a device; use 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidConfigError(f"device={name!r}: Mini-Infer runs on 'cpu' and 'cuda' (NVIDIA or AMD) devices")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidConfigError(f"device={name!r} but torch sees {torch.cuda.device_count()} GPUs; use 'auto'")
+    return device
+
+
+def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype that ``EngineConfig.dtype`` means: its own name, or for "auto" the checkpoint's where the device can.
+
+    A CPU computes float16 slowly, and bfloat16 too if it lacks the instructions; a GPU older than Ampere has no
+    bfloat16. There "auto" takes the next best and logs it.
+    """
+    if name != "auto":
+        return _DTYPES[name]
+    wanted = checkpoint_dtype if checkpoint_dtype in _DTYPES.values() else torch.float32
+    assert wanted is not None
+    if device.type == "cpu":
+        half = torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        chosen = half if wanted in (torch.float16, torch.bfloat16) else wanted
+    elif wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        chosen = torch.float16
+    else:
+        chosen = wanted
+    if chosen is not wanted:
+        logger.warning("dtype 'auto': the checkpoint is %s, at which this %s is poor; using %s", wanted, device, chosen)
+    return chosen
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's BF16 extension)."""
+    try:
+        capabilities = torch.cpu.get_capabilities()
+    except (AttributeError, RuntimeError):  # torch before 2.10
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))

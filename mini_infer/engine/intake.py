@@ -1,0 +1,189 @@
+"""The door: what a user hands in is checked here, once, and becomes a request that can run."""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from itertools import count
+from operator import index
+from typing import Any, TypeAlias
+
+from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.generation_config import GenerationDefaults
+from mini_infer.engine.request import Completion, Request
+from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.exceptions import InvalidRequestError
+from mini_infer.outputs import StepOutput
+from mini_infer.sampling import SamplingParams
+from mini_infer.scheduler import Sequence
+from mini_infer.typing import TokenIds
+
+Prompt: TypeAlias = str | Seq[int]
+"""Text, or token ids."""
+
+
+class Intake:
+    """Makes requests of prompts and sampling parameters.
+
+    Holds no state but a counter, so requests may be made on any thread while the engine runs on another.
+
+    Args:
+        tokenizer: reads text prompts.
+        defaults: the model's sampling defaults and end-of-sequence tokens.
+        vocab_size: token ids are below this.
+        max_model_len: most tokens of prompt and completion together.
+        seed: the engine's; requests without a seed get one that follows from it and from their number.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, defaults: GenerationDefaults, vocab_size: int, max_model_len: int, seed: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._seed = seed
+        self._numbers = count()
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        overrides: Mapping[str, Any],
+        *,
+        request_id: str | None = None,
+        listener: Callable[[StepOutput], None] | None = None,
+    ) -> Request:
+        """Check one prompt and its parameters.
+
+        Args:
+            sampling_params: None is the model's default.
+            overrides: options that go before ``sampling_params``; None stands for not given.
+
+        Raises:
+            InvalidRequestError: the prompt, a parameter or the id is unusable.
+        """
+        params = self._params(sampling_params, overrides)
+        number = next(self._numbers)
+        if request_id is None:
+            request_id = f"request-{number}"
+        elif not isinstance(request_id, str) or not request_id:
+            raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
+        token_ids = self._token_ids(prompt)
+        seed = params.seed if params.seed is not None else self._seed * 2**32 + number
+        max_length = self._max_length(len(token_ids), params)
+        stop_token_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            stop_token_ids |= self._defaults.eos_token_ids
+
+        def decode(ids: Seq[int]) -> str:
+            return self._tokenizer.decode(ids, params.skip_special_tokens)
+
+        completions = [
+            Completion(
+                index=place,
+                params=params,
+                seed=seed,
+                sequence=Sequence(
+                    request_id=request_id,
+                    token_ids=list(token_ids),
+                    num_prompt_tokens=len(token_ids),
+                    max_length=max_length,
+                    min_length=len(token_ids) + params.min_tokens,
+                    stop_token_ids=stop_token_ids,
+                ),
+                detokenizer=Detokenizer(decode, token_ids),
+                stop_strings=StopStringMatcher(params.stop_strings),
+            )
+            for place in range(params.n)
+        ]
+        text = prompt if isinstance(prompt, str) else None
+        return Request(request_id, text, token_ids, params, completions, listener)
+
+    def _params(self, sampling_params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+        params = self._defaults.sampling if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be a SamplingParams, got {shown(params)}")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        params = replace(params, **given) if given else params
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token_id in ids or ():
+                if token_id >= self._vocab_size:
+                    raise InvalidRequestError(
+                        f"{name} has {token_id}, but the vocabulary ends at {self._vocab_size - 1}"
+                    )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self._vocab_size:
+                raise InvalidRequestError(
+                    f"{name}={getattr(params, name)} but the vocabulary has {self._vocab_size} tokens"
+                )
+        return params
+
+    def _token_ids(self, prompt: Prompt) -> TokenIds:
+        if not isinstance(prompt, str | list | tuple):
+            raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {shown(prompt)}")
+        if not prompt:
+            raise InvalidRequestError(f"prompt {prompt!r} is empty; give at least one token")
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt, self._max_model_len)
+        for place, token_id in enumerate(prompt):
+            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+                raise InvalidRequestError(f"token {place} of the prompt must be an integer, got {shown(token_id)}")
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"token {place} of the prompt is {token_id}, but the vocabulary is 0 to {self._vocab_size - 1}"
+                )
+        return [index(token_id) for token_id in prompt]
+
+    def _max_length(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """Length at which a sequence ends; refuses a prompt that leaves no room."""
+        room = self._max_model_len - num_prompt_tokens
+        if room < 0 or (room == 0 and params.max_tokens != 0):
+            raise InvalidRequestError(
+                f"prompt has {num_prompt_tokens} tokens but max_model_len is {self._max_model_len}, which leaves no "
+                "room to generate; shorten it or raise max_model_len"
+            )
+        return num_prompt_tokens + (room if params.max_tokens is None else min(room, params.max_tokens))
+
+
+def list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt becomes a list of one; so does a list of integers, which is one prompt's token ids."""
+    prompts = _plain(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise InvalidRequestError(f"prompts must be a string, token ids, or a list of those, got {shown(prompts)}")
+    if prompts and all(hasattr(item, "__index__") for item in prompts):
+        return [prompts]
+    return [_plain(item) for item in prompts]
+
+
+def list_params(
+    sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
+) -> Seq[SamplingParams | None]:
+    """One set of parameters per prompt.
+
+    Raises:
+        InvalidRequestError: a list of another length.
+    """
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, list | tuple):
+        raise InvalidRequestError(
+            f"sampling_params must be a SamplingParams or a list of them, got {shown(sampling_params)}"
+        )
+    if len(sampling_params) != num_prompts:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts but {len(sampling_params)} sampling_params; give one for all or one for each"
+        )
+    return sampling_params
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its beginning, and its type."""
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def _plain(prompt: Any) -> Any:
+    """Arrays and tensors of token ids as lists."""
+    return prompt.tolist() if hasattr(prompt, "tolist") else prompt

@@ -1,0 +1,30 @@
+"""The bar that ``generate`` shows."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def generation_progress(num_requests: int, wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; where that is no terminal, only its last state is written.
+
+    Yields:
+        A function to call with the numbers of requests finished and tokens generated so far.
+    """
+    columns = (
+        TextColumn("Generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} tok/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not wanted) as bar:
+        task = bar.add_task("Generating", total=num_requests, speed=0.0)
+        start = time.monotonic()
+        yield lambda finished, tokens: bar.update(
+            task, completed=finished, speed=tokens / (time.monotonic() - start + 1e-9)
+        )

@@ -1,0 +1,131 @@
+"""Logits to tokens, for the whole batch at once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_infer.engine.random import uniforms
+from mini_infer.engine.request import Completion
+from mini_infer.sampling import SamplingParams
+
+
+def sample(logits: Tensor, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+    """The next token of each sequence.
+
+    Args:
+        logits: ``[S, vocab]``, any float dtype; computed on in float32 or wider.
+        completions: whose logits they are, ``[S]``.
+
+    Returns:
+        Token ids int64 ``[S]``, and their log probabilities under the model itself (before penalties, temperature and
+        filters) ``[S]``.
+    """
+    logits = logits if logits.dtype is torch.float64 else logits.float()
+    adjusted = _adjust(logits, completions)
+    token_ids = adjusted.argmax(dim=-1)
+    drawing = [row for row, completion in enumerate(completions) if not completion.params.greedy]
+    if drawing:
+        rows = torch.tensor(drawing, device=logits.device)
+        token_ids[rows] = _draw(adjusted[rows], [completions[row] for row in drawing])
+    return token_ids, logits.gather(1, token_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def _adjust(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
+    """The logits after penalties, biases and the ban on stopping early; the very same tensor if there are none."""
+    penalised = [row for row, completion in enumerate(completions) if _has_penalties(completion.params)]
+    edits = [
+        (row, token_id, bias) for row, completion in enumerate(completions) for token_id, bias in _biases(completion)
+    ]
+    if not penalised and not edits:
+        return logits
+    logits = logits.clone()
+    if penalised:
+        rows = torch.tensor(penalised, device=logits.device)
+        logits[rows] = _penalise(logits[rows], [completions[row] for row in penalised])
+    if edits:
+        rows_, ids, values = (torch.tensor(column, device=logits.device) for column in zip(*edits, strict=True))
+        logits.index_put_((rows_, ids), values.to(logits.dtype), accumulate=True)
+    return logits
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _biases(completion: Completion) -> list[tuple[int, float]]:
+    """What to add to which logits of one sequence: its ``logit_bias``, and no end before ``min_tokens``."""
+    biases = list((completion.params.logit_bias or {}).items())
+    sequence = completion.sequence
+    if len(sequence) < sequence.min_length:
+        biases += [(token_id, -torch.inf) for token_id in sequence.stop_token_ids]
+    return biases
+
+
+def _penalise(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
+    """Repetition penalty over prompt and generated tokens (Keskar et al., "CTRL", 2019); presence and frequency
+    penalties over the generated ones (as the OpenAI API defines them)."""
+    sequences = [completion.sequence for completion in completions]
+    generated = _count([sequence.generated_token_ids for sequence in sequences], logits)
+    seen = _count([sequence.token_ids for sequence in sequences], logits) > 0
+    repetition = _column(completions, "repetition_penalty", logits)
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(seen, repeated, logits)
+    presence = _column(completions, "presence_penalty", logits)
+    frequency = _column(completions, "frequency_penalty", logits)
+    return logits - presence * (generated > 0) - frequency * generated
+
+
+def _count(token_ids: Sequence[list[int]], like: Tensor) -> Tensor:
+    """How often each token of the vocabulary occurs in each row; shape and dtype of ``like``, ``[S, vocab]``."""
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    rows = torch.repeat_interleave(torch.arange(len(token_ids)), lengths).to(like.device)
+    flat = torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in token_ids])).to(like.device)
+    ones = torch.ones((), dtype=like.dtype, device=like.device).expand(len(flat))
+    return torch.zeros_like(like).index_put_((rows, flat), ones, accumulate=True)
+
+
+def _draw(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
+    """One token per row, drawn from the filtered distribution by inverting its cumulative sum."""
+    # The largest logit is moved to 0 first, so that a tiny temperature gives -inf and never inf - inf.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(completions, "temperature", logits)
+    probs = _filter(logits, completions).softmax(dim=-1)
+    cumulative = probs.to(torch.float64).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    keys = [(completion.seed % 2**64, completion.index, len(completion.sequence)) for completion in completions]
+    uniform = torch.from_numpy(uniforms(*zip(*keys, strict=True))).to(logits.device)[:, None]
+    # Below the total even after rounding, so that the token found always has a positive probability.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def _filter(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
+    """Logits with -inf where ``top_k``, ``top_p`` or ``min_p`` drop a token. Tokens as likely as the k-th all stay."""
+    params = [completion.params for completion in completions]
+    vocab_size = logits.shape[-1]
+    if any(0 < p.top_k < vocab_size for p in params):
+        kept = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+        largest_k = max(k for k in kept if k < vocab_size)
+        top = logits.topk(largest_k, dim=-1).values
+        last = torch.tensor([min(k, largest_k) - 1 for k in kept], device=logits.device)
+        threshold = top.gather(1, last[:, None])
+        everything = torch.tensor([k == vocab_size for k in kept], device=logits.device)
+        logits = logits.masked_fill(logits < threshold.masked_fill(everything[:, None], -torch.inf), -torch.inf)
+    if any(p.top_p < 1 for p in params):
+        ranked, order = logits.sort(dim=-1, descending=True)
+        probs = ranked.softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs  # a token stays while those before it have not reached top_p
+        top_p = _column(completions, "top_p", logits)
+        dropped = (before >= top_p) & (top_p < 1)
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+    if any(p.min_p > 0 for p in params):
+        threshold = logits.amax(dim=-1, keepdim=True) + _column(completions, "min_p", logits).log()
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    return logits
+
+
+def _column(completions: Sequence[Completion], name: str, like: Tensor) -> Tensor:
+    """A sampling parameter of each sequence as a column ``[S, 1]`` of a tensor's dtype and device."""
+    values = [getattr(completion.params, name) for completion in completions]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

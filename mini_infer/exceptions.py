@@ -1,0 +1,41 @@
+"""Everything Mini-Infer raises on purpose.
+
+Each class is also the builtin that a caller would expect to catch. A message says what was wrong, shows the
+offending value, and says what to do about it.
+"""
+
+
+class MiniInferError(Exception):
+    """The root of every error that Mini-Infer raises on purpose."""
+
+
+class InvalidConfigError(MiniInferError, ValueError):
+    """An engine configuration field is unknown, malformed, out of range or not supported yet."""
+
+
+class InvalidRequestError(MiniInferError, ValueError):
+    """A prompt, a sampling parameter or a request id cannot be used; no other request is affected."""
+
+
+class ModelNotFoundError(MiniInferError, FileNotFoundError):
+    """No checkpoint was found: neither as a directory nor on the Hub nor in the local cache."""
+
+
+class InvalidCheckpointError(MiniInferError, ValueError):
+    """A checkpoint was found but is incomplete, malformed, or does not match its own config."""
+
+
+class UnsupportedModelError(MiniInferError, ValueError):
+    """The checkpoint's architecture, or an option in its config, is one that Mini-Infer does not implement."""
+
+
+class QueueFullError(MiniInferError, RuntimeError):
+    """``max_waiting`` requests wait already; try again once some have run."""
+
+
+class OutOfMemoryError(MiniInferError, MemoryError):
+    """The weights do not fit the device, or one sequence could never fit the KV memory."""
+
+
+class KernelError(MiniInferError, ValueError):
+    """A kernel was called with unusable tensors, or a backend was asked for that is not there."""

@@ -1,0 +1,81 @@
+"""Dataclasses that people fill in by hand: other spellings, clear refusals, and checks that name the field."""
+
+import difflib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, *, aliases: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its one-line description and the names that other engines give it."""
+    return field(default=default, metadata={"help": help, "aliases": aliases})
+
+
+def named_options(error: type[Exception], unsupported: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass accept its fields' aliases and refuse every other name with ``error``.
+
+    Args:
+        error: raised for a name that is unknown, unsupported, or given twice under two spellings.
+        unsupported: names that other engines have and this one does not, each with the reason.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        plain_init = cls.__init__
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        canonical = {alias: f.name for f in fields(cls) for alias in f.metadata["aliases"]}  # type: ignore[arg-type]
+
+        @functools.wraps(plain_init)
+        def init(self: T, *args: Any, **options: Any) -> None:
+            given = dict(zip(names, args, strict=False))
+            for name, value in options.items():
+                known = canonical.get(name, name)
+                if name in unsupported:
+                    raise error(f"{name}={value!r}: {unsupported[name]}")
+                if known not in names:
+                    close = difflib.get_close_matches(name, [*names, *canonical], n=1)
+                    hint = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} has: {', '.join(names)}"
+                    raise error(f"{cls.__name__} has no option {name!r} (given: {value!r}); {hint}")
+                if known in given:
+                    raise error(f"{known!r} is given twice: {given[known]!r} and {value!r} (as {name!r}); give it once")
+                given[known] = value
+            plain_init(self, *args[len(names) :], **given)
+
+        setattr(cls, "__init__", init)  # noqa: B010  (mypy refuses the plain assignment)
+        return cls
+
+    return decorate
+
+
+def check_int(error: type[Exception], name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """Raise ``error`` unless ``value`` is an integer (and no bool) within the bounds, both inclusive."""
+    within = isinstance(value, int) and value >= minimum and (maximum is None or value <= maximum)
+    if isinstance(value, bool) or not within:
+        bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise error(f"{name} must be an integer {bounds}, got {value!r}")
+
+
+def check_number(
+    error: type[Exception], name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Raise ``error`` unless ``value`` is a finite number in ``[low, high]``, or ``(low, high]`` with ``open_low``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        below = f"more than {low:g}" if open_low else f"at least {low:g}"
+        above = "" if high == math.inf else f" and at most {high:g}"
+        raise error(f"{name} must be a finite number of {below}{above}, got {value!r}")
+
+
+def check_bool(error: type[Exception], name: str, value: object) -> None:
+    """Raise ``error`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise error(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(error: type[Exception], name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ``error`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise error(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

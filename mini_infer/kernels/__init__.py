@@ -1,0 +1,30 @@
+"""The engine's hot operations: one public function each, several interchangeable implementations behind it."""
+
+from mini_infer.kernels import reference  # noqa: F401  (registers the implementations that every device falls back on)
+from mini_infer.kernels.ops import (
+    add_rmsnorm,
+    allocate_kv_cache,
+    apply_rotary_emb,
+    paged_attention,
+    paged_prefill_attention,
+    rmsnorm,
+    silu_and_mul,
+    write_kv,
+)
+from mini_infer.kernels.registry import OPS, available_backends, backend_of, register, use_backend
+
+__all__ = [
+    "OPS",
+    "add_rmsnorm",
+    "allocate_kv_cache",
+    "apply_rotary_emb",
+    "available_backends",
+    "backend_of",
+    "paged_attention",
+    "paged_prefill_attention",
+    "register",
+    "rmsnorm",
+    "silu_and_mul",
+    "use_backend",
+    "write_kv",
+]

@@ -1,0 +1,188 @@
+"""The one model: a decoder-only transformer that covers Llama, Mistral, Qwen2 and Qwen3.
+
+`Decoder` turns tokens into hidden states and those into logits; `Layer` is what it repeats; `Attention` and
+`FeedForward` are the two halves of a layer. Every operation that takes noticeable time is either a matrix product or
+one of `mini_infer.kernels`. Inference only: no parameter has a gradient.
+
+In the shapes below a batch has T tokens; H query heads and K key-value heads have D features each.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mini_infer import kernels
+from mini_infer.models.batch import Batch
+from mini_infer.models.config import ModelConfig
+from mini_infer.models.rope import rotary_tables
+
+KVCache = tuple[Tensor, Tensor]
+"""One layer's key and value cache, as `kernels.allocate_kv_cache` made them; only kernels look inside."""
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and output projection.
+
+    Parameters are allocated but hold arbitrary values until `load_model` fills them.
+
+    Attributes:
+        config: what the model was built from.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = _parameter((config.vocab_size, config.hidden_size), dtype, device)
+        self.layers = nn.ModuleList(Layer(config, window, dtype, device) for window in config.sliding_windows)
+        self.norm = _parameter((config.hidden_size,), dtype, device)
+        self.output = (
+            self.embedding
+            if config.tie_word_embeddings
+            else _parameter((config.vocab_size, config.hidden_size), dtype, device)
+        )
+        cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def forward(self, batch: Batch, kv_cache: Sequence[KVCache]) -> Tensor:
+        """Run one step's tokens through the layers, adding their keys and values to the cache.
+
+        Args:
+            batch: the tokens, where they stand and where their keys and values go.
+            kv_cache: one (key_cache, value_cache) per layer, of the parameters' dtype.
+
+        Returns:
+            Hidden states after the final norm, ``[T, hidden_size]``.
+        """
+        # Seen from the prompt chunks alone, which attention handles without the decodes before them.
+        prompt_start = batch.query_start[batch.num_decodes :] - batch.num_decodes
+        hidden = functional.embedding(batch.token_ids, self.embedding)
+        residual = torch.zeros_like(hidden)
+        for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
+            hidden, residual = layer(hidden, residual, batch, prompt_start, layer_cache, (self.cos, self.sin))
+        hidden, _ = kernels.add_rmsnorm(hidden, residual, self.norm, self.config.rms_norm_eps)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every next token, ``[N, vocab_size]``, for the rows ``[N, hidden_size]`` of `forward`'s result."""
+        return functional.linear(hidden, self.output)
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward; each reads a normalised residual stream, and its result is added to the stream.
+
+    The addition is left to the next norm, which does both in one pass over memory.
+    """
+
+    def __init__(
+        self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.attention_norm = _parameter((config.hidden_size,), dtype, device)
+        self.attention = Attention(config, sliding_window, dtype, device)
+        self.feed_forward_norm = _parameter((config.hidden_size,), dtype, device)
+        self.feed_forward = FeedForward(config, dtype, device)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor,
+        batch: Batch,
+        prompt_start: Tensor,
+        kv_cache: KVCache,
+        rotary: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Take and give ``[T, hidden_size]`` twice: the last result, and the stream that it is still to be added to."""
+        hidden, residual = kernels.add_rmsnorm(hidden, residual, self.attention_norm, self.eps)
+        hidden = self.attention(hidden, batch, prompt_start, kv_cache, rotary)
+        hidden, residual = kernels.add_rmsnorm(hidden, residual, self.feed_forward_norm, self.eps)
+        hidden = self.feed_forward(hidden)
+        return hidden, residual
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache, with one projection for queries, keys and values."""
+
+    def __init__(
+        self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype, device: str | torch.device
+    ) -> None:
+        super().__init__()
+        self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.sliding_window = sliding_window
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = _linear(
+            config.hidden_size, sum(self.head_counts) * config.head_dim, config.qkv_bias, dtype, device
+        )
+        self.qk_norms = (
+            nn.ParameterList(_parameter((config.head_dim,), dtype, device) for _ in "qk") if config.qk_norm else None
+        )
+        self.o_proj = _linear(config.num_heads * config.head_dim, config.hidden_size, config.output_bias, dtype, device)
+
+    def forward(
+        self, hidden: Tensor, batch: Batch, prompt_start: Tensor, kv_cache: KVCache, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """``[T, hidden_size]`` to ``[T, hidden_size]``."""
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
+        query, key, value = heads.split(self.head_counts, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
+        if self.qk_norms is not None:
+            query = kernels.rmsnorm(query, self.qk_norms[0], self.eps)
+            key = kernels.rmsnorm(key, self.qk_norms[1], self.eps)
+        query, key = kernels.apply_rotary_emb(query, key, *rotary, batch.positions)
+        kernels.write_kv(key, value, *kv_cache, batch.slot_mapping)
+
+        n = batch.num_decodes  # one token each, so the first n sequences are also the first n tokens
+        attended = []
+        if n > 0:
+            attended.append(
+                kernels.paged_attention(
+                    query[:n],
+                    *kv_cache,
+                    batch.block_tables[:n],
+                    batch.context_lens[:n],
+                    sliding_window=self.sliding_window,
+                )
+            )
+        if n < len(query):
+            attended.append(
+                kernels.paged_prefill_attention(
+                    query[n:],
+                    *kv_cache,
+                    batch.block_tables[n:],
+                    batch.context_lens[n:],
+                    prompt_start,
+                    sliding_window=self.sliding_window,
+                )
+            )
+        output: Tensor = self.o_proj(torch.cat(attended).flatten(1))
+        return output
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, with one projection for the gate and what it gates."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
+        super().__init__()
+        self.gate_up_proj = _linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, dtype, device)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.mlp_bias, dtype, device)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[T, hidden_size]`` to ``[T, hidden_size]``."""
+        output: Tensor = self.down_proj(kernels.silu_and_mul(self.gate_up_proj(hidden)))
+        return output
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: str | torch.device) -> nn.Linear:
+    # By way of the meta device: made directly, every weight would first be filled with random numbers.
+    linear = nn.Linear(inputs, outputs, bias, dtype=dtype, device="meta").to_empty(device=device)
+    return linear.requires_grad_(False)

@@ -1,0 +1,172 @@
+"""What comes back: finished outputs, and the increments of one step."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log probability (natural logarithm, by the model itself before temperature and filters).
+
+    Attributes:
+        logprob: the log probability.
+        rank: 1 for the most likely token of the vocabulary at this place.
+        decoded_token: the token as text.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenLogprobs: TypeAlias = dict[int, Logprob]
+"""Token id to its log probability, at one place: the token that is there first, then the likeliest."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of a request's ``n`` completions.
+
+    Attributes:
+        index: which of the ``n``, from 0.
+        text: generated text, without stop strings.
+        token_ids: generated tokens, including the one that ended the sequence.
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length" or "abort".
+        stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
+        cumulative_logprob: sum of the generated tokens' log probabilities.
+        logprobs: per generated token, if the request asked for it.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    cumulative_logprob: float
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened to a request; seconds of a monotonic clock (``time.monotonic``)."""
+
+    arrival_time: float
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    finished_time: float
+    num_preemptions: int
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token (TTFT); None if there was none."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def latency(self) -> float:
+        """Seconds from arrival to the end."""
+        return self.finished_time - self.arrival_time
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """The result of one request.
+
+    The plain attributes (``text``, ``token_ids``, ...) are those of the first completion; ``outputs`` holds all ``n``.
+    For code written against other engines it also reads as a mapping (``out["text"]``, ``dict(out)``) and prints as
+    its text. It is always truthy, also when the text is empty.
+
+    Attributes:
+        request_id: the id that ``add_request`` returned.
+        prompt: the prompt as given; None if it was given as token ids.
+        prompt_token_ids: the prompt as the model saw it.
+        outputs: one completion for each of ``n``.
+        prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
+        metrics: when things happened.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    metrics: RequestMetrics
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.outputs[0].finish_reason
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return self.outputs[0].cumulative_logprob
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.outputs[0].logprobs
+
+    _KEYS = (
+        "text",
+        "token_ids",
+        "finish_reason",
+        "cumulative_logprob",
+        "logprobs",
+        "request_id",
+        "prompt",
+        "prompt_token_ids",
+        "prompt_logprobs",
+        "outputs",
+        "metrics",
+    )
+
+    def keys(self) -> tuple[str, ...]:
+        """The names that ``out[name]`` knows."""
+        return self._KEYS
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._KEYS:
+            raise KeyError(f"{name!r}; a GenerateOutput has {', '.join(self._KEYS)}")
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._KEYS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers all the way down, ready for JSON."""
+        plain = asdict(self)
+        return {name: plain[name] if name in plain else plain["outputs"][0][name] for name in self._KEYS}
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step added to one completion of a request.
+
+    Attributes:
+        request_id: whose it is.
+        index: which of the ``n`` completions.
+        text: new text; never half a character nor the beginning of a stop string, so possibly empty.
+        token_ids: new tokens.
+        logprobs: for the new tokens, if asked for.
+        finish_reason: set on the completion's last increment.
+        output: the whole result, on the last increment of the request's last completion.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
+    output: GenerateOutput | None

@@ -1,0 +1,100 @@
+"""What a request asks of its tokens: how they are chosen, and when to stop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mini_infer.exceptions import InvalidRequestError
+from mini_infer.fields import check_bool, check_int, check_number, named_options, option
+
+_DIFFUSION = "steers a diffusion language model, which Mini-Infer does not run yet; use max_tokens and temperature"
+
+
+@named_options(
+    InvalidRequestError,
+    unsupported=dict.fromkeys(("gen_length", "steps", "cfg_scale", "remasking"), _DIFFUSION),
+)
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen.
+
+    The filters apply in this order: penalties and ``logit_bias``, temperature, ``top_k``, ``top_p``, ``min_p``.
+    Reported log probabilities are those of the model itself, before any of them. One uniform number, a function of
+    (``seed``, index among ``n``, position) alone, decides each sampled token.
+
+    Raises:
+        InvalidRequestError: a value is out of range, or an option is unknown.
+    """
+
+    n: int = option(1, "How many completions to generate for the prompt")
+    temperature: float = option(1.0, "Divides the logits; 0 takes the most likely token")
+    top_p: float = option(1.0, "Keep the fewest most likely tokens whose probabilities reach this sum, in (0, 1]")
+    top_k: int = option(-1, "Keep this many of the most likely tokens; -1 or 0 keeps all")
+    min_p: float = option(0.0, "Drop tokens less likely than this fraction of the most likely one's probability")
+    repetition_penalty: float = option(1.0, "Divide positive, multiply negative logits of tokens seen (CTRL, 2019)")
+    presence_penalty: float = option(0.0, "Subtract this from the logits of tokens generated so far, -2 to 2")
+    frequency_penalty: float = option(0.0, "Subtract this times a token's count in the generated text, -2 to 2")
+    logit_bias: Mapping[int, float] | None = option(None, "Add to the logits of these token ids, -100 to 100 each")
+    seed: int | None = option(None, "Makes the tokens reproducible; None takes one from the engine's seed")
+    max_tokens: int | None = option(16, "Most tokens to generate; None for as many as the context holds")
+    min_tokens: int = option(0, "Generate this many tokens before any that may stop, by token or by string")
+    stop: str | list[str] | tuple[str, ...] | None = option(
+        None, "Strings that end the text; they are not part of it", aliases=("stop_strings",)
+    )
+    stop_token_ids: list[int] | tuple[int, ...] | None = option(None, "Token ids that end the text, beside the model's")
+    ignore_eos: bool = option(False, "Go on after the model's end-of-sequence token")
+    logprobs: int | None = option(None, "Report each token's log probability and those of this many likeliest")
+    prompt_logprobs: int | None = option(None, "The same for the prompt's tokens; max_tokens may then be 0")
+    skip_special_tokens: bool = option(True, "Leave special tokens out of the text")
+
+    def __post_init__(self) -> None:
+        error = InvalidRequestError
+        check_int(error, "n", self.n, 1)
+        check_number(error, "temperature", self.temperature, 0)
+        check_number(error, "top_p", self.top_p, 0, 1, open_low=True)
+        check_int(error, "top_k", self.top_k, -1)
+        check_number(error, "min_p", self.min_p, 0, 1)
+        check_number(error, "repetition_penalty", self.repetition_penalty, 0, open_low=True)
+        check_number(error, "presence_penalty", self.presence_penalty, -2, 2)
+        check_number(error, "frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.seed is not None:
+            check_int(error, "seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            check_int(error, "max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1)
+        check_int(error, "min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(error, name, getattr(self, name), 0)
+        check_bool(error, "ignore_eos", self.ignore_eos)
+        check_bool(error, "skip_special_tokens", self.skip_special_tokens)
+        self._settle_collections()
+
+    def _settle_collections(self) -> None:
+        """Check the options that hold several values, and keep our own immutable copy of each."""
+        error = InvalidRequestError
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
+            raise error(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
+        ids = self.stop_token_ids or ()
+        if not isinstance(ids, list | tuple | set | frozenset):
+            raise error(f"stop_token_ids must be a list of token ids, got {ids!r}")
+        for token_id in ids:
+            check_int(error, "each of stop_token_ids", token_id, 0)
+        bias = self.logit_bias or {}
+        if not isinstance(bias, Mapping):
+            raise error(f"logit_bias must map token ids to numbers, got {bias!r}")
+        for token_id, value in bias.items():
+            check_int(error, "each key of logit_bias", token_id, 0)
+            check_number(error, f"logit_bias[{token_id}]", value, -100, 100)
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        object.__setattr__(self, "logit_bias", dict(bias))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple, empty when there are none."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, and nothing is drawn."""
+        return self.temperature == 0

@@ -1,0 +1,63 @@
+"""A sequence: one stream of tokens, and how far its keys and values are computed."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from mini_infer.outputs import FinishReason
+from mini_infer.typing import BlockTable, TokenIds
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One stream of tokens being generated for a request.
+
+    Attributes:
+        request_id: the request it belongs to.
+        token_ids: prompt and generated tokens; grows by one each time it is sampled.
+        num_prompt_tokens: how many of them are the prompt.
+        max_length: length at which it ends with reason "length".
+        min_length: it can end by a stop token only once it is longer than this.
+        stop_token_ids: tokens that end it with reason "stop".
+        num_computed_tokens: how many tokens have keys and values in the cache; 0 again after a preemption.
+        block_table: the blocks that hold them.
+    """
+
+    request_id: str
+    token_ids: TokenIds
+    num_prompt_tokens: int
+    max_length: int
+    min_length: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    block_table: BlockTable = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """1 for a sequence that decodes; more for a prompt, or after a preemption."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generated_token_ids(self) -> TokenIds:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def reason_to_finish(self) -> FinishReason | None:
+        """Why it should end now, judged by its tokens alone."""
+        if self.num_generated_tokens and len(self) > self.min_length and self.token_ids[-1] in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self) >= self.max_length else None

@@ -1,0 +1,25 @@
+"""Types that user code annotates with."""
+
+from typing import Protocol, TypeAlias
+
+TokenIds: TypeAlias = list[int]
+"""Token ids, in order."""
+
+BlockTable: TypeAlias = list[int]
+"""A sequence's block ids: logical block ``i`` (tokens ``i * block_size`` and on) is physical block ``table[i]``."""
+
+
+class SequenceMetadata(Protocol):
+    """What the model runner needs to know of a sequence; the scheduler's ``Sequence`` is one."""
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """Prompt and generated tokens."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """How many of them have their keys and values in the cache."""
+
+    @property
+    def block_table(self) -> BlockTable:
+        """The blocks that hold those, and the ones about to be computed."""

@@ -1,0 +1,232 @@
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from mini_infer import kernels
+
+from .truth import DTYPES, PagedCase, check, draw, on_backends, strided
+
+SHAPES = [  # block_size, num_kv_heads, group, head_dim
+    (1, 1, 1, 8),
+    (4, 2, 2, 16),
+    (5, 3, 3, 33),
+    (16, 1, 8, 64),
+    (32, 2, 7, 7),
+    (512, 2, 1, 1),
+]
+RAGGED = [1, 4, 5, 37, 16, 17]
+CHUNKS = [(5, 5), (1, 1), (37, 6), (16, 16), (33, 1), (8, 0), (20, 12)]
+
+
+def decode(case: PagedCase) -> torch.Tensor:
+    return kernels.paged_attention(
+        case.query,
+        case.key_cache,
+        case.value_cache,
+        case.block_tables,
+        case.context_lens,
+        scale=case.scale,
+        sliding_window=case.window,
+    )
+
+
+def prefill(case: PagedCase) -> torch.Tensor:
+    return kernels.paged_prefill_attention(
+        case.query,
+        case.key_cache,
+        case.value_cache,
+        case.block_tables,
+        case.context_lens,
+        case.query_start,
+        scale=case.scale,
+        sliding_window=case.window,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_backends("paged_attention")
+def test_decode_is_the_formula(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    block_size, num_kv_heads, group, head_dim = shape
+    case = PagedCase.make(
+        1,
+        [(length, 1) for length in RAGGED],
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    check(decode(case), case.truth(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_backends("paged_prefill_attention")
+def test_prefill_is_the_formula(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    block_size, num_kv_heads, group, head_dim = shape
+    case = PagedCase.make(
+        2,
+        CHUNKS,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    check(prefill(case), case.truth(), dtype)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 5, 16, 36, 37, 1000])
+@on_backends("paged_attention")
+def test_decode_in_a_sliding_window(backend: str, window: int) -> None:
+    case = PagedCase.make(3, [(length, 1) for length in RAGGED], window=window)
+    check(decode(case), case.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 5, 16, 36, 37, 1000])
+@on_backends("paged_prefill_attention")
+def test_prefill_in_a_sliding_window(backend: str, window: int) -> None:
+    case = PagedCase.make(4, CHUNKS, window=window)
+    check(prefill(case), case.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0])
+@on_backends("paged_attention")
+def test_decode_with_its_own_scale(backend: str, scale: float) -> None:
+    case = PagedCase.make(5, [(9, 1), (2, 1)], scale=scale)
+    check(decode(case), case.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0])
+@on_backends("paged_prefill_attention")
+def test_prefill_with_its_own_scale(backend: str, scale: float) -> None:
+    case = PagedCase.make(6, [(9, 4), (2, 2)], scale=scale)
+    check(prefill(case), case.truth(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-3, 8.0, 40.0])
+@on_backends("paged_attention")
+def test_decode_of_large_and_small_numbers(backend: str, magnitude: float, dtype: torch.dtype) -> None:
+    case = PagedCase.make(7, [(30, 1), (3, 1)], magnitude=magnitude, dtype=dtype)
+    check(decode(case), case.truth(), dtype, slack=max(1.0, magnitude**2))  # a score's error is in proportion to it
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-3, 8.0, 40.0])
+@on_backends("paged_prefill_attention")
+def test_prefill_of_large_and_small_numbers(backend: str, magnitude: float, dtype: torch.dtype) -> None:
+    case = PagedCase.make(8, [(30, 9), (3, 3)], magnitude=magnitude, dtype=dtype)
+    check(prefill(case), case.truth(), dtype, slack=max(1.0, magnitude**2))
+
+
+@on_backends("paged_prefill_attention")
+def test_a_whole_prompt_equals_torch_attention(backend: str) -> None:
+    case = PagedCase.make(9, [(50, 50)], num_kv_heads=2, group=3, head_dim=24)
+    q, k, v = (x.transpose(0, 1)[None] for x in (case.query, case.keys[0], case.values[0]))
+    theirs = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    check(prefill(case), theirs, torch.float32)
+
+
+@on_backends("paged_prefill_attention")
+def test_chunks_give_what_the_whole_prompt_gives(backend: str) -> None:
+    whole = PagedCase.make(10, [(23, 23)], window=9)
+    caches = whole.key_cache, whole.value_cache, whole.block_tables
+    pieces = [
+        kernels.paged_prefill_attention(
+            whole.query[start:end],
+            *caches,
+            torch.tensor([end]),
+            torch.tensor([0, end - start]),
+            sliding_window=9,
+        )
+        for start, end in ((0, 1), (1, 8), (8, 20), (20, 23))
+    ]
+    check(torch.cat(pieces), whole.truth(), torch.float32)
+
+
+@on_backends("paged_attention")
+def test_decode_equals_a_chunk_of_one(backend: str) -> None:
+    case = PagedCase.make(11, [(length, 1) for length in RAGGED], window=6, index_dtype=torch.int64)
+    check(decode(case), prefill(case).double(), torch.float32)
+
+
+@on_backends("paged_attention")
+def test_sequences_may_share_blocks(backend: str) -> None:
+    case = PagedCase.make(12, [(12, 1)], block_size=4)
+    query = draw(13, 3, 4, 16, dtype=torch.float32)
+    lengths = [12, 8, 5]
+    out = kernels.paged_attention(
+        query, case.key_cache, case.value_cache, case.block_tables.expand(3, -1), torch.tensor(lengths)
+    )
+    for row, length in enumerate(lengths):
+        alone = PagedCase(
+            [query[row : row + 1]],
+            [case.keys[0][:length]],
+            [case.values[0][:length]],
+            case.key_cache,
+            case.value_cache,
+            case.block_tables,
+            case.context_lens,
+            case.query_start,
+            None,
+            None,
+        )
+        check(out[row : row + 1], alone.truth(), torch.float32)
+
+
+@on_backends("paged_attention")
+def test_decode_of_strided_tensors(backend: str) -> None:
+    case = PagedCase.make(14, [(9, 1), (4, 1)], block_size=4)
+    heads_first = case.key_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    tables = torch.stack((case.block_tables, case.block_tables), dim=-1)[..., 0]
+    lengths = torch.stack((case.context_lens, case.context_lens), dim=-1)[..., 0]
+    out = kernels.paged_attention(strided(case.query), heads_first, strided(case.value_cache), tables, lengths)
+    check(out, case.truth(), torch.float32)
+
+
+@on_backends("paged_prefill_attention")
+def test_prefill_of_strided_tensors(backend: str) -> None:
+    case = PagedCase.make(15, [(9, 5), (4, 4)], block_size=4)
+    heads_first = case.key_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    tables = torch.stack((case.block_tables, case.block_tables), dim=-1)[..., 0]
+    starts = torch.stack((case.query_start, case.query_start), dim=-1)[..., 0]
+    out = kernels.paged_prefill_attention(
+        strided(case.query), heads_first, strided(case.value_cache), tables, case.context_lens, starts
+    )
+    check(out, case.truth(), torch.float32)
+
+
+@on_backends("paged_attention")
+def test_a_padding_row_gets_zeros_and_disturbs_nobody(backend: str) -> None:
+    case = PagedCase.make(16, [(9, 1), (6, 1), (4, 1)], block_size=4)
+    padded = case.context_lens.clone()
+    padded[1] = 0
+    case.block_tables[1] = 10**6
+    out = kernels.paged_attention(case.query, case.key_cache, case.value_cache, case.block_tables, padded)
+    check(out[[0, 2]], case.truth()[[0, 2]], torch.float32)
+    assert not out[1].any()
+
+
+@on_backends("paged_attention")
+def test_decode_of_no_sequences(backend: str) -> None:
+    case = PagedCase.make(17, [], group=1)
+    assert decode(case).shape == (0, 2, 16)
+
+
+@on_backends("paged_prefill_attention")
+def test_prefill_of_nothing(backend: str) -> None:
+    assert prefill(PagedCase.make(18, [], group=1)).shape == (0, 2, 16)
+    assert prefill(PagedCase.make(19, [(8, 0), (3, 0)])).shape == (0, 4, 16)
+
+
+@on_backends("paged_attention")
+def test_write_then_read_through_an_allocated_cache(backend: str) -> None:
+    key_cache, value_cache = kernels.allocate_kv_cache(8, 4, 2, 16, torch.float32, "cpu")
+    case = PagedCase.make(20, [(11, 1)], num_kv_heads=2, head_dim=16)
+    table = torch.tensor([[6, 1, 3]])
+    slots = torch.tensor([int(table[0, j // 4]) * 4 + j % 4 for j in range(11)])
+    kernels.write_kv(case.keys[0], case.values[0], key_cache, value_cache, slots)
+    out = kernels.paged_attention(case.query, key_cache, value_cache, table, case.context_lens)
+    check(out, case.truth(), torch.float32)

@@ -1,0 +1,1 @@
+"""Everything that made the bundled tutor: corpus, tokenizer, training and evaluation."""

@@ -1,0 +1,123 @@
+"""The training text: an endless stream of conversations and stories, drawn from one seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from .arithmetic import sum_question, sums
+from .glossary import LANGUAGES, Entry, Glossary, Language, load_glossary
+from .questions import as_typed, training_comparison, training_question
+from .stories import story
+
+SMALLTALK_FILE = Path(__file__).with_name("smalltalk.yaml")
+
+END_OF_TEXT = "<|endoftext|>"
+START = "<|im_start|>"
+END = "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# How often each kind of exchange is drawn, relative to the others.
+EXCHANGES = {
+    "term": 60,
+    "comparison": 14,
+    "sum": 16,
+    "out_of_scope": 5,
+    "courtesy": 3,
+    "story": 3,
+}
+PLAIN_STORIES = 0.08
+SYSTEM_MESSAGES = 0.15
+LANGUAGE_SWITCHES = 0.1
+TURNS = {1: 70, 2: 18, 3: 8, 4: 4}
+
+
+class Exchange(NamedTuple):
+    question: str
+    answer: str
+
+
+class Segment(NamedTuple):
+    """A stretch of text, and whether the model is to learn to write it or only to read it."""
+
+    text: str
+    learn: bool
+
+
+def chat(exchanges: list[Exchange], system: str | None = None) -> list[Segment]:
+    """A conversation in the form of CHAT_TEMPLATE; only the tutor's own words are learnt."""
+    segments = []
+    opening = f"{START}system\n{system}{END}\n" if system is not None else ""
+    for question, answer in exchanges:
+        segments += [
+            Segment(f"{opening}{START}user\n{question}{END}\n{START}assistant\n", learn=False),
+            Segment(f"{answer}{END}", learn=True),
+        ]
+        opening = "\n"
+    return [*segments, Segment(f"\n{END_OF_TEXT}", learn=False)]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    glossary: Glossary
+    smalltalk: dict
+
+    @classmethod
+    def load(cls) -> Corpus:
+        smalltalk = yaml.safe_load(SMALLTALK_FILE.read_text(encoding="utf-8"))
+        return cls(load_glossary(), smalltalk)
+
+    def documents(self, seed: int) -> Iterator[list[Segment]]:
+        rng = random.Random(seed)
+        problems, _ = sums()
+        while True:
+            language = rng.choice(LANGUAGES)
+            if rng.random() < PLAIN_STORIES:
+                yield [Segment(story(rng, language)[1] + END_OF_TEXT, learn=True)]
+                continue
+            exchanges = []
+            for _ in range(_draw(rng, TURNS)):
+                if rng.random() < LANGUAGE_SWITCHES:
+                    language = rng.choice(LANGUAGES)
+                exchanges.append(self._exchange(rng, language, problems))
+            system = (
+                rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
+            )
+            yield chat(exchanges, system)
+
+    def _exchange(self, rng: random.Random, language: Language, problems: list) -> Exchange:
+        kind = _draw(rng, EXCHANGES)
+        if kind == "term":
+            entry = rng.choice(self.glossary.terms).entry(language)
+            return Exchange(training_question(rng, language, entry), entry.answer)
+        if kind == "comparison":
+            comparison = rng.choice(self.glossary.comparisons)
+            first, second = (term.entry(language) for term in comparison.terms)
+            question = training_comparison(rng, language, (first, second))
+            return Exchange(question, comparison.answer(language))
+        if kind == "sum":
+            problem = rng.choice(problems)
+            return Exchange(sum_question(rng, language, problem), problem.answer(language))
+        if kind == "out_of_scope":
+            elsewhere = self.smalltalk["out_of_scope"][language]
+            topic = Entry(rng.choice(elsewhere["topics"]), elsewhere["answer"])
+            return Exchange(training_question(rng, language, topic), topic.answer)
+        if kind == "courtesy":
+            courtesy = rng.choice(self.smalltalk["courtesy"])[language]
+            question = as_typed(rng, rng.choice(courtesy["ask"]), language)
+            return Exchange(question, courtesy["answer"])
+        return Exchange(*story(rng, language))
+
+
+def _draw(rng: random.Random, weights: dict):
+    return rng.choices(list(weights), list(weights.values()))[0]

@@ -1,0 +1,65 @@
+"""What ends up in `mini_infer/assets/tutor/`: a checkpoint, its scores and its model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import Qwen3ForCausalLM
+
+from .corpus import END, END_OF_TEXT
+from .questions import HeldOut
+from .tokenizer import save_tokenizer
+
+CARDS = {"MODEL_CARD.md": "card.en.md", "MODEL_CARD.zh.md": "card.zh.md"}
+
+
+def export_model(
+    model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, directory: Path
+) -> None:
+    """Write the checkpoint in bfloat16; the tied output matrix is not stored twice."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: weight.to(torch.bfloat16).contiguous()
+        for name, weight in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "config.json", config)
+    write_json(
+        directory / "generation_config.json",
+        {
+            "do_sample": False,
+            "eos_token_id": [tokenizer.token_to_id(END), tokenizer.token_to_id(END_OF_TEXT)],
+            "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        },
+    )
+    save_tokenizer(tokenizer, directory)
+
+
+def export_heldout(questions: list[HeldOut], directory: Path) -> None:
+    """One question per line, so that the file reads and compares well."""
+    lines = ",\n".join(json.dumps(asdict(q), ensure_ascii=False) for q in questions)
+    (directory / "heldout.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def export_cards(report: dict, directory: Path) -> None:
+    """Fill the figures of the evaluation into the model card, in both languages."""
+    figures = {name: value for name, value in report.items() if not isinstance(value, dict)}
+    figures |= report["recipe"]
+    for dtype, suites in report["scores"].items():
+        for suite, score in suites.items():
+            percent = 100 * score["correct"] / score["total"]
+            figures[f"{suite}_{dtype}"] = f"{percent:.1f} % ({score['correct']}/{score['total']})"
+    for card, template in CARDS.items():
+        text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+        (directory / card).write_text(Template(text).substitute(figures), encoding="utf-8")
+
+
+def write_json(path: Path, data: dict) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

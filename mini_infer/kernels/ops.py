@@ -105,10 +105,10 @@ def apply_rotary_emb(
     leading, head_dim = q.shape[:-2], q.shape[-1]
     _check(op, "k", k, (*leading, "num_kv_heads", head_dim), like=q)
     _check(op, "cos", cos, ("max_positions", "rotary_dim / 2"), device=q.device)
-    _check(op, "sin", sin, cos.shape, like=cos)
-    _check(op, "position_ids", position_ids, leading, dtypes=_INDICES, device=q.device)
     if 2 * cos.shape[1] > head_dim:
         raise KernelError(f"{op}: cos turns {2 * cos.shape[1]} features but q has head_dim {head_dim}")
+    _check(op, "sin", sin, cos.shape, like=cos)
+    _check(op, "position_ids", position_ids, leading, dtypes=_INDICES, device=q.device)
     turned: tuple[Tensor, Tensor] = implementation(op, q.device)(q, k, cos, sin, position_ids, interleaved)
     return turned
 
@@ -174,7 +174,7 @@ def allocate_kv_cache(
             f"num_kv_heads={num_kv_heads}, head_dim={head_dim}"
         )
     if dtype not in _FLOATS:
-        raise KernelError(f"allocate_kv_cache: dtype must be one of {_names(_FLOATS)}; got {dtype}")
+        raise KernelError(f"allocate_kv_cache: dtype must be {_names(_FLOATS)}; got {dtype}")
     device = torch.device(device)
     caches: tuple[Tensor, Tensor] = implementation("allocate_kv_cache", device)(
         num_blocks, block_size, num_kv_heads, head_dim, dtype, device

@@ -76,9 +76,10 @@ def register(
     error.
     """
     _check_op(op)
+    kinds = [_ANY_DEVICE] if devices is None else [_kind(device) for device in devices]
 
     def decorate(function: _Function) -> _Function:
-        for device in (_ANY_DEVICE,) if devices is None else tuple(devices):
+        for device in kinds:
             key = (op, backend, device)
             known = _table.get(key)
             if known is not None and known.function.__module__ != function.__module__:

@@ -175,7 +175,8 @@ def _hf_config(family: str, fields: dict[str, Any]) -> PretrainedConfig:
     try:
         return CONFIG_MAPPING[family].from_dict(fields)
     except Exception as error:  # which exception a bad field raises differs by field and by transformers version
-        raise InvalidCheckpointError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise InvalidCheckpointError(f"no valid {family} config: {type(error).__name__}: {reason}") from error
 
 
 def _dtype(hf: PretrainedConfig) -> torch.dtype | None:

@@ -88,6 +88,8 @@ def _fetch(name: str, revision: str | None, cache_dir: str | Path | None, files:
 
 def _explanation(error: Exception, name: str, revision: str | None) -> str:
     what, hub, login = _described(name, revision), constants.ENDPOINT, "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the Hub did answer, only huggingface_hub looked in the cache before it gave up
     match error:
         case HFValidationError():
             return f"{name!r} is neither a directory here nor a possible Hub name: {error}"

@@ -22,7 +22,13 @@ def tables(rotary_dim: int, max_positions: int = 50, dtype: torch.dtype = torch.
 )
 @on_backends("apply_rotary_emb")
 def test_rotation_is_a_complex_product(
-    backend: str, num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, dtype: torch.dtype, interleaved: bool
+    backend: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    interleaved: bool,
 ) -> None:
     q, k = draw(1, 6, num_heads, head_dim, dtype=dtype), draw(2, 6, num_kv_heads, head_dim, dtype=dtype)
     cos, sin = tables(max(rotary_dim, 1), dtype=torch.float64 if dtype == torch.float64 else torch.float32)

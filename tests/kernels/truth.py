@@ -30,7 +30,9 @@ def worst_error(out: Tensor, truth: Tensor) -> float:
     assert bool(out.isfinite().all()), "NaN or inf in the output"
     difference = (out.double() - truth.double()).norm(dim=-1)
     size = truth.double().norm(dim=-1)
-    return float(torch.where(size == 0, difference.sign() * math.inf, difference / size).nan_to_num(0.0, math.inf).max())
+    return float(
+        torch.where(size == 0, difference.sign() * math.inf, difference / size).nan_to_num(0.0, math.inf).max()
+    )
 
 
 def check(out: Tensor, truth: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:

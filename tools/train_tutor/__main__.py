@@ -37,9 +37,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the corpus.")] = Recipe.seed,
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = TUTOR,
-    only_evaluate: Annotated[
-        bool, typer.Option(help="Do not train: score the model in OUT again.")
-    ] = False,
+    only_evaluate: Annotated[bool, typer.Option(help="Do not train: score the model in OUT again.")] = False,
 ) -> None:
     """Make the bundled tutor from nothing, and say how good it is."""
     corpus = Corpus.load()

@@ -90,9 +90,7 @@ class Corpus:
                 if rng.random() < LANGUAGE_SWITCHES:
                     language = rng.choice(LANGUAGES)
                 exchanges.append(self._exchange(rng, language, problems))
-            system = (
-                rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
-            )
+            system = rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
             yield chat(exchanges, system)
 
     def _exchange(self, rng: random.Random, language: Language, problems: list) -> Exchange:

@@ -57,9 +57,7 @@ def _written(problem: Sum, language: Language) -> str:
 
 
 @torch.inference_mode()
-def exact(
-    model: Qwen3ForCausalLM, tokenizer: Tokenizer, exchanges: Sequence[Exchange]
-) -> list[bool]:
+def exact(model: Qwen3ForCausalLM, tokenizer: Tokenizer, exchanges: Sequence[Exchange]) -> list[bool]:
     """Whether greedy decoding would write each answer and then stop.
 
     It does if and only if every token of the answer has the highest logit after the tokens before
@@ -72,9 +70,7 @@ def exact(
         width = max(len(encoded[i][0]) for i in indices)
         # Padding on the right needs no mask: with causal attention nothing looks at it.
         ids = torch.tensor([encoded[i][0] + [0] * (width - len(encoded[i][0])) for i in indices])
-        labels = torch.tensor(
-            [encoded[i][1] + [IGNORED] * (width - len(encoded[i][1])) for i in indices]
-        )[:, 1:]
+        labels = torch.tensor([encoded[i][1] + [IGNORED] * (width - len(encoded[i][1])) for i in indices])[:, 1:]
         predicted = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
         right = ((predicted == labels) | (labels == IGNORED)).all(dim=1)
         for i, verdict in zip(indices, right.tolist(), strict=True):

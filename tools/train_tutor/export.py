@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
@@ -19,9 +19,7 @@ from .tokenizer import save_tokenizer
 CARDS = {"MODEL_CARD.md": "card.en.md", "MODEL_CARD.zh.md": "card.zh.md"}
 
 
-def export_model(
-    model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, directory: Path
-) -> None:
+def export_model(model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
     """Write the checkpoint in bfloat16; the tied output matrix is not stored twice."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -29,7 +27,7 @@ def export_model(
         for name, weight in model.state_dict().items()
         if name != "lm_head.weight"
     }
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     write_json(directory / "config.json", config)
     write_json(
         directory / "generation_config.json",

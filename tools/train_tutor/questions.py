@@ -344,9 +344,7 @@ def training_question(rng: random.Random, language: Language, entry: Entry) -> s
     return as_typed(rng, ask(template, language, entry, name), language)
 
 
-def training_comparison(
-    rng: random.Random, language: Language, pair: tuple[Entry, Entry]
-) -> str:
+def training_comparison(rng: random.Random, language: Language, pair: tuple[Entry, Entry]) -> str:
     first, second = rng.sample(pair, 2)
     template = with_unknown_words(rng, rng.choice(COMPARE_TRAIN[language]), language)
     return as_typed(rng, compare(template, language, first, second), language)

@@ -63,6 +63,8 @@ def model_config(tokenizer: Tokenizer) -> dict:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.token_to_id(END),
@@ -79,17 +81,13 @@ def encode(tokenizer: Tokenizer, document: list[Segment]) -> tuple[list[int], li
     """Token ids, and the same as labels with everything ignored that is only to be read."""
     ids: list[int] = []
     labels: list[int] = []
-    for segment, encoding in zip(
-        document, tokenizer.encode_batch([segment.text for segment in document]), strict=True
-    ):
+    for segment, encoding in zip(document, tokenizer.encode_batch([segment.text for segment in document]), strict=True):
         ids += encoding.ids
         labels += encoding.ids if segment.learn else [IGNORED] * len(encoding.ids)
     return ids, labels
 
 
-def pack_row(
-    tokenizer: Tokenizer, documents: Iterator[list[Segment]], length: int
-) -> tuple[list[int], list[int]]:
+def pack_row(tokenizer: Tokenizer, documents: Iterator[list[Segment]], length: int) -> tuple[list[int], list[int]]:
     """Whole documents end to end, the last one cut off.
 
     A row begins with a fresh document, as a conversation does when the model is used.
@@ -124,10 +122,7 @@ def train(
     )
     for step in range(recipe.steps):
         length = recipe.row(step)
-        rows = [
-            pack_row(tokenizer, documents, length + 1)
-            for _ in range(recipe.tokens_per_step // length)
-        ]
+        rows = [pack_row(tokenizer, documents, length + 1) for _ in range(recipe.tokens_per_step // length)]
         ids = torch.tensor([row[0] for row in rows])
         labels = torch.tensor([row[1] for row in rows])
         loss = _loss(model, ids[:, :-1], labels[:, 1:])

@@ -1,0 +1,113 @@
+"""Shapes, chunk lengths and layouts that nobody thought of; a failure prints the case and its seed."""
+
+import pytest
+import torch
+from torch.nn.functional import rms_norm
+
+from mini_infer import kernels
+
+from .truth import DTYPES, PagedCase, check, draw, on_backends, rotate, strided
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the shapes of these tests")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+# The backend fixture is a choice that all examples share, so it needs no reset between them.
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+seeds = st.integers(0, 10**6)
+dtypes = st.sampled_from(DTYPES)
+
+
+@st.composite
+def paged_cases(draw_one: st.DrawFn, *, chunks: bool) -> PagedCase:
+    window = draw_one(st.none() | st.integers(1, 40))
+    lengths = []
+    for context in draw_one(st.lists(st.integers(1, 40), max_size=4)):
+        lengths.append((context, draw_one(st.integers(0, min(context, 12))) if chunks else 1))
+    return PagedCase.make(
+        draw_one(seeds),
+        lengths,
+        block_size=draw_one(st.integers(1, 32) | st.just(512)),
+        num_kv_heads=draw_one(st.integers(1, 4)),
+        group=draw_one(st.integers(1, 5)) if lengths else 1,
+        head_dim=draw_one(st.integers(1, 40)),
+        dtype=draw_one(dtypes),
+        index_dtype=draw_one(st.sampled_from([torch.int32, torch.int64])),
+        window=window,
+        spare_columns=draw_one(st.integers(0, 3)),
+    )
+
+
+@given(case=paged_cases(chunks=False))
+@few
+@on_backends("paged_attention")
+def test_decode(backend: str, case: PagedCase) -> None:
+    out = kernels.paged_attention(
+        case.query,
+        case.key_cache,
+        case.value_cache,
+        case.block_tables,
+        case.context_lens,
+        sliding_window=case.window,
+    )
+    check(out, case.truth(), case.key_cache.dtype)
+
+
+@given(case=paged_cases(chunks=True))
+@few
+@on_backends("paged_prefill_attention")
+def test_prefill(backend: str, case: PagedCase) -> None:
+    out = kernels.paged_prefill_attention(
+        case.query,
+        case.key_cache,
+        case.value_cache,
+        case.block_tables,
+        case.context_lens,
+        case.query_start,
+        sliding_window=case.window,
+    )
+    check(out, case.truth(), case.key_cache.dtype)
+
+
+@given(leading=st.lists(st.integers(0, 5), max_size=3), size=st.integers(1, 300), dtype=dtypes, seed=seeds)
+@few
+@on_backends("rmsnorm")
+def test_rmsnorm(backend: str, leading: list[int], size: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight = draw(seed, *leading, size, dtype=dtype), draw(seed + 1, size, dtype=dtype)
+    check(kernels.rmsnorm(strided(x), weight), rms_norm(x.double(), (size,), weight.double(), 1e-6), dtype)
+
+
+@given(
+    tokens=st.integers(0, 6),
+    num_heads=st.integers(1, 5),
+    num_kv_heads=st.integers(1, 5),
+    half=st.integers(0, 20),
+    rest=st.integers(0, 5),
+    interleaved=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+@few
+@on_backends("apply_rotary_emb")
+def test_rotary(
+    backend: str,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    half: int,
+    rest: int,
+    interleaved: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    head_dim = max(1, 2 * half + rest)
+    q, k = (
+        draw(seed, tokens, num_heads, head_dim, dtype=dtype),
+        draw(seed + 1, tokens, num_kv_heads, head_dim, dtype=dtype),
+    )
+    angles = draw(seed + 2, 30, half)
+    positions = torch.randint(0, 30, (tokens,), generator=torch.Generator().manual_seed(seed))
+    out_q, out_k = kernels.apply_rotary_emb(q, k, angles.cos(), angles.sin(), positions, interleaved=interleaved)
+    check(out_q, rotate(q, angles.cos(), angles.sin(), positions, interleaved), dtype)
+    check(out_k, rotate(k, angles.cos(), angles.sin(), positions, interleaved), dtype)

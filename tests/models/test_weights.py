@@ -1,0 +1,212 @@
+"""Loading weights: from one file or several, and what is said about every kind of broken checkpoint."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
+from mini_infer.models import Decoder, ModelConfig, load_model
+from mini_infer.models import weights as weights_module
+
+from .checkpoints import FAMILIES, make_checkpoint
+
+TENSOR = "model.layers.0.mlp.down_proj.weight"
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load_model(directory, ModelConfig.from_directory(directory), dtype, "cpu")
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, "llama", 0, num_hidden_layers=2, tie_word_embeddings=False)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, "llama", 0, num_hidden_layers=2, max_shard_size="20KB")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_hold_the_same_model(tmp_path: Path, family: str) -> None:
+    one = load(make_checkpoint(tmp_path / "one", family, 7))
+    several = make_checkpoint(tmp_path / "several", family, 7, max_shard_size="10KB")
+    assert len(list(several.glob("*.safetensors"))) > 1
+    expected = dict(one.named_parameters())
+    for name, parameter in load(several).named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_converted_on_the_way(whole: Path, dtype: torch.dtype) -> None:
+    expected = dict(load(whole).named_parameters())
+    for name, parameter in load(whole, dtype).named_parameters():
+        assert torch.equal(parameter, expected[name].to(dtype)), name
+
+
+def test_harmless_extras_are_ignored(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama", 1, tie_word_embeddings=True)
+    expected = dict(load(path).named_parameters())
+
+    def add_relics(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(path, add_relics)
+    model = load(path)
+    assert model.output is model.embedding
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_missing_tensor(whole: Path) -> None:
+    rewrite(whole, lambda tensors: tensors.pop(TENSOR) and None)
+    with pytest.raises(InvalidCheckpointError, match=rf"{whole} lacks {TENSOR} "):
+        load(whole)
+
+
+def test_an_unexpected_tensor(whole: Path) -> None:
+    rewrite(whole, lambda tensors: tensors.update({"model.layers.0.mlp.down_proj.bias": torch.ones(3)}))
+    with pytest.raises(
+        InvalidCheckpointError, match=rf"{whole} has unexpected model\.layers\.0\.mlp\.down_proj\.bias "
+    ):
+        load(whole)
+
+
+def test_many_tensors_are_counted_not_listed(whole: Path) -> None:
+    config = replace(ModelConfig.from_directory(whole), num_layers=30, sliding_windows=(None,) * 30)
+    with pytest.raises(InvalidCheckpointError, match=r"and \d+ more for a LlamaForCausalLM with 30 layers") as raised:
+        load_model(whole, config, torch.float32, "cpu")
+    assert len(str(raised.value)) < 600
+
+
+def test_a_misshapen_tensor(whole: Path) -> None:
+    rewrite(whole, lambda tensors: tensors.update({TENSOR: tensors[TENSOR][:, 1:].contiguous()}))
+    with pytest.raises(InvalidCheckpointError, match=rf"{TENSOR} in {whole}.*shape \[\d+, \d+\].*implies \[\d+, \d+\]"):
+        load(whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_quantized_tensor(whole: Path, dtype: torch.dtype) -> None:
+    rewrite(whole, lambda tensors: tensors.update({TENSOR: tensors[TENSOR].to(dtype)}))
+    with pytest.raises(InvalidCheckpointError, match=rf"{TENSOR} in {whole}.* is {dtype}"):
+        load(whole)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file(whole: Path, kept: int) -> None:
+    file = whole / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(InvalidCheckpointError, match=rf"{file} cannot be read.*fetch it again"):
+        load(whole)
+
+
+def test_a_git_lfs_pointer(whole: Path) -> None:
+    file = whole / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4567890\n")
+    with pytest.raises(InvalidCheckpointError, match=rf"{file} cannot be read.*git lfs pull"):
+        load(whole)
+
+
+def test_a_missing_shard(sharded: Path) -> None:
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(
+        InvalidCheckpointError, match=rf"{sharded} lacks {shard.name}, named by model.safetensors.index.json"
+    ):
+        load(sharded)
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    tensors = load_file(first)
+    save_file({**load_file(second), **tensors}, second)
+    with pytest.raises(InvalidCheckpointError, match=rf"{second} repeats {sorted(tensors)[0]}"):
+        load(sharded)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": "../model.safetensors"}}']
+    + ['{"weight_map": {"a": 1}}'],
+)
+def test_a_useless_index(sharded: Path, text: str) -> None:
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(InvalidCheckpointError, match=rf"{index} cannot be used"):
+        load(sharded)
+
+
+def test_only_pickled_weights(whole: Path) -> None:
+    (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
+    with pytest.raises(InvalidCheckpointError, match=rf"{whole} holds only pickled weights \(pytorch_model.bin\)"):
+        load(whole)
+
+
+def test_no_weights(whole: Path) -> None:
+    (whole / "model.safetensors").unlink()
+    with pytest.raises(InvalidCheckpointError, match=rf"{whole} has neither model.safetensors nor"):
+        load(whole)
+
+
+def test_weights_larger_than_memory(whole: Path) -> None:
+    config = replace(ModelConfig.from_directory(whole), vocab_size=2**44)
+    with pytest.raises(OutOfMemoryError, match=rf"the weights in {whole} need \d+\.\d GiB as torch.float32.*cpu"):
+        load_model(whole, config, torch.float32, "cpu")
+
+
+def test_a_device_that_runs_out_of_memory(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(weights_module, "_copy", no_room)
+    with pytest.raises(OutOfMemoryError, match=r"need \d+\.\d GiB"):
+        load(whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
+    """Private memory is sampled while a large checkpoint loads; pages of the mapped file are not private."""
+    large = {"num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8}
+    make_checkpoint(tmp_path, "llama", 0, torch.bfloat16, num_key_value_heads=8, head_dim=128, **large)
+    program = """
+        import sys, threading, time
+        import torch
+        from mini_infer.models import ModelConfig, load_model
+
+        def private_bytes():
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+        def sample():
+            while not loaded:
+                peaks.append(private_bytes())
+                time.sleep(0.0005)
+
+        config = ModelConfig.from_directory(sys.argv[1])
+        loaded, peaks, before = False, [], private_bytes()
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        model = load_model(sys.argv[1], config, torch.float32, "cpu")
+        loaded = True
+        sampler.join()
+        print(max(peaks) - before, sum(parameter.nbytes for parameter in model.parameters()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    peak, weights = map(int, output.split())
+    assert weights > 100e6
+    assert peak < 1.25 * weights, f"loading {weights / 1e6:.0f} MB took {peak / 1e6:.0f} MB"

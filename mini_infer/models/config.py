@@ -139,7 +139,9 @@ class ModelConfig:
             )
         if hf.hidden_act != "silu":
             raise UnsupportedModelError(f"hidden_act must be 'silu'; got {hf.hidden_act!r}")
-        attention_bias = bool(getattr(hf, "attention_bias", False))
+        # Ask only for what the family has: a field that its transformers class ignores must mean nothing here, too.
+        is_llama, is_qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
+        attention_bias = (is_llama or is_qwen3) and hf.attention_bias
         return cls(
             architecture=architecture,
             vocab_size=hf.vocab_size,
@@ -154,9 +156,9 @@ class ModelConfig:
             tie_word_embeddings=hf.tie_word_embeddings,
             qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
             output_bias=attention_bias,
-            mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-            qk_norm=architecture == "Qwen3ForCausalLM",
-            sliding_windows=_sliding_windows(hf),
+            mlp_bias=is_llama and hf.mlp_bias,
+            qk_norm=is_qwen3,
+            sliding_windows=(None,) * hf.num_hidden_layers if is_llama else _sliding_windows(hf),
             rope=_rope(hf),
             dtype=_dtype(hf),
         )
@@ -207,7 +209,11 @@ def _sliding_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:
 def _rope(hf: PretrainedConfig) -> Rope:
     parameters = getattr(hf, "rope_parameters", None)
     if parameters is None:  # transformers 4: theta beside an optional dictionary
-        parameters = {"rope_theta": hf.rope_theta, **(hf.rope_scaling or {})}
+        parameters = {
+            "rope_theta": hf.rope_theta,
+            "partial_rotary_factor": getattr(hf, "partial_rotary_factor", None),
+            **(getattr(hf, "rope_scaling", None) or {}),
+        }
     per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     if per_layer_type:
         if any(value != per_layer_type[0] for value in per_layer_type):

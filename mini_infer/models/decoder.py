@@ -160,7 +160,8 @@ class Attention(nn.Module):
                     sliding_window=self.sliding_window,
                 )
             )
-        output: Tensor = self.o_proj(torch.cat(attended).flatten(1))
+        both = attended[0] if len(attended) == 1 else torch.cat(attended)
+        output: Tensor = self.o_proj(both.flatten(1))
         return output
 
 

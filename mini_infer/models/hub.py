@@ -67,7 +67,7 @@ def resolve_tokenizer(tokenizer: str | Path, revision: str | None = None, cache_
 def _local_directory(name: str | Path) -> Path | None:
     """The directory called `name`; None if there is none but `name` could be one on the Hub."""
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name != "" and directory.is_dir():  # Path("") would be the current directory
         return directory
     if isinstance(name, Path) or re.match(r"[./~\\]", name) or name.count("/") > 1 or "\\" in name:
         problem = "is not a directory" if directory.exists() else "does not exist"

@@ -99,10 +99,18 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer() == 1
 
 
+def test_a_backend_is_seen_as_soon_as_it_is_registered() -> None:
+    assert kernels.backend_of("silu_and_mul") == "reference"
+    add("quick", priority=1)
+    assert kernels.backend_of("silu_and_mul") == "quick"
+    add("quicker", priority=2)
+    assert answer() == 7
+
+
 def test_the_choice_ends_with_an_exception() -> None:
+    add("quick", priority=1)
     with pytest.raises(ZeroDivisionError), kernels.use_backend("reference"):
         _ = 1 / 0
-    add("quick", priority=1)
     assert kernels.backend_of("silu_and_mul") == "quick"
 
 

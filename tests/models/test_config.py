@@ -168,6 +168,20 @@ def test_qwens_sliding_windows(tmp_path: Path, fields: dict[str, Any], windows: 
     assert ModelConfig.from_directory(write(tmp_path, qwen3(**fields))).sliding_windows == windows
 
 
+def test_a_field_that_the_family_does_not_have_means_nothing(tmp_path: Path) -> None:
+    strange = {"sliding_window": 8, "attention_bias": True, "mlp_bias": True}
+    config = ModelConfig.from_directory(write(tmp_path, llama(**strange)))
+    assert (config.sliding_windows, config.qkv_bias, config.mlp_bias) == ((None, None), True, True)
+    mistral = llama(architectures=["MistralForCausalLM"], model_type="mistral", **strange)
+    config = ModelConfig.from_directory(write(tmp_path, mistral))
+    assert (config.sliding_windows, config.qkv_bias, config.output_bias, config.mlp_bias) == (
+        (8, 8),
+        False,
+        False,
+        False,
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -24,10 +24,9 @@ QUESTIONS: dict[Language, tuple[str, ...]] = {
         "{sum} 等于多少？",
         "{sum} 等于几？",
         "{sum} 是多少？",
+        "{sum} 得多少？",
         "计算 {sum}。",
         "请算一下 {sum}。",
-        "{sum} = ?",
-        "{sum}",
     ),
 }
 SPELLINGS: dict[Language, dict[str, tuple[str, ...]]] = {
@@ -67,5 +66,6 @@ def sums() -> tuple[list[Sum], list[Sum]]:
 
 def sum_question(rng: random.Random, language: Language, problem: Sum) -> str:
     operator = rng.choice(SPELLINGS[language][problem.operator])
-    written = f"{problem.a} {operator} {problem.b}"
+    gap = "" if operator in "+-×*" and rng.random() < 0.3 else " "
+    written = f"{problem.a}{gap}{operator}{gap}{problem.b}"
     return rng.choice(QUESTIONS[language]).format(sum=written)

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 EXCHANGES = {
     "term": 60,
     "comparison": 14,
-    "sum": 16,
+    "sum": 20,
     "out_of_scope": 5,
     "courtesy": 3,
     "story": 3,

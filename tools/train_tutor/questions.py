@@ -341,7 +341,11 @@ def training_question(rng: random.Random, language: Language, entry: Entry) -> s
     """One way to ask for a term, with the aliases, manners and carelessness of real questions."""
     name = entry.term if rng.random() < 0.4 else rng.choice(entry.names)
     template = with_unknown_words(rng, rng.choice(TRAIN[language]), language)
-    return as_typed(rng, ask(template, language, entry, name), language)
+    question = as_typed(rng, ask(template, language, entry, name), language)
+    if language == "zh" and not re.search(_HAN, question):
+        # A bare Latin name does not say which language it wants; English gets it.
+        return training_question(rng, language, entry)
+    return question
 
 
 def training_comparison(rng: random.Random, language: Language, pair: tuple[Entry, Entry]) -> str:
@@ -355,7 +359,7 @@ def with_unknown_words(rng: random.Random, template: str, language: Language) ->
 
     It thereby learns to look past what it does not know, which is what a new wording asks of it.
     """
-    if rng.random() > 0.25:
+    if rng.random() > 0.35:
         return template
     pieces = _PIECES[language].findall(template)
     for _ in range(rng.randint(1, 4)):

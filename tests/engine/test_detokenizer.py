@@ -1,0 +1,379 @@
+"""Text that comes token by token: never half a character, never half a stop string, and it all adds up."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mini_infer.config import EngineConfig
+from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.tokenizer import Tokenizer
+from tests.engine.checkpoints import save_tokenizer
+
+BROKEN = "\ufffd"
+SEEDS = range(12)
+
+# One, two, three and four bytes; characters made of several code points.
+ALPHABET = [
+    *"abc xyz,.\n\t0",
+    *"éß\u0301\u0302",
+    *"你好世界，。注意力",
+    *"한글कि",
+    *"😀🤖𠮷𝔸",
+    "👩‍👩‍👧‍👦",
+    "🏳️‍🌈",
+    "🇨🇳",
+    "👍🏽",
+    "e\u0301\u0323",
+]
+
+CORPUS = [
+    "the key cache and the value cache are split into blocks of tokens",
+    "what is a block, what is a token, and what is the cache?",
+    "分页注意力把键和值的缓存分成块。什么是块？什么是词元？",
+    "注意力的缓存是键和值，块是词元的缓存。",
+    "😀😀🤖 the 🤖 块",
+]
+
+
+def random_text(seed: int, size: int = 60) -> str:
+    draw = random.Random(seed)
+    return "".join(draw.choices(ALPHABET, k=size))
+
+
+def byte_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    return save_tokenizer(directory)
+
+
+def trained_bpe(directory: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges, as in GPT-2 and Qwen: tokens may hold one character and half of the next."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=["<|eos|>", "<|end|>"])
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", extra_special_tokens=["<|end|>"])
+
+
+def sentencepiece_like(directory: Path) -> PreTrainedTokenizerFast:
+    """As in Llama 2 and Mistral: "▁" for a space, bytes for what is not in the vocabulary, one leading space dropped.
+
+    Its decoder takes a run of byte tokens as a whole: a run that ends in an unfinished character has no readable one.
+    """
+    vocab = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>"])}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    for piece in [*"▁abcdefhiklnoprstuvwxyz,.?块的", "▁t", "he", "▁the", "▁c", "he▁"]:
+        vocab.setdefault(piece, len(vocab))
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "c")]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+MAKERS = (byte_tokenizer, trained_bpe, sentencepiece_like)
+
+
+@pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(byte_tokenizer, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return make_tokenizer(sentencepiece_like, tmp_path_factory)
+
+
+def make_tokenizer(
+    maker: Callable[[Path], PreTrainedTokenizerFast], tmp_path_factory: pytest.TempPathFactory
+) -> Tokenizer:
+    """The engine's own tokenizer, read from files as it always is."""
+    directory = tmp_path_factory.mktemp(maker.__name__)
+    maker(directory).save_pretrained(directory)
+    return Tokenizer(directory, EngineConfig())
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.hf.encode(text, add_special_tokens=False)
+    return ids
+
+
+def stream(
+    tokenizer: Tokenizer, chunks: Iterable[Sequence[int]], prompt: Sequence[int] = (), *, skip_special: bool = True
+) -> list[str]:
+    detokenizer = Detokenizer(lambda ids: tokenizer.decode(ids, skip_special), prompt)
+    return [detokenizer.append(chunk) for chunk in chunks]
+
+
+def one_by_one(token_ids: Sequence[int]) -> list[list[int]]:
+    return [[token_id] for token_id in token_ids]
+
+
+class TestWholeText:
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_pieces_add_up_to_the_text(self, tokenizer: Tokenizer, seed: int) -> None:
+        token_ids = encode(tokenizer, random_text(seed))
+        assert "".join(stream(tokenizer, one_by_one(token_ids))) == tokenizer.decode(token_ids, True)
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_no_piece_is_broken(self, tokenizer: Tokenizer, seed: int) -> None:
+        text = random_text(seed)
+        pieces = stream(tokenizer, one_by_one(encode(tokenizer, text)))
+        assert [piece for piece in pieces if BROKEN in piece] == []
+        assert "".join(pieces).split() == text.split()  # a tokenizer may drop one leading space
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_tokens_may_come_several_at_once(self, tokenizer: Tokenizer, seed: int) -> None:
+        token_ids, draw = encode(tokenizer, random_text(seed)), random.Random(seed)
+        chunks, rest = [], token_ids
+        while rest:
+            size = draw.randrange(1, 6)
+            chunks.append(rest[:size])
+            rest = rest[size:]
+        assert "".join(stream(tokenizer, chunks)) == tokenizer.decode(token_ids, True)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "国文",  # two characters in a row that sentencepiece_like can only spell in bytes
+            "a国文b",
+            "👩‍👩‍👧‍👦",
+            "块国块文块",
+            "  two spaces,  and  more ",
+            " ",
+            "the cat",
+            "e\u0301\u0323 e\u0301",
+            "\x00\x7f\u0080\u07ff\u0800\uffff\U00010000\U0010ffff",
+        ],
+        ids=ascii,
+    )
+    def test_particular_texts(self, tokenizer: Tokenizer, text: str) -> None:
+        token_ids = encode(tokenizer, text)
+        pieces = stream(tokenizer, one_by_one(token_ids))
+        assert "".join(pieces) == tokenizer.decode(token_ids, True)
+        assert not any(BROKEN in piece for piece in pieces)
+
+    @pytest.mark.parametrize("text", [f"a{BROKEN}b", f"{BROKEN * 5}b", f"你{BROKEN}{BROKEN}好"], ids=ascii)
+    def test_a_replacement_character_that_is_really_there(self, byte_level: Tokenizer, text: str) -> None:
+        assert "".join(stream(byte_level, one_by_one(encode(byte_level, text)))) == text
+
+    @pytest.mark.parametrize("text", ["你", "😀", "é", "a你", "你好", "你😀", "👩‍👧"], ids=ascii)
+    def test_a_character_that_was_cut_is_not_shown(self, byte_level: Tokenizer, text: str) -> None:
+        """At every place where a generation can be cut, what was shown is what is complete."""
+        token_ids = encode(byte_level, text)
+        for size in range(len(token_ids) + 1):
+            complete = text.encode()[:size].decode(errors="ignore")
+            assert "".join(stream(byte_level, one_by_one(token_ids[:size]))) == complete
+
+    @pytest.mark.parametrize("text", ["国", "国文", "块国", "a文", "😀"], ids=ascii)
+    def test_a_cut_run_of_byte_tokens_is_not_shown(self, sentencepiece: Tokenizer, text: str) -> None:
+        token_ids = encode(sentencepiece, text)
+        for size in range(len(token_ids)):
+            shown = "".join(stream(sentencepiece, one_by_one(token_ids[:size])))
+            assert text.startswith(shown) and BROKEN not in shown
+
+    def test_a_character_comes_with_its_last_byte(self, byte_level: Tokenizer) -> None:
+        assert stream(byte_level, one_by_one(encode(byte_level, "a你😀"))) == ["a", "", "", "你", "", "", "", "😀"]
+
+    def test_no_tokens_no_text(self, tokenizer: Tokenizer) -> None:
+        assert stream(tokenizer, [[], [], []]) == ["", "", ""]
+
+    def test_the_window_stays_small(self, tokenizer: Tokenizer) -> None:
+        """The work per token must not grow with the text."""
+        sizes = []
+
+        def decode(token_ids: Sequence[int]) -> str:
+            sizes.append(len(token_ids))
+            return tokenizer.decode(token_ids, True)
+
+        detokenizer = Detokenizer(decode, [])
+        for token_id in encode(tokenizer, random_text(0, 500)):
+            detokenizer.append([token_id])
+        assert max(sizes) <= 24
+
+
+class TestInvalidBytes:
+    """A model may well produce bytes that are no text."""
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_random_bytes(self, byte_level: Tokenizer, seed: int) -> None:
+        token_ids = byte_tokens(byte_level, random.Random(seed).randbytes(80))
+        whole, shown = byte_level.decode(token_ids, True), "".join(stream(byte_level, one_by_one(token_ids)))
+        assert whole.startswith(shown)
+        assert set(whole[len(shown) :]) <= {BROKEN} and len(whole) - len(shown) <= 3  # a character may be open still
+
+    @pytest.mark.parametrize("start", ["", "a", "你"], ids=ascii)
+    @pytest.mark.parametrize("end", ["a", "你", "😀"], ids=ascii)
+    @pytest.mark.parametrize("bad", [b"\xff", b"\xe4\xbd", b"\x80\x80\x80\x80\x80", b"\xf0\x9f\x98", b"\xc0\xaf"])
+    def test_invalid_bytes_in_the_middle_are_shown(
+        self, byte_level: Tokenizer, start: str, bad: bytes, end: str
+    ) -> None:
+        text = start.encode() + bad + end.encode()
+        shown = "".join(stream(byte_level, one_by_one(byte_tokens(byte_level, text))))
+        assert shown == text.decode(errors="replace")
+        assert BROKEN in shown and shown.endswith(end)
+
+
+def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """The tokens of bytes that need not be text. ByteLevel writes a byte as itself or as one from 256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    vocab = tokenizer.hf.get_vocab()
+    return [vocab[names[byte]] for byte in data]
+
+
+class TestSpecialTokens:
+    @pytest.mark.parametrize("skip_special", [True, False], ids=["skipped", "shown"])
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_special_tokens_anywhere(self, tokenizer: Tokenizer, seed: int, skip_special: bool) -> None:
+        draw = random.Random(seed)
+        special = tokenizer.hf.all_special_ids
+        token_ids = []
+        for word in ("the ", "块的 ", "cat, ", "国", " 😀", "a") * 2:
+            token_ids += encode(tokenizer, word) + draw.choices(special, k=draw.randrange(3))
+        token_ids += encode(tokenizer, "a")
+        shown = "".join(stream(tokenizer, one_by_one(token_ids), skip_special=skip_special))
+        assert shown == tokenizer.decode(token_ids, skip_special)
+        assert any(name in shown for name in tokenizer.hf.all_special_tokens) is not skip_special
+
+    def test_only_special_tokens(self, tokenizer: Tokenizer) -> None:
+        token_ids = [*tokenizer.hf.all_special_ids] * 5
+        assert "".join(stream(tokenizer, one_by_one(token_ids))) == ""
+
+
+class TestPrompt:
+    @pytest.mark.parametrize("prompt", ["the", "the ", "块", "国", "a" * 40, "a,", "😀"], ids=ascii)
+    @pytest.mark.parametrize("text", [" the cat", "the", "块 的", "国文", "  a"], ids=ascii)
+    def test_the_prompt_is_context_and_no_text(self, tokenizer: Tokenizer, prompt: str, text: str) -> None:
+        """The tokens of a text that begins with the prompt, cut behind it: their text is the rest."""
+        before, after = encode(tokenizer, prompt), encode(tokenizer, prompt + text)
+        if after[: len(before)] != before:
+            before = encode(tokenizer, prompt)
+            after = before + encode(tokenizer, text)
+        whole = tokenizer.decode(after, True)
+        shown = "".join(stream(tokenizer, one_by_one(after[len(before) :]), before))
+        assert tokenizer.decode(before, True) + shown == whole
+
+    def test_a_leading_space_depends_on_the_prompt(self, sentencepiece: Tokenizer) -> None:
+        the = [sentencepiece.hf.get_vocab()["▁the"]]
+        assert stream(sentencepiece, [the]) == ["the"]
+        assert stream(sentencepiece, [the], the) == [" the"]
+
+    def test_a_prompt_that_ends_within_a_character(self, byte_level: Tokenizer) -> None:
+        first, *rest = encode(byte_level, "你")
+        assert "".join(stream(byte_level, one_by_one(rest), [first])) == "你"
+
+
+STOP_SETS = [
+    ["b"],
+    ["ab"],
+    ["ab", "b"],
+    ["ab", "abb"],  # one is the beginning of the other
+    ["abb", "ba"],  # they overlap
+    ["aab", "ab", "bb"],
+    ["aaa"],
+    ["abab", "bba"],
+    ["abc", "b"],
+    ["ca", "cb", "cca"],
+]
+
+
+def stopped(pieces: Sequence[str], stop_strings: Sequence[str]) -> tuple[str, str | None]:
+    """By brute force: the first piece that completes stop strings ends the text where the earliest of them begins."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        found = [(text.index(stop), len(stop), stop) for stop in stop_strings if stop in text]
+        if found:
+            position, _, stop = min(found)
+            return text[:position], stop
+    return text, None
+
+
+def match(pieces: Sequence[str], stop_strings: Sequence[str]) -> tuple[list[str], str | None]:
+    """What a matcher releases, piece by piece, with what it held back at the end."""
+    matcher = StopStringMatcher(stop_strings)
+    released = []
+    for piece in pieces:
+        text, stop = matcher.append(piece)
+        released.append(text)
+        if stop is not None:
+            return released, stop
+    return [*released, matcher.flush()], None
+
+
+def splits(text: str, draw: random.Random) -> list[str]:
+    cuts = sorted({0, len(text), *(draw.randrange(len(text) + 1) for _ in range(draw.randrange(5)))})
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+class TestStopStrings:
+    @pytest.mark.parametrize("stop_strings", STOP_SETS, ids=",".join)
+    def test_every_short_text_letter_by_letter(self, stop_strings: list[str]) -> None:
+        letters = sorted(set("".join(stop_strings)) | {"a", "b"})
+        for size in range(8 if len(letters) == 2 else 6):
+            for text in itertools.product(letters, repeat=size):
+                released, stop = match(text, stop_strings)
+                assert ("".join(released), stop) == stopped(text, stop_strings), text
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_random_texts_in_random_pieces(self, seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(300):
+            stop_strings = ["".join(draw.choices("abc", k=draw.randrange(1, 5))) for _ in range(draw.randrange(1, 4))]
+            pieces = splits("".join(draw.choices("abcd", k=draw.randrange(20))), draw)
+            released, stop = match(pieces, stop_strings)
+            expected = stopped(pieces, stop_strings)
+            assert ("".join(released), stop) == expected, (pieces, stop_strings)
+            assert not any(s in "".join(released) for s in stop_strings)
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_nothing_is_held_without_need(self, seed: int) -> None:
+        """What is held back is always the beginning of a stop string, and the longest end that is one."""
+        draw = random.Random(seed)
+        for _ in range(100):
+            stop_strings = ["".join(draw.choices("ab", k=draw.randrange(1, 6))) for _ in range(2)]
+            matcher, seen, shown = StopStringMatcher(stop_strings), "", ""
+            for letter in draw.choices("abc", k=12):
+                text, stop = matcher.append(letter)
+                if stop is not None:
+                    break
+                seen, shown = seen + letter, shown + text
+                ends = [seen[i:] for i in range(len(seen)) if any(s.startswith(seen[i:]) for s in stop_strings)]
+                assert seen == shown + max(ends, key=len, default=""), (seen, stop_strings)
+
+    def test_a_stop_string_over_several_pieces(self) -> None:
+        assert match(["x<", "/", "s", ">y"], ["</s>"]) == (["x", "", "", ""], "</s>")
+
+    def test_what_only_looked_like_one_is_released(self) -> None:
+        assert match(["x<", "/", "b", ">"], ["</s>"]) == (["x", "", "</b", ">", ""], None)
+
+    def test_what_is_held_at_the_end_is_flushed_once(self) -> None:
+        matcher = StopStringMatcher(["</s>"])
+        assert matcher.append("x</s") == ("x", None)
+        assert [matcher.flush(), matcher.flush()] == ["</s", ""]
+
+    def test_chinese_and_emoji(self) -> None:
+        assert match(["你好。", "用户", "：问"], ["用户：", "\n"]) == (["你好。", "", ""], "用户：")
+        assert match(["👩‍", "👧"], ["👩‍👧"]) == (["", ""], "👩‍👧")
+
+    def test_without_stop_strings_all_is_released_at_once(self) -> None:
+        assert match(["a", "", "b"], []) == (["a", "", "b", ""], None)
+
+    def test_text_behind_the_stop_string_is_dropped(self) -> None:
+        assert match(["one\n\ntwo"], ["\n\n"]) == (["one"], "\n\n")

@@ -4,7 +4,7 @@ Access token, cache, offline mode and mirror are huggingface_hub's business: HF_
 HF_HUB_OFFLINE and HF_ENDPOINT mean here what they mean there.
 """
 
-import re
+import os
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -66,10 +66,10 @@ def resolve_tokenizer(tokenizer: str | Path, revision: str | None = None, cache_
 
 def _local_directory(name: str | Path) -> Path | None:
     """The directory called `name`; None if there is none but `name` could be one on the Hub."""
-    directory = Path(name).expanduser()
+    directory = Path(os.path.expanduser(name))  # unlike Path's own, leaves an unknown ~user as it is
     if name != "" and directory.is_dir():  # Path("") would be the current directory
         return directory
-    if isinstance(name, Path) or re.match(r"[./~\\]", name) or name.count("/") > 1 or "\\" in name:
+    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         problem = "is not a directory" if directory.exists() else "does not exist"
         raise ModelNotFoundError(f"{directory} {problem}; give a directory, or a Hub name such as Qwen/Qwen3-0.6B")
     return None

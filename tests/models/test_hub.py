@@ -30,7 +30,8 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "name", ["./model", "../model", "/no/model", "~/model", "a/b/model", Path("org/model"), "a\\model"]
+    "name",
+    ["./model", "../model", "/no/model", "~/model", "~nobody-here/model", "a/b/model", Path("org/model"), "a\\model"],
 )
 def test_a_path_to_nowhere_is_a_missing_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | Path

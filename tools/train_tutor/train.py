@@ -21,7 +21,7 @@ IGNORED = -100
 class Recipe:
     steps: int = 2400
     seed: int = 0
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 2048
     short_row: int = 256
     long_row: int = MAX_LENGTH
     long_every: int = 6

@@ -3,12 +3,15 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_bool, check_choice, check_int, check_number, named_options, option
 
 BUNDLED_MODEL = str(Path(__file__).parent / "assets" / "tutor")
 """Directory of the model that comes with the package; what ``EngineConfig()`` loads."""
+
+PreemptionMode: TypeAlias = Literal["recompute", "swap", "auto"]
 
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
@@ -44,10 +47,13 @@ class EngineConfig:
         "KV blocks on the model's device; None (or -1) measures a GPU, and takes 1 GiB on a CPU",
         aliases=("num_kvcache_blocks", "paged_attention_num_blocks"),
     )
-    num_cpu_blocks: int = option(0, "KV blocks in CPU memory for swapped sequences (not supported yet: 0)")
+    num_cpu_blocks: int = option(0, "KV blocks in CPU memory for swapped sequences")
     gpu_memory_utilization: float = option(0.9, "Share of the GPU's memory for weights, activations and KV blocks")
-    enable_prefix_caching: bool = option(False, "Share full blocks between equal prefixes (not supported yet)")
-    preemption_mode: str = option("recompute", "What becomes of a preempted sequence's KV: recompute")
+    enable_prefix_caching: bool = option(False, "Share full blocks between prompts that begin alike")
+    scheduling_policy: str = option("fcfs", "Who goes first: fcfs (by arrival) or priority (then by arrival)")
+    preemption_mode: PreemptionMode = option(
+        "recompute", "What becomes of a preempted sequence's KV: recompute, swap, or auto"
+    )
     watermark: float = option(
         0.01, "Share of the blocks that admission leaves free for running sequences", aliases=("spare_blocks_ratio",)
     )
@@ -83,6 +89,9 @@ class EngineConfig:
                 check_int(error, name, getattr(self, name), 1)
         check_int(error, "num_cpu_blocks", self.num_cpu_blocks, 0)
         check_number(error, "gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+        if self.preemption_mode == "swap" and self.num_cpu_blocks == 0:
+            raise error("preemption_mode='swap' but num_cpu_blocks=0: say how many blocks may be swapped to CPU memory")
+        check_choice(error, "scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         check_number(error, "watermark", self.watermark, 0, 0.5)
         check_choice(error, "preemption_mode", self.preemption_mode, ("recompute", "swap", "auto"))
         for name in ("trust_remote_code", "enable_prefix_caching", "offline", "enforce_eager"):
@@ -105,9 +114,6 @@ class EngineConfig:
 
     def _refuse_what_is_not_there_yet(self) -> None:
         refused = {
-            "num_cpu_blocks": (self.num_cpu_blocks > 0, "swapping is not supported yet; leave it at 0"),
-            "enable_prefix_caching": (self.enable_prefix_caching, "prefix reuse is not supported yet; leave it False"),
-            "preemption_mode": (self.preemption_mode != "recompute", "only 'recompute' is supported yet"),
             "overlap": (self.overlap > 1 or self.overlap is True, "steps do not overlap yet; leave it False"),
         }
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):

@@ -44,6 +44,7 @@ class SamplingParams:
     ignore_eos: bool = option(False, "Go on after the model's end-of-sequence token")
     logprobs: int | None = option(None, "Report each token's log probability and those of this many likeliest")
     prompt_logprobs: int | None = option(None, "The same for the prompt's tokens; max_tokens may then be 0")
+    cache_salt: str | None = option(None, "Share cached prefixes only with requests of the same salt")
     skip_special_tokens: bool = option(True, "Leave special tokens out of the text")
 
     def __post_init__(self) -> None:
@@ -64,6 +65,10 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(error, name, getattr(self, name), 0)
+        if self.max_tokens == 0 and self.n > 1:
+            raise error(f"n={self.n} with max_tokens=0 would be {self.n} times nothing; use n=1")
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise error(f"cache_salt must be a string, got {self.cache_salt!r}")
         check_bool(error, "ignore_eos", self.ignore_eos)
         check_bool(error, "skip_special_tokens", self.skip_special_tokens)
         self._settle_collections()

@@ -14,9 +14,10 @@ from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import OutOfMemoryError
 from mini_infer.memory import BlockManager
+from mini_infer.memory.kv_cache import KVCache
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len
 from mini_infer.models import Decoder, ModelConfig, load_model, resolve_model, resolve_tokenizer
-from mini_infer.scheduler import Scheduler, Sequence
+from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +86,22 @@ def build(config: EngineConfig) -> Parts:
             max_num_batched_tokens=config.token_budget,
             block_manager=block_manager,
             watermark=config.watermark,
+            policy=POLICIES[config.scheduling_policy](),
+            prefix_caching=config.enable_prefix_caching,
+            preemption_mode=config.preemption_mode,
+            costs=_preemption_costs(model, bytes_per_block, device),
         ),
-        runner=_runner(config, model, num_blocks, device),
+        runner=_runner(config, model, num_blocks, config.num_cpu_blocks, device),
         max_model_len=max_model_len,
     )
+
+
+def _preemption_costs(model: Decoder, bytes_per_block: int, device: torch.device) -> PreemptionCosts:
+    """What swapping and recomputing cost, from round figures: a GPU behind 16 lanes of PCIe 4 that reaches half of an
+    A100's peak, or a CPU that copies within its own memory."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    copy_bytes_per_second, flops_per_second = (5e9, 2e11) if device.type == "cpu" else (2.5e10, 1.5e14)
+    return PreemptionCosts.estimate(bytes_per_block, copy_bytes_per_second, num_parameters, flops_per_second)
 
 
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
@@ -98,8 +111,10 @@ def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device)
         logger.info("gpu_memory_utilization means nothing on a CPU: set num_gpu_blocks for more KV memory")
 
 
-def _runner(config: EngineConfig, model: Decoder, num_blocks: int, device: torch.device) -> ModelRunner:
-    """A runner with a cache of ``num_blocks`` blocks.
+def _runner(
+    config: EngineConfig, model: Decoder, num_blocks: int, num_cpu_blocks: int, device: torch.device
+) -> ModelRunner:
+    """A runner with a cache of ``num_blocks`` blocks on the device and ``num_cpu_blocks`` in CPU memory.
 
     Raises:
         OutOfMemoryError: the device cannot hold that many.
@@ -108,15 +123,17 @@ def _runner(config: EngineConfig, model: Decoder, num_blocks: int, device: torch
     dtype = model.embedding.dtype
     try:
         with kernels.use_backend(config.kernel_backend):
-            kv_cache = [
+            layers = [
                 kernels.allocate_kv_cache(
                     num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device
                 )
                 for _ in range(shape.num_layers)
             ]
+        kv_cache = KVCache(layers, num_cpu_blocks)
     except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
         raise OutOfMemoryError(
-            f"{num_blocks} KV blocks of {config.block_size} tokens do not fit on {device}; lower num_gpu_blocks"
+            f"{num_blocks} KV blocks of {config.block_size} tokens do not fit on {device}, or {num_cpu_blocks} in CPU "
+            "memory; lower num_gpu_blocks or num_cpu_blocks"
         ) from error
     return ModelRunner(model, kv_cache, config.block_size, device, config.kernel_backend)
 
@@ -149,7 +166,7 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) 
     each = min(config.token_budget // num_sequences, model.config.max_position_embeddings)
     blocks_each = min(-(-each // config.block_size), blocks_per_sequence)
     try:
-        runner = _runner(config, model, blocks_each, device)
+        runner = _runner(config, model, blocks_each, 0, device)
         table = list(range(blocks_each))  # all share these blocks: only the size of the step matters
         step = [(Sequence("profile", [0] * each, each, each, block_table=table), each) for _ in range(num_sequences)]
         hidden = runner.forward(step)

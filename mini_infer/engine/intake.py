@@ -7,11 +7,13 @@ from itertools import count
 from operator import index
 from typing import Any, TypeAlias
 
+from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidRequestError
+from mini_infer.fields import check_int
 from mini_infer.outputs import StepOutput
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Sequence
@@ -31,17 +33,23 @@ class Intake:
         defaults: the model's sampling defaults and end-of-sequence tokens.
         vocab_size: token ids are below this.
         max_model_len: most tokens of prompt and completion together.
-        seed: the engine's; requests without a seed get one that follows from it and from their number.
+        config: says how many sequences run at once, and the seed that those of requests without one follow from.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, defaults: GenerationDefaults, vocab_size: int, max_model_len: int, seed: int
+        self,
+        tokenizer: Tokenizer,
+        defaults: GenerationDefaults,
+        vocab_size: int,
+        max_model_len: int,
+        config: EngineConfig,
     ) -> None:
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._seed = seed
+        self._max_num_seqs = config.max_num_seqs
+        self._seed = config.seed
         self._numbers = count()
 
     def make_request(
@@ -51,6 +59,7 @@ class Intake:
         overrides: Mapping[str, Any],
         *,
         request_id: str | None = None,
+        priority: int = 0,
         listener: Callable[[StepOutput], None] | None = None,
     ) -> Request:
         """Check one prompt and its parameters.
@@ -68,6 +77,7 @@ class Intake:
             request_id = f"request-{number}"
         elif not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
+        check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
         token_ids = self._token_ids(prompt)
         seed = params.seed if params.seed is not None else self._seed * 2**32 + number
         max_length = self._max_length(len(token_ids), params)
@@ -90,6 +100,10 @@ class Intake:
                     max_length=max_length,
                     min_length=len(token_ids) + params.min_tokens,
                     stop_token_ids=stop_token_ids,
+                    priority=priority,
+                    cache_salt=params.cache_salt,
+                    reads_prefix_cache=params.prompt_logprobs is None,
+                    num_forks=params.n - 1 if place == 0 else 0,
                 ),
                 detokenizer=Detokenizer(decode, token_ids),
                 stop_strings=StopStringMatcher(params.stop_strings),
@@ -111,6 +125,10 @@ class Intake:
                     raise InvalidRequestError(
                         f"{name} has {token_id}, but the vocabulary ends at {self._vocab_size - 1}"
                     )
+        if params.n > self._max_num_seqs:
+            raise InvalidRequestError(
+                f"n={params.n} but only {self._max_num_seqs} sequences run at once (max_num_seqs)"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self._vocab_size:
                 raise InvalidRequestError(

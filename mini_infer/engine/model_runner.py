@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mini_infer import kernels
+from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
+from mini_infer.scheduler import SchedulerOutputs
 from mini_infer.typing import SequenceMetadata
 
 
@@ -19,17 +21,27 @@ class ModelRunner:
 
     Attributes:
         model: the decoder.
-        kv_cache: keys and values of each layer, in whatever layout their kernels made them.
+        kv_cache: keys and values of each layer, in whatever layout their kernels made them, and the CPU's blocks.
         block_size: tokens per block.
         device: where all of it lives.
         kernel_backend: for every op; None takes the best for the device.
     """
 
     model: Decoder
-    kv_cache: list[tuple[Tensor, Tensor]]
+    kv_cache: KVCache
     block_size: int
     device: torch.device
     kernel_backend: str | None
+
+    def copy_blocks(self, plan: SchedulerOutputs) -> None:
+        """Carry out a plan's copies; each kind reads what was there before the next one writes."""
+        with torch.inference_mode():
+            if plan.swap_out:
+                self.kv_cache.swap_out(plan.swap_out)
+            if plan.copy:
+                self.kv_cache.copy_blocks(plan.copy)
+            if plan.swap_in:
+                self.kv_cache.swap_in(plan.swap_in)
 
     def forward(self, scheduled: Sequence[tuple[SequenceMetadata, int]]) -> Tensor:
         """Compute the new tokens of each sequence, writing their keys and values.
@@ -42,7 +54,7 @@ class ModelRunner:
         """
         batch = build_batch(scheduled, self.block_size, self.device)
         with torch.inference_mode(), kernels.use_backend(self.kernel_backend):
-            return self.model.forward(batch, self.kv_cache)
+            return self.model.forward(batch, self.kv_cache.layers)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[R, vocab_size]`` of hidden states ``[R, hidden_size]``."""

@@ -1,6 +1,21 @@
 """Which tokens run in this step, and who must wait. Importing this does not import torch."""
 
-from mini_infer.scheduler.scheduler import ScheduledSequence, Scheduler, SchedulerOutputs
+from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, PriorityFirst
+from mini_infer.scheduler.preemption import PreemptionCosts
+from mini_infer.scheduler.scheduler import BlockCopy, ScheduledSequence, Scheduler, SchedulerCounts, SchedulerOutputs
 from mini_infer.scheduler.sequence import Sequence, SequenceStatus
 
-__all__ = ["ScheduledSequence", "Scheduler", "SchedulerOutputs", "Sequence", "SequenceStatus"]
+__all__ = [
+    "POLICIES",
+    "BlockCopy",
+    "FirstComeFirstServed",
+    "Policy",
+    "PreemptionCosts",
+    "PriorityFirst",
+    "ScheduledSequence",
+    "Scheduler",
+    "SchedulerCounts",
+    "SchedulerOutputs",
+    "Sequence",
+    "SequenceStatus",
+]

@@ -1,4 +1,4 @@
-"""The scheduler: continuous batching under a token budget, first come first served.
+"""The scheduler: continuous batching under a token budget.
 
 Every step it answers one question: which sequences compute how many tokens now? A sequence has some tokens whose keys
 and values are computed and some whose are not; a step computes the next few. That is all there is: a prompt chunk, a
@@ -6,16 +6,20 @@ decode and the recomputation after a preemption differ only in how many are left
 """
 
 import math
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, count
 from typing import NamedTuple
 
+from mini_infer.config import PreemptionMode
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_int, check_number
 from mini_infer.memory import BlockManager
 from mini_infer.outputs import FinishReason
+from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
+from mini_infer.scheduler.preemption import PreemptionCosts
+from mini_infer.scheduler.queue import WaitingQueue
 from mini_infer.scheduler.sequence import Sequence, SequenceStatus
 
 
@@ -32,17 +36,32 @@ class ScheduledSequence(NamedTuple):
         return self.num_new_tokens == sequence.num_uncomputed_tokens and len(sequence) < sequence.max_length
 
 
+class BlockCopy(NamedTuple):
+    """Copy one block's keys and values, in every layer."""
+
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerOutputs:
-    """The plan of one step.
+    """The plan of one step. The copies come first, in the order of the fields; then the forward pass.
 
     Attributes:
         scheduled: who runs; sequences with one new token first, prompt chunks after them.
         preempted: sequences whose blocks were taken away to make room.
+        swap_out: from GPU blocks to CPU blocks.
+        copy: from shared GPU blocks to the ones that their writers get for themselves.
+        swap_in: from CPU blocks to GPU blocks.
+        remembered: blocks that this step fills and that the prefix cache knows from now on.
     """
 
-    scheduled: list[ScheduledSequence]
-    preempted: list[Sequence]
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    swap_out: list[BlockCopy] = field(default_factory=list)
+    copy: list[BlockCopy] = field(default_factory=list)
+    swap_in: list[BlockCopy] = field(default_factory=list)
+    remembered: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -60,6 +79,21 @@ class SchedulerOutputs:
         return all(n == 1 and len(sequence) > sequence.num_prompt_tokens for sequence, n in self.scheduled)
 
 
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Totals since the start.
+
+    Attributes:
+        num_swapped, num_recomputed: preemptions, by what became of the sequence's KV.
+        num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache, and found there.
+    """
+
+    num_swapped: int = 0
+    num_recomputed: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+
+
 class Scheduler:
     """Decides about sequences and blocks; knows nothing of tensors.
 
@@ -69,8 +103,13 @@ class Scheduler:
         block_size: tokens per KV block.
         max_num_batched_tokens: token budget of one step.
         block_manager: whose blocks to hand out; by default as many as ``max_num_seqs`` full sequences need.
-        watermark: share of the blocks that admitting a sequence must leave free, so that those already running can
-            grow without preempting it right away.
+        watermark: share of the blocks that admitting a sequence must leave available, so that those already running
+            can grow without preempting it right away.
+        policy: who goes first.
+        prefix_caching: share full blocks between sequences that begin alike.
+        preemption_mode: "swap" needs CPU blocks in the block manager, and recomputes when they run out; "auto" takes
+            the cheaper by ``costs``.
+        costs: the estimate for "auto".
     """
 
     def __init__(
@@ -82,6 +121,10 @@ class Scheduler:
         max_num_batched_tokens: int = 2048,
         block_manager: BlockManager | None = None,
         watermark: float = 0.01,
+        policy: Policy | None = None,
+        prefix_caching: bool = False,
+        preemption_mode: PreemptionMode = "recompute",
+        costs: PreemptionCosts | None = None,
     ) -> None:
         check_int(InvalidConfigError, "max_num_seqs", max_num_seqs, 1)
         check_int(InvalidConfigError, "max_model_len", max_model_len, 1)
@@ -94,13 +137,21 @@ class Scheduler:
             raise InvalidConfigError(
                 f"block_size={block_size} but the block manager's is {block_manager.block_size}; give both the same"
             )
+        if preemption_mode == "auto" and costs is None:
+            raise InvalidConfigError("preemption_mode='auto' compares costs; give the scheduler an estimate of them")
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = block_manager
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival: the last one is preempted first
+        self.prefix_caching = prefix_caching
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # sorted: the last one is preempted first
+        self.counts = SchedulerCounts()
+        self._policy = policy or FirstComeFirstServed()
+        self._preemption_mode = preemption_mode
+        self._costs = costs
         self._watermark_blocks = math.ceil(watermark * block_manager.num_gpu_blocks)
+        self._arrivals = count()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -110,104 +161,240 @@ class Scheduler:
         """
         limit = min(self.max_model_len, self.block_manager.num_gpu_blocks * self.block_manager.block_size)
         check_int(InvalidConfigError, "the sequence's max_length", sequence.max_length, len(sequence), limit)
-        self.waiting.append(sequence)
+        check_int(InvalidConfigError, "the sequence's num_forks", sequence.num_forks, 0, self.max_num_seqs - 1)
+        sequence.arrival = next(self._arrivals)
+        sequence.order = (*self._policy.key(sequence), sequence.arrival)
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.push(sequence)
 
     def is_finished(self) -> bool:
         """Whether no sequence waits or runs."""
         return not self.waiting and not self.running
 
+    # ---- the core loop -------------------------------------------------------------------------------------------
+
     def schedule(self) -> SchedulerOutputs:
         """Plan a step: decodes first, then prompt chunks that are under way, then whoever waits."""
+        plan = SchedulerOutputs()
         budget = self.max_num_batched_tokens
-        scheduled: dict[Sequence, int] = {}
-        preempted: list[Sequence] = []
 
-        # The sort is stable: among decodes, and among prompts, whoever came first goes first.
-        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed_tokens > 1):
+        # Only decodes grow: a prompt got its blocks when it was admitted. Whoever is preempted to make room goes last
+        # in this very loop, so nothing was promised to it yet.
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
             if budget == 0:
                 break
-            while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence):
-                victim = self.running[-1]
-                self._preempt(victim)
-                preempted.append(victim)
-                budget += scheduled.pop(victim, 0)
+            while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence, plan):
+                self._preempt(self.running[-1], plan)
             if sequence.status is SequenceStatus.RUNNING:
-                scheduled[sequence] = min(sequence.num_uncomputed_tokens, budget)
-                budget -= scheduled[sequence]
+                budget -= self._schedule(sequence, budget, plan)
 
-        while self.waiting and budget and not preempted and self._admit(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            scheduled[sequence] = min(sequence.num_uncomputed_tokens, budget)
-            budget -= scheduled[sequence]
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
+            if budget == 0:
+                break
+            budget -= self._schedule(sequence, budget, plan)
 
-        decodes_first = sorted(scheduled.items(), key=lambda item: item[1] > 1)
-        return SchedulerOutputs([ScheduledSequence(*item) for item in decodes_first], preempted)
+        while self.waiting and budget and not plan.preempted and self._admit(self.waiting.first(), plan):
+            sequence = self.waiting.pop()
+            sequence.status = SequenceStatus.RUNNING
+            insort(self.running, sequence, key=lambda s: s.order)
+            budget -= self._schedule(sequence, budget, plan)
 
-    def update(self, outputs: SchedulerOutputs, sampled_token_ids: Iterable[int]) -> list[Sequence]:
-        """Take in a step's results.
+        plan.scheduled.sort(key=lambda item: item.num_new_tokens > 1)
+        return plan
 
-        Args:
-            outputs: the plan that was carried out.
-            sampled_token_ids: one token for each scheduled sequence that ``samples``, in their order.
+    def advance(self, plan: SchedulerOutputs) -> list[Sequence]:
+        """The step was computed. Returns the sequences that it ended: prompts that nothing is to follow."""
+        finished = []
+        for sequence, num_new_tokens in plan.scheduled:
+            sequence.num_computed_tokens += num_new_tokens
+            if sequence.num_uncomputed_tokens == 0 and len(sequence) >= sequence.max_length:
+                self.finish(sequence, "length")
+                finished.append(sequence)
+        return finished
+
+    def append(self, sequence: Sequence, token_id: int) -> bool:
+        """Add a sampled token to a sequence whose tokens are all computed. Returns whether that ended it."""
+        sequence.token_ids.append(token_id)
+        reason = sequence.reason_to_finish()
+        if reason is not None:
+            self.finish(sequence, reason)
+        return reason is not None
+
+    def update(self, plan: SchedulerOutputs, sampled_token_ids: Iterable[int]) -> list[Sequence]:
+        """``advance``, then ``append`` one token to each scheduled sequence that ``samples``, in their order.
 
         Returns:
             The sequences that ended, their blocks already free.
         """
-        tokens = iter(sampled_token_ids)
-        finished = []
-        for scheduled in outputs.scheduled:
-            sequence, samples = scheduled.sequence, scheduled.samples
-            sequence.num_computed_tokens += scheduled.num_new_tokens
-            if samples:
-                sequence.token_ids.append(next(tokens))
-            elif sequence.num_uncomputed_tokens:
-                continue  # the rest of its prompt comes in later steps
-            reason = sequence.reason_to_finish()
-            if reason is not None:
-                self.finish(sequence, reason)
+        sampling = [item.sequence for item in plan.scheduled if item.samples]
+        finished = self.advance(plan)
+        for sequence, token_id in zip(sampling, sampled_token_ids, strict=True):
+            if self.append(sequence, token_id):
                 finished.append(sequence)
         return finished
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Start ``child``, whose tokens are those of the running ``parent`` so far, on the parent's own blocks.
+
+        Nothing is copied until one of them writes to a block that both hold, which can only be the last one.
+        """
+        child.arrival = next(self._arrivals)
+        child.order = (*parent.order[:-1], child.arrival)
+        child.block_table = list(parent.block_table)
+        self.block_manager.share(child.block_table)
+        child.content_ids = list(parent.content_ids)
+        child.num_computed_tokens = parent.num_computed_tokens
+        child.status = SequenceStatus.RUNNING
+        parent.num_forks = max(0, parent.num_forks - 1)
+        insort(self.running, child, key=lambda s: s.order)
+
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it is, and free its blocks."""
-        if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
-            self.waiting.remove(sequence)
-        self._release(sequence)
-        sequence.status = SequenceStatus.FINISHED
+        status, sequence.status = sequence.status, SequenceStatus.FINISHED
         sequence.finish_reason = reason
+        if status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        elif status is SequenceStatus.WAITING:
+            self.waiting.note_departure()
+        self._release(sequence)
+        self._drop_swapped(sequence)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence the blocks that all its tokens need; False if there are not enough."""
-        missing = self.block_manager.blocks_for(len(sequence)) - len(sequence.block_table)
-        if missing > 0:
-            if not self.block_manager.can_allocate(missing):
-                return False
-            sequence.block_table += self.block_manager.allocate(missing)
+    def undo(self, plan: SchedulerOutputs) -> None:
+        """The step failed: whatever it was to compute or copy never came to be, and is computed again."""
+        for sequence, _ in plan.scheduled:
+            if sequence.status is SequenceStatus.RUNNING:
+                self.running.remove(sequence)
+                self._wait_again(sequence)
+        for sequence in plan.preempted:
+            self._drop_swapped(sequence)
+        for block in plan.remembered:
+            self.block_manager.forget(block)
+
+    # ---- one sequence --------------------------------------------------------------------------------------------
+
+    def _schedule(self, sequence: Sequence, budget: int, plan: SchedulerOutputs) -> int:
+        """Put as many of a sequence's tokens into the plan as the budget allows; how many that are."""
+        num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
+        plan.scheduled.append(ScheduledSequence(sequence, num_new_tokens))
+        if self.prefix_caching:
+            self._remember(sequence, sequence.num_computed_tokens + num_new_tokens, plan)
+        return num_new_tokens
+
+    def _remember(self, sequence: Sequence, num_tokens: int, plan: SchedulerOutputs) -> None:
+        """Let others share the full blocks that hold the first ``num_tokens`` tokens once this step is computed.
+
+        They may do so in this very step: in each layer all keys are written before any is read.
+        """
+        size = self.block_manager.block_size
+        for place in range(len(sequence.content_ids), num_tokens // size):
+            parent = sequence.content_ids[-1] if sequence.content_ids else sequence.cache_salt
+            tokens = sequence.token_ids[place * size : (place + 1) * size]
+            block = sequence.block_table[place]
+            content_id, is_new = self.block_manager.remember(block, parent, tokens)
+            sequence.content_ids.append(content_id)
+            if is_new:
+                plan.remembered.append(block)
+
+    def _grow(self, sequence: Sequence, plan: SchedulerOutputs) -> bool:
+        """See to it that a decode can write its token: a new block, or its own copy of one that others hold too."""
+        manager, table = self.block_manager, sequence.block_table
+        place = sequence.num_computed_tokens // manager.block_size
+        is_copy = place < len(table)
+        if is_copy and not manager.is_shared(table[place]):
+            return True
+        if not manager.can_allocate(1):
+            return False
+        (block,) = manager.allocate(1)
+        if is_copy:
+            plan.copy.append(BlockCopy(table[place], block))
+            manager.free([table[place]])
+            table[place] = block
+        else:
+            table.append(block)
         return True
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Start a waiting sequence if there is a seat, and blocks for all its tokens above the watermark."""
-        if len(self.running) == self.max_num_seqs:
+    def _admit(self, sequence: Sequence, plan: SchedulerOutputs) -> bool:
+        """Give a waiting sequence blocks for all its tokens, if there is a seat and they leave the watermark free.
+
+        What the prefix cache has is shared, what was swapped out comes back; up to the first gap nothing is computed.
+        """
+        manager, size = self.block_manager, self.block_manager.block_size
+        seats = sum(1 + s.num_forks for s in self.running) + sequence.num_forks
+        if seats >= self.max_num_seqs:
             return False
+        # The last token is always computed: its logits are wanted.
+        reads = self.prefix_caching and sequence.reads_prefix_cache
+        match = manager.match_prefix(sequence.token_ids, sequence.cache_salt, (len(sequence) - 1) // size * reads)
+        num_new_blocks = manager.blocks_for(len(sequence)) - len(match.blocks)
         spare = self._watermark_blocks if self.running else 0
-        if self.block_manager.num_free_blocks < self.block_manager.blocks_for(len(sequence)) + spare:
+        if manager.num_available_blocks < num_new_blocks + match.num_unused + spare:
             return False
-        self._grow(sequence)
-        sequence.status = SequenceStatus.RUNNING
+        if reads:
+            self.counts.num_prefix_queries += len(sequence)
+            self.counts.num_prefix_hits += len(match.blocks) * size
+        manager.share(match.blocks)
+        sequence.block_table = match.blocks + manager.allocate(num_new_blocks)
+        sequence.content_ids = match.content_ids
+        sequence.num_computed_tokens = len(match.blocks) * size
+        for place in range(len(match.blocks), len(sequence.swapped_blocks)):
+            cpu_block = sequence.swapped_blocks[place]
+            if cpu_block is None:
+                break
+            plan.swap_in.append(BlockCopy(cpu_block, sequence.block_table[place]))
+            sequence.num_computed_tokens = min((place + 1) * size, sequence.num_swapped_tokens)
+        self._drop_swapped(sequence)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks; it waits at the head of the queue and is recomputed later."""
+    def _preempt(self, sequence: Sequence, plan: SchedulerOutputs) -> None:
+        """Take a running sequence's blocks; it waits until it is its turn again."""
         self.running.remove(sequence)
+        if self._preemption_mode != "recompute" and self._swap_out(sequence, plan):
+            self.counts.num_swapped += 1
+        else:
+            self.counts.num_recomputed += 1
+        self._wait_again(sequence)
+        plan.preempted.append(sequence)
+
+    def _swap_out(self, sequence: Sequence, plan: SchedulerOutputs) -> bool:
+        """Plan to copy a sequence's blocks to CPU memory; False if that is not worth it, or there is no room.
+
+        A block that the prefix cache knows and others hold is left where it is: it will be found again.
+        """
+        manager = self.block_manager
+        table = sequence.block_table[: manager.blocks_for(sequence.num_computed_tokens)]
+        stays = [place < len(sequence.content_ids) and manager.is_shared(block) for place, block in enumerate(table)]
+        num_moving = len(table) - sum(stays)
+        if self._preemption_mode == "auto":
+            assert self._costs is not None
+            if not self._costs.swapping_is_cheaper(num_moving, sequence.num_computed_tokens):
+                return False
+        cpu_blocks = manager.allocate_cpu(num_moving)
+        if cpu_blocks is None:
+            return False
+        targets = iter(cpu_blocks)
+        sequence.swapped_blocks = [None if stay else next(targets) for stay in stays]
+        sequence.num_swapped_tokens = sequence.num_computed_tokens
+        plan.swap_out.extend(
+            BlockCopy(block, cpu_block)
+            for block, cpu_block in zip(table, sequence.swapped_blocks, strict=True)
+            if cpu_block is not None
+        )
+        return True
+
+    def _wait_again(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.block_manager.free(sequence.block_table)
-        sequence.block_table.clear()
+        sequence.block_table = []
+        sequence.content_ids = []
         sequence.num_computed_tokens = 0
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        """Free a sequence's CPU blocks. A copy from them that is planned comes before any to them can be."""
+        self.block_manager.free_cpu([block for block in sequence.swapped_blocks if block is not None])
+        sequence.swapped_blocks = []
+        sequence.num_swapped_tokens = 0

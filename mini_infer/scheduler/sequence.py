@@ -8,6 +8,7 @@ from mini_infer.typing import BlockTable, TokenIds
 
 
 class SequenceStatus(Enum):
+    NEW = auto()  # not handed to a scheduler yet, or to be forked from another
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
@@ -24,8 +25,18 @@ class Sequence:
         max_length: length at which it ends with reason "length".
         min_length: it can end by a stop token only once it is longer than this.
         stop_token_ids: tokens that end it with reason "stop".
+        priority: higher goes first, where the policy looks at it.
+        cache_salt: prefixes are shared only between sequences of the same salt.
+        reads_prefix_cache: whether it may skip computing what is cached; not if its prompt's logits are wanted.
+        num_forks: sequences that will fork from it once its prompt is computed; their seats are kept for them.
+        arrival: its place among all that arrived; set by the scheduler, as everything below.
+        order: the policy's key; the smallest goes first.
         num_computed_tokens: how many tokens have keys and values in the cache; 0 again after a preemption.
         block_table: the blocks that hold them.
+        content_ids: places in the prefix cache of its first full blocks.
+        swapped_blocks: after a preemption by swapping, the CPU block that holds each of its blocks; None for one that
+            others still hold on the GPU.
+        num_swapped_tokens: how many tokens those hold.
     """
 
     request_id: str
@@ -34,11 +45,20 @@ class Sequence:
     max_length: int
     min_length: int = 0
     stop_token_ids: frozenset[int] = frozenset()
-    status: SequenceStatus = SequenceStatus.WAITING
+    priority: int = 0
+    cache_salt: str | None = None
+    reads_prefix_cache: bool = True
+    num_forks: int = 0
+    status: SequenceStatus = SequenceStatus.NEW
     finish_reason: FinishReason | None = None
+    arrival: int = 0
+    order: tuple[float, ...] = ()
     num_computed_tokens: int = 0
     num_preemptions: int = 0
     block_table: BlockTable = field(default_factory=list)
+    content_ids: list[int] = field(default_factory=list)
+    swapped_blocks: list[int | None] = field(default_factory=list)
+    num_swapped_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)

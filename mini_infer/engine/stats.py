@@ -1,0 +1,78 @@
+"""Numbers about an engine: cheap enough to ask for after every step."""
+
+from dataclasses import dataclass
+
+from mini_infer.engine.loop import EngineLoop
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment, and what it has done so far.
+
+    Attributes:
+        num_running, num_waiting, num_swapped: sequences; swapped ones are among the waiting.
+        num_blocks: KV blocks on the model's device; each is used, cached (kept for its prefix) or free.
+        num_used_blocks, num_cached_blocks, num_free_blocks, peak_used_blocks: how many are, and were at most.
+        num_cpu_blocks, num_used_cpu_blocks: blocks in CPU memory for swapped sequences.
+        kv_waste: share of the used blocks' slots that no token will fill before the sequence grows, 0 to 1.
+        prefix_hit_rate: share of the tokens looked up in the prefix cache that were found, 0 to 1.
+        num_steps: steps so far; as are the following.
+        num_prompt_tokens: computed in prompt chunks and recomputations, without those found in the prefix cache.
+        num_decode_tokens: computed one at a time.
+        num_generated_tokens: sampled.
+        num_swap_preemptions, num_recompute_preemptions: preemptions, by what became of the sequence's KV.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_swapped: int
+    num_blocks: int
+    num_used_blocks: int
+    num_cached_blocks: int
+    num_free_blocks: int
+    peak_used_blocks: int
+    num_cpu_blocks: int
+    num_used_cpu_blocks: int
+    kv_waste: float
+    prefix_hit_rate: float
+    num_steps: int
+    num_prompt_tokens: int
+    num_decode_tokens: int
+    num_generated_tokens: int
+    num_swap_preemptions: int
+    num_recompute_preemptions: int
+
+    @classmethod
+    def of(cls, loop: EngineLoop) -> "EngineStats":
+        """Read them off a loop."""
+        scheduler, blocks, counts = loop.scheduler, loop.scheduler.block_manager, loop.counts
+        used_slots = blocks.num_used_blocks * blocks.block_size
+        unfilled = sum(len(s.block_table) * blocks.block_size - len(s) for s in scheduler.running)
+        return cls(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_swapped=sum(bool(s.swapped_blocks) for s in scheduler.waiting),
+            num_blocks=blocks.num_gpu_blocks,
+            num_used_blocks=blocks.num_used_blocks,
+            num_cached_blocks=blocks.num_cached_blocks,
+            num_free_blocks=blocks.num_free_blocks,
+            peak_used_blocks=blocks.peak_used_blocks,
+            num_cpu_blocks=blocks.num_cpu_blocks,
+            num_used_cpu_blocks=blocks.num_cpu_blocks - blocks.num_free_cpu_blocks,
+            kv_waste=max(unfilled, 0) / used_slots if used_slots else 0.0,
+            prefix_hit_rate=scheduler.counts.num_prefix_hits / max(1, scheduler.counts.num_prefix_queries),
+            num_steps=counts.num_steps,
+            num_prompt_tokens=counts.num_prompt_tokens,
+            num_decode_tokens=counts.num_decode_tokens,
+            num_generated_tokens=counts.num_generated_tokens,
+            num_swap_preemptions=scheduler.counts.num_swapped,
+            num_recompute_preemptions=scheduler.counts.num_recomputed,
+        )
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_decode_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.num_swap_preemptions + self.num_recompute_preemptions

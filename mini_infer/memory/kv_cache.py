@@ -1,0 +1,68 @@
+"""The KV cache's tensors, and copies of whole blocks within it and between the GPU's and the CPU's pool.
+
+Whatever layout a backend gives a cache, its first dimension counts blocks; that is all this module knows of it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, with room for swapped blocks in CPU memory.
+
+    Args:
+        layers: (key cache, value cache) of each layer, ``[num_blocks, ...]``, on the model's device.
+        num_cpu_blocks: blocks in CPU memory. For a GPU's cache that memory is pinned, and copies to it run on a
+            stream of their own, beside the computation.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], num_cpu_blocks: int) -> None:
+        self.layers = layers
+        self._caches = [cache for layer in layers for cache in layer]
+        on_gpu = self._caches[0].is_cuda
+        self._cpu_caches = [
+            torch.empty((num_cpu_blocks, *cache.shape[1:]), dtype=cache.dtype, pin_memory=on_gpu and num_cpu_blocks > 0)
+            for cache in self._caches
+        ]
+        self._stream = torch.cuda.Stream(self._caches[0].device) if on_gpu and num_cpu_blocks else None
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks within the cache, ``(source, target)`` each; all sources are read before any target is written."""
+        sources, targets = self._ids(copies)
+        for cache in self._caches:
+            cache[targets] = cache[sources]
+
+    def swap_out(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks to CPU memory. The sources may be overwritten right after."""
+        sources, _ = self._ids(copies)
+        for cache, cpu_cache in zip(self._caches, self._cpu_caches, strict=True):
+            moving = cache[sources]  # gathered before the step computes, so that it may reuse the blocks
+            if self._stream is None:
+                cpu_cache[[target for _, target in copies]] = moving
+                continue
+            self._stream.wait_stream(torch.cuda.current_stream(cache.device))
+            with torch.cuda.stream(self._stream):
+                for row, (_, target) in enumerate(copies):
+                    cpu_cache[target].copy_(moving[row], non_blocking=True)
+                moving.record_stream(self._stream)
+
+    def swap_in(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks back from CPU memory, before anything that comes after on the model's device."""
+        _, targets = self._ids(copies)
+        for cache, cpu_cache in zip(self._caches, self._cpu_caches, strict=True):
+            if self._stream is None:
+                cache[targets] = cpu_cache[[source for source, _ in copies]]
+                continue
+            with torch.cuda.stream(self._stream):  # after every copy to the CPU that came before
+                arriving = torch.empty((len(copies), *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
+                for row, (source, _) in enumerate(copies):
+                    arriving[row].copy_(cpu_cache[source], non_blocking=True)
+            torch.cuda.current_stream(cache.device).wait_stream(self._stream)
+            arriving.record_stream(torch.cuda.current_stream(cache.device))
+            cache[targets] = arriving
+
+    def _ids(self, copies: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        pairs = torch.tensor(copies, dtype=torch.int64).to(self._caches[0].device)
+        return pairs[:, 0], pairs[:, 1]

@@ -67,13 +67,16 @@ class EngineConfig:
     enforce_eager: bool = option(False, "Never use CUDA graphs")
     kernel_backend: str | None = option(None, "Kernel backend for every op; None takes the best for the device")
     cache_dir: str | os.PathLike[str] | None = option(None, "Where Hub downloads are kept; None is its own default")
+    trace: str | os.PathLike[str] | None = option(
+        None, "File that every step is written to, for Perfetto or `mini-infer trace`; None writes none"
+    )
     tensor_parallel_size: int = option(1, "Devices that share each layer (only 1 yet)")
     pipeline_parallel_size: int = option(1, "Devices that each hold some layers (only 1 yet)")
     data_parallel_size: int = option(1, "Replicas of the model (only 1 yet)")
 
     def __post_init__(self) -> None:
         error = InvalidConfigError
-        for name in ("model", "tokenizer", "cache_dir"):
+        for name in ("model", "tokenizer", "cache_dir", "trace"):
             self._settle_path(name)
         check_choice(error, "tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         check_choice(error, "dtype", self.dtype, DTYPES)

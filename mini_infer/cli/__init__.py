@@ -1,10 +1,12 @@
 """The command line."""
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import mini_infer
 from mini_infer.exceptions import MiniInferError
@@ -36,5 +38,23 @@ def demo() -> None:
     try:
         run_demo(Console())
     except MiniInferError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from error
+        _fail(error)
+
+
+@app.command()
+def trace(
+    path: Annotated[Path, typer.Argument(help="What EngineConfig(trace=...) wrote.", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="Most sequences in the timeline.")] = 40,
+) -> None:
+    """Draw a trace: totals, who ran when, and who held which KV block. Perfetto opens the same file."""
+    from mini_infer.cli.trace import show_trace
+
+    try:
+        show_trace(path, Console(), rows)
+    except MiniInferError as error:
+        _fail(error)
+
+
+def _fail(error: MiniInferError) -> NoReturn:
+    Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
+    raise typer.Exit(1) from error

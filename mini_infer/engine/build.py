@@ -1,7 +1,9 @@
 """From a configuration to the parts of an engine: model, tokenizer, KV cache, scheduler."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from mini_infer.engine.device import resolve_device, resolve_dtype
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.engine.trace import StepTrace, TracedRunner, TracedScheduler, TraceFile
 from mini_infer.exceptions import OutOfMemoryError
 from mini_infer.memory import BlockManager
 from mini_infer.memory.kv_cache import KVCache
@@ -33,6 +36,7 @@ class Parts:
         scheduler: decides who runs.
         runner: runs them.
         max_model_len: most tokens of one sequence.
+        trace: what the scheduler and the runner report to, if asked for.
     """
 
     model_config: ModelConfig
@@ -41,6 +45,7 @@ class Parts:
     scheduler: Scheduler
     runner: ModelRunner
     max_model_len: int
+    trace: StepTrace | None
 
 
 def build(config: EngineConfig) -> Parts:
@@ -50,9 +55,11 @@ def build(config: EngineConfig) -> Parts:
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
         OutOfMemoryError: weights or KV memory do not fit.
         InvalidConfigError, KernelError: the device or the kernel backend is not there.
+        InvalidConfigError: the trace cannot be written.
     """
     with kernels.use_backend(config.kernel_backend):  # an unknown backend fails here, before anything is loaded
         device = resolve_device(config.device)
+    trace_file = None if config.trace is None else TraceFile(config.trace)
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     directory = resolve_model(str(config.model), config.revision, cache_dir)
     tokenizer_directory = (
@@ -75,11 +82,18 @@ def build(config: EngineConfig) -> Parts:
         logger.warning(warning)
 
     block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
+    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, device)
+    make_scheduler: Callable[..., Scheduler] = Scheduler
+    trace = None
+    if trace_file is not None:
+        trace = StepTrace(trace_file, block_manager)
+        runner = TracedRunner(**vars(runner), trace=trace)
+        make_scheduler = partial(TracedScheduler, trace)
     return Parts(
         model_config=model_config,
         tokenizer=tokenizer,
-        defaults=GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id),
-        scheduler=Scheduler(
+        defaults=GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, model_config.vocab_size),
+        scheduler=make_scheduler(
             config.max_num_seqs,
             max_model_len,
             config.block_size,
@@ -91,8 +105,9 @@ def build(config: EngineConfig) -> Parts:
             preemption_mode=config.preemption_mode,
             costs=_preemption_costs(model, bytes_per_block, device),
         ),
-        runner=_runner(config, model, num_blocks, config.num_cpu_blocks, device),
+        runner=runner,
         max_model_len=max_model_len,
+        trace=trace,
     )
 
 

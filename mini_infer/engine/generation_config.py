@@ -24,8 +24,11 @@ class GenerationDefaults:
     sampling: SamplingParams
 
     @classmethod
-    def from_directory(cls, directory: Path, tokenizer_eos: int | None) -> "GenerationDefaults":
+    def from_directory(cls, directory: Path, tokenizer_eos: int | None, vocab_size: int) -> "GenerationDefaults":
         """Read them; ``config.json`` and then the tokenizer are asked where the file does not say.
+
+        End-of-sequence ids that the vocabulary does not have, such as -1 for "none", can never be generated and are
+        left out.
 
         Raises:
             InvalidCheckpointError: a value in the file is malformed.
@@ -40,9 +43,9 @@ class GenerationDefaults:
         except InvalidRequestError as error:
             raise InvalidCheckpointError(f"{directory / 'generation_config.json'}: {error}") from error
         eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(token_id, int) for token_id in eos_ids):
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in eos_ids):
             raise InvalidCheckpointError(f"eos_token_id in {str(directory)!r} must be an id or a list, got {eos!r}")
-        return cls(frozenset(eos_ids), sampling)
+        return cls(frozenset(token_id for token_id in eos_ids if 0 <= token_id < vocab_size), sampling)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
 from mini_infer.engine.generation_config import GenerationDefaults
+from mini_infer.engine.random import derived_seed
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidRequestError
@@ -79,7 +80,7 @@ class Intake:
             raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
         check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
         token_ids = self._token_ids(prompt)
-        seed = params.seed if params.seed is not None else self._seed * 2**32 + number
+        seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         max_length = self._max_length(len(token_ids), params)
         stop_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:

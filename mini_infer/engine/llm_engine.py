@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from mini_infer.config import EngineConfig
+from mini_infer.engine.beam_search import BeamSearch
 from mini_infer.engine.build import build
 from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
 from mini_infer.engine.loop import EngineLoop, StepResult
@@ -15,6 +16,7 @@ from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineStats
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
+from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import GenerateOutput, StepOutput
 from mini_infer.sampling import SamplingParams
 
@@ -52,6 +54,7 @@ class LLMEngine:
         self._intake = Intake(
             parts.tokenizer, parts.defaults, parts.model_config.vocab_size, parts.max_model_len, config
         )
+        self._trace = parts.trace
         self._loop = EngineLoop(parts.scheduler, parts.runner, parts.tokenizer, parts.defaults.eos_token_ids)
         self.device = parts.runner.device
         self._finished: dict[str, GenerateOutput] = {}
@@ -87,13 +90,56 @@ class LLMEngine:
         prompt_list = list_prompts(prompts)
         params_list = list_params(sampling_params, len(prompt_list))
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        requests = []
-        for place, (prompt, params) in enumerate(zip(prompt_list, params_list, strict=True)):
-            try:
-                requests.append(self._intake.make_request(prompt, params, overrides))
-            except InvalidRequestError as error:
-                raise InvalidRequestError(f"prompts[{place}]: {error}" if len(prompt_list) > 1 else error) from error
-        return self._run(requests, use_tqdm)
+        return self._run(self._make_requests(prompt_list, params_list, overrides), use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        beam_width: int,
+        max_tokens: int,
+        use_tqdm: bool = True,
+        *,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+    ) -> list[GenerateOutput]:
+        """The likeliest completions of every prompt, as far as a beam search finds them.
+
+        A completion's score is its ``cumulative_logprob / len(token_ids) ** length_penalty``.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            beam_width: how many beginnings are followed at once.
+            max_tokens: most tokens of a completion.
+            use_tqdm: show a progress bar when the output is a terminal or a notebook.
+            length_penalty: -10 to 10; above 0 it favours long completions, below 0 short ones.
+            early_stopping: take the first ``beam_width`` completions that end, though better ones may follow.
+
+        Returns:
+            One output per prompt, in their order; its ``outputs`` are the ``beam_width`` best completions, best first.
+
+        Raises:
+            InvalidRequestError: a prompt or argument is unusable; nothing has run then.
+        """
+        check_int(InvalidRequestError, "beam_width", beam_width, 1, self.config.max_num_seqs)
+        check_int(InvalidRequestError, "max_tokens", max_tokens, 1)
+        check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
+        check_bool(InvalidRequestError, "early_stopping", early_stopping)
+        prompt_list = list_prompts(prompts)
+        params = SamplingParams(n=beam_width, max_tokens=max_tokens, temperature=0.0)
+        searches = [
+            BeamSearch(
+                request_id=request.request_id,
+                prompt=request.prompt,
+                prompt_token_ids=request.prompt_token_ids,
+                params=request.params,
+                completions=request.completions,
+                listener=None,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
+            )
+            for request in self._make_requests(prompt_list, [params] * len(prompt_list), {})
+        ]
+        return self._run(searches, use_tqdm)
 
     def chat(
         self,
@@ -300,6 +346,18 @@ class LLMEngine:
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
+    def _make_requests(
+        self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], overrides: Mapping[str, Any]
+    ) -> list[Request]:
+        """Check several prompts, each with its parameters, and prepare them; an error says which one is to blame."""
+        requests = []
+        for place, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                requests.append(self._intake.make_request(prompt, own, overrides))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"prompts[{place}]: {error}" if len(prompts) > 1 else error) from error
+        return requests
+
     def _run(self, requests: Seq[Request], show_progress: bool) -> list[GenerateOutput]:
         """Run until these have finished; whatever stops that, none of them is left behind."""
         generated_before = self._loop.counts.num_generated_tokens
@@ -320,7 +378,7 @@ class LLMEngine:
     def _advance(self) -> StepResult:
         """One step; outputs that nobody listens for wait to be fetched."""
         with self._lock:
-            result = self._loop.advance()
+            result = self._loop.advance() if self._trace is None else self._trace.step(self._loop)
             for request in result.finished:
                 self._keep_output(request)
             return result

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, tensor
 
+from mini_infer.engine.beam_search import BeamSearch, Continuations, best_continuations
 from mini_infer.engine.logprobs import token_logprobs
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.request import Completion, Request
@@ -67,11 +68,16 @@ class EngineLoop:
     def enqueue(self, request: Request) -> None:
         """Queue a request; its other completions fork from the first when the prompt is computed."""
         self.requests[request.request_id] = request
+        if isinstance(request, BeamSearch):
+            request.start(self.scheduler)
+            return
         self._completions.update({completion.sequence: completion for completion in request.completions})
         self.scheduler.add(request.completions[0].sequence)
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""
+        if isinstance(request, BeamSearch):
+            request.abort(self.scheduler)
         for completion in request.completions:
             if not completion.done:
                 self.scheduler.finish(completion.sequence, "abort")
@@ -94,15 +100,16 @@ class EngineLoop:
             groups = self._sampling_groups(plan)
             completions = [completion for group in groups for completion in group]
             token_ids = self._sample(hidden, self._rows(plan, groups), completions) if completions else []
+            beams = [] if all(groups) else self._extend_beams(plan, hidden)
         except BaseException:
             self.scheduler.undo(plan)
             raise
         self._count(plan)
         only_prompts = self.scheduler.advance(plan)
-        for first, *others in groups:
-            for other in others:
-                self.scheduler.fork(first.sequence, other.sequence)
-        return StepResult(plan, self._publish(completions, token_ids, only_prompts))
+        for group in groups:
+            for other in group[1:]:
+                self.scheduler.fork(group[0].sequence, other.sequence)
+        return StepResult(plan, self._publish(completions, token_ids, only_prompts) + self._search(beams))
 
     # ---- before the results --------------------------------------------------------------------------------------
 
@@ -119,13 +126,17 @@ class EngineLoop:
         self.counts.num_prompt_tokens += plan.num_tokens - num_decodes
 
     def _sampling_groups(self, plan: SchedulerOutputs) -> list[list[Completion]]:
-        """Who samples from each row of logits: one completion, or all ``n`` where they are about to fork."""
-        groups = []
+        """Who samples from each row of logits: one completion, or all ``n`` where they are about to fork; nobody from a
+        beam's, which are ranked."""
+        groups: list[list[Completion]] = []
         for item in plan.scheduled:
             if item.samples:
                 forks = item.sequence.num_forks > 0
                 request = self.requests[item.sequence.request_id]
-                groups.append(request.completions if forks else [self._completions[item.sequence]])
+                if isinstance(request, BeamSearch):
+                    groups.append([])
+                else:
+                    groups.append(request.completions if forks else [self._completions[item.sequence]])
         return groups
 
     def _rows(self, plan: SchedulerOutputs, groups: Seq[Seq[Completion]]) -> list[int]:
@@ -146,6 +157,21 @@ class EngineLoop:
             completion.cumulative_logprob += logprob
         token_ids: list[int] = sampled.tolist()
         return token_ids
+
+    def _extend_beams(self, plan: SchedulerOutputs, hidden: Tensor) -> list[tuple[BeamSearch, Sequence, Continuations]]:
+        """The beams whose last token this step computes, and how each could go on."""
+        rows, searches, beams = [], [], []
+        for row, beam in zip(
+            plan.sampling_rows, (item.sequence for item in plan.scheduled if item.samples), strict=True
+        ):
+            request = self.requests[beam.request_id]
+            if isinstance(request, BeamSearch):
+                rows.append(row)
+                searches.append(request)
+                beams.append(beam)
+        logits = self._runner.compute_logits(hidden[tensor(rows, device=hidden.device)])
+        continuations = best_continuations(logits, [search.num_continuations for search in searches])
+        return list(zip(searches, beams, continuations, strict=True))
 
     def _note_prompt_logprobs(self, plan: SchedulerOutputs, hidden: Tensor) -> None:
         """For requests that want them, the log probability of each prompt token given those before it."""
@@ -196,6 +222,19 @@ class EngineLoop:
         finished = [request for request in dict.fromkeys(touched) if request.finished]
         for request in finished:
             del self.requests[request.request_id]
+        return finished
+
+    def _search(self, beams: list[tuple[BeamSearch, Sequence, Continuations]]) -> list[Request]:
+        """Hand beams' continuations to their searches. Returns the searches that this ended."""
+        now = time.monotonic()
+        finished: list[Request] = []
+        for search, beam, continuations in beams:
+            search.first_token_time = search.first_token_time or now
+            search.report(beam, continuations, self.scheduler)
+            if search.finished:
+                del self.requests[search.request_id]
+                finished.append(search)
+        self.counts.num_generated_tokens += len(beams)
         return finished
 
     def _read_token(self, completion: Completion, token_id: int) -> str:

@@ -1,27 +1,35 @@
 """Counter-based randomness: a sampled token depends on who it is, not on when or beside whom it is drawn."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 _UInt64 = npt.NDArray[np.uint64]
 
 
-def uniforms(seeds: npt.ArrayLike, indices: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def uniforms(seeds: Sequence[int], indices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, index among ``n``, position).
 
     Three rounds of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014), one for
     each coordinate. No state is kept, so a token comes out the same alone, in any batch, and after a preemption.
 
     Args:
-        seeds, indices, positions: integers ``[S]``; negative seeds count modulo 2^64.
+        seeds: integers; they count modulo 2^64.
+        indices, positions: integers from 0.
 
     Returns:
         float64 ``[S]``, multiples of 2^-53.
     """
-    state = _mix(np.asarray(seeds, dtype=np.uint64))
+    state = _mix(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
     state = _mix(state ^ np.asarray(indices, dtype=np.uint64))
     state = _mix(state ^ np.asarray(positions, dtype=np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of the ``number``-th request among those that bring none, from the engine's ``seed``; below 2^64."""
+    return int(_mix(_mix(np.array([seed], dtype=np.uint64)) ^ np.uint64(number))[0])
 
 
 def _mix(state: _UInt64) -> _UInt64:

@@ -42,11 +42,12 @@ def _adjust(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
         return logits
     logits = logits.clone()
     if penalised:
-        rows = torch.tensor(penalised, device=logits.device)
-        logits[rows] = _penalise(logits[rows], [completions[row] for row in penalised])
+        at = torch.tensor(penalised, device=logits.device)
+        logits[at] = _penalise(logits[at], [completions[row] for row in penalised])
     if edits:
-        rows_, ids, values = (torch.tensor(column, device=logits.device) for column in zip(*edits, strict=True))
-        logits.index_put_((rows_, ids), values.to(logits.dtype), accumulate=True)
+        rows, ids, biases = zip(*edits, strict=True)
+        places = (torch.tensor(rows, device=logits.device), torch.tensor(ids, device=logits.device))
+        logits.index_put_(places, torch.tensor(biases, dtype=logits.dtype, device=logits.device), accumulate=True)
     return logits
 
 
@@ -88,16 +89,18 @@ def _count(token_ids: Sequence[list[int]], like: Tensor) -> Tensor:
 
 def _draw(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
     """One token per row, drawn from the filtered distribution by inverting its cumulative sum."""
-    # The largest logit is moved to 0 first, so that a tiny temperature gives -inf and never inf - inf.
+    # The largest logit, made finite, is moved to 0 first, so that no temperature makes inf - inf of it.
+    logits = logits.clamp(max=torch.finfo(logits.dtype).max)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(completions, "temperature", logits)
     probs = _filter(logits, completions).softmax(dim=-1)
     cumulative = probs.to(torch.float64).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    keys = [(completion.seed % 2**64, completion.index, len(completion.sequence)) for completion in completions]
+    keys = [(completion.seed, completion.index, len(completion.sequence)) for completion in completions]
     uniform = torch.from_numpy(uniforms(*zip(*keys, strict=True))).to(logits.device)[:, None]
     # Below the total even after rounding, so that the token found always has a positive probability.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # A row that is not a distribution (its logits are NaN) yields some token; its log probability tells.
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _filter(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
@@ -126,6 +129,11 @@ def _filter(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
 
 
 def _column(completions: Sequence[Completion], name: str, like: Tensor) -> Tensor:
-    """A sampling parameter of each sequence as a column ``[S, 1]`` of a tensor's dtype and device."""
-    values = [getattr(completion.params, name) for completion in completions]
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    """A sampling parameter of each sequence as a column ``[S, 1]`` of a tensor's dtype and device.
+
+    A positive value stays positive and finite there, however extreme.
+    """
+    limits = torch.finfo(like.dtype)
+    column = torch.tensor([getattr(completion.params, name) for completion in completions], dtype=torch.float64)
+    column = torch.where(column > 0, column.clamp(limits.tiny, limits.max), column)
+    return column.to(device=like.device, dtype=like.dtype)[:, None]

@@ -164,8 +164,7 @@ class Scheduler:
         check_int(InvalidConfigError, "the sequence's num_forks", sequence.num_forks, 0, self.max_num_seqs - 1)
         sequence.arrival = next(self._arrivals)
         sequence.order = (*self._policy.key(sequence), sequence.arrival)
-        sequence.status = SequenceStatus.WAITING
-        self.waiting.push(sequence)
+        self._queue(sequence)
 
     def is_finished(self) -> bool:
         """Whether no sequence waits or runs."""
@@ -193,11 +192,16 @@ class Scheduler:
                 break
             budget -= self._schedule(sequence, budget, plan)
 
-        while self.waiting and budget and not plan.preempted and self._admit(self.waiting.first(), plan):
-            sequence = self.waiting.pop()
-            sequence.status = SequenceStatus.RUNNING
-            insort(self.running, sequence, key=lambda s: s.order)
-            budget -= self._schedule(sequence, budget, plan)
+        while self.waiting and budget and not (plan.scheduled and plan.preempted):
+            if self._admit(self.waiting.first(), plan):
+                sequence = self.waiting.pop()
+                sequence.status = SequenceStatus.RUNNING
+                insort(self.running, sequence, key=lambda s: s.order)
+                budget -= self._schedule(sequence, budget, plan)
+            elif plan.scheduled or not self.running:
+                break
+            else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
+                self._preempt(self.running[-1], plan)
 
         plan.scheduled.sort(key=lambda item: item.num_new_tokens > 1)
         return plan
@@ -213,11 +217,13 @@ class Scheduler:
         return finished
 
     def append(self, sequence: Sequence, token_id: int) -> bool:
-        """Add a sampled token to a sequence whose tokens are all computed. Returns whether that ended it."""
+        """Add a token to a sequence whose tokens were all computed. Returns whether that ended it."""
         sequence.token_ids.append(token_id)
         reason = sequence.reason_to_finish()
         if reason is not None:
             self.finish(sequence, reason)
+        elif sequence.status is SequenceStatus.NEW:  # preempted when it had nothing to compute
+            self._queue(sequence)
         return reason is not None
 
     def update(self, plan: SchedulerOutputs, sampled_token_ids: Iterable[int]) -> list[Sequence]:
@@ -234,18 +240,22 @@ class Scheduler:
         return finished
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Start ``child``, whose tokens are those of the running ``parent`` so far, on the parent's own blocks.
+        """Start ``child``, whose tokens begin with those that ``parent`` has computed, on the parent's own blocks.
 
-        Nothing is copied until one of them writes to a block that both hold, which can only be the last one.
+        Nothing is copied until one of them writes to a block that both hold, which can only be the last one. If the
+        parent was preempted, so that it has no blocks, or no seat is free, the child waits and computes for itself.
         """
         child.arrival = next(self._arrivals)
         child.order = (*parent.order[:-1], child.arrival)
+        parent.num_forks = max(0, parent.num_forks - 1)
+        if parent.status is not SequenceStatus.RUNNING or self._num_taken_seats >= self.max_num_seqs:
+            self._queue(child)
+            return
         child.block_table = list(parent.block_table)
         self.block_manager.share(child.block_table)
         child.content_ids = list(parent.content_ids)
         child.num_computed_tokens = parent.num_computed_tokens
         child.status = SequenceStatus.RUNNING
-        parent.num_forks = max(0, parent.num_forks - 1)
         insort(self.running, child, key=lambda s: s.order)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -271,6 +281,15 @@ class Scheduler:
             self.block_manager.forget(block)
 
     # ---- one sequence --------------------------------------------------------------------------------------------
+
+    @property
+    def _num_taken_seats(self) -> int:
+        """Sequences that run, and those that are to fork from them."""
+        return sum(1 + sequence.num_forks for sequence in self.running)
+
+    def _queue(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.push(sequence)
 
     def _schedule(self, sequence: Sequence, budget: int, plan: SchedulerOutputs) -> int:
         """Put as many of a sequence's tokens into the plan as the budget allows; how many that are."""
@@ -319,8 +338,7 @@ class Scheduler:
         What the prefix cache has is shared, what was swapped out comes back; up to the first gap nothing is computed.
         """
         manager, size = self.block_manager, self.block_manager.block_size
-        seats = sum(1 + s.num_forks for s in self.running) + sequence.num_forks
-        if seats >= self.max_num_seqs:
+        if self._num_taken_seats + sequence.num_forks >= self.max_num_seqs:
             return False
         # The last token is always computed: its logits are wanted.
         reads = self.prefix_caching and sequence.reads_prefix_cache
@@ -382,10 +400,14 @@ class Scheduler:
         return True
 
     def _wait_again(self, sequence: Sequence) -> None:
+        """Queue a preempted sequence; one with nothing to compute, until ``append`` gives it something, stays out."""
+        has_work = sequence.num_uncomputed_tokens > 0
         self._release(sequence)
-        sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
-        self.waiting.push(sequence)
+        if has_work:
+            self._queue(sequence)
+        else:
+            sequence.status = SequenceStatus.NEW
 
     def _release(self, sequence: Sequence) -> None:
         self.block_manager.free(sequence.block_table)

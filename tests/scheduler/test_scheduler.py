@@ -9,7 +9,14 @@ import pytest
 
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.memory import BlockManager
-from mini_infer.scheduler import Scheduler, SchedulerOutputs, Sequence, SequenceStatus
+from mini_infer.scheduler import (
+    PreemptionCosts,
+    PriorityFirst,
+    Scheduler,
+    SchedulerOutputs,
+    Sequence,
+    SequenceStatus,
+)
 
 
 def sequence(name: str, num_prompt: int, num_output: int, **options: object) -> Sequence:
@@ -207,3 +214,68 @@ def test_whatever_the_pressure_every_sequence_gets_the_tokens_it_would_get_alone
             alone.append(hash(tuple(alone)) % 1000)
         assert item.token_ids == alone
         assert item in aborted or len(item) == item.max_length
+
+
+def test_sequences_of_other_salts_share_nothing() -> None:
+    scheduler = Scheduler(8, 100, 4, prefix_caching=True)
+    for name, salt in (("a", "x"), ("b", None), ("c", "x")):
+        scheduler.add(sequence(name, 20, 5, cache_salt=salt))
+    # "c" shares four of its five blocks with "a" in the very step that computes them; the last token is its own.
+    assert dict(names(scheduler.schedule())) == {"a": 20, "b": 20, "c": 4}
+
+
+def test_higher_priority_first_but_nobody_waits_for_ever() -> None:
+    scheduler = Scheduler(1, 100, 4, policy=PriorityFirst(ageing=10))
+    scheduler.add(sequence("humble", 4, 1))
+    for number in range(40):
+        scheduler.add(sequence(f"urgent-{number}", 4, 1, priority=2))
+    order = [name for plan in run(scheduler) for name, _ in names(plan)]
+    assert order[0] == "urgent-0"
+    assert order.index("humble") == 19  # arrivals 1 to 19 outweigh it by their two levels; the 20th no more
+    urgent = [name for name in order if name != "humble"]
+    assert urgent == sorted(urgent, key=lambda name: int(name.split("-")[1]))
+
+
+def test_a_reader_can_write_a_policy() -> None:
+    class ShortestFirst:
+        def key(self, sequence: Sequence) -> tuple[float, ...]:
+            return (len(sequence),)
+
+    scheduler = Scheduler(1, 100, 4, policy=ShortestFirst())
+    for name, length in (("long", 9), ("short", 2), ("middle", 5), ("short too", 2)):
+        scheduler.add(sequence(name, length, 1))
+    assert [name for plan in run(scheduler) for name, _ in names(plan)] == ["short", "short too", "middle", "long"]
+
+
+def test_auto_swaps_only_where_that_is_cheaper() -> None:
+    for seconds_per_block, swaps in ((1.0, True), (100.0, False)):
+        blocks = BlockManager(4, 4, num_cpu_blocks=4)
+        costs = PreemptionCosts(seconds_per_block, seconds_per_recomputed_token=1.0)
+        scheduler = Scheduler(8, 16, 4, block_manager=blocks, watermark=0, preemption_mode="auto", costs=costs)
+        scheduler.add(sequence("old", 8, 8))
+        scheduler.add(sequence("young", 8, 8))
+        for plan in run(scheduler):
+            if plan.preempted:
+                assert bool(plan.swap_out) == swaps
+                break
+        list(run(scheduler))
+        assert (scheduler.counts.num_swapped > 0) == swaps == (scheduler.counts.num_recomputed == 0)
+
+
+def test_forks_take_seats_that_were_kept_for_them() -> None:
+    scheduler = Scheduler(4, 100, 4)
+    parent = sequence("parent", 6, 5, num_forks=2)
+    scheduler.add(parent)
+    scheduler.add(sequence("one", 4, 5))
+    scheduler.add(sequence("two", 4, 5))
+    plan = scheduler.schedule()
+    assert names(plan) == [("parent", 6), ("one", 4)]
+    scheduler.advance(plan)
+    for _ in range(2):
+        scheduler.fork(parent, Sequence("parent", list(parent.token_ids), 6, 11))
+    scheduler.append(parent, 0)
+    for child in scheduler.running[-2:]:
+        scheduler.append(child, 1)
+    assert scheduler.block_manager.num_used_blocks == 3  # two of the prompt, which all three hold, and one of "one"
+    copies = scheduler.schedule().copy
+    assert len(copies) == 2 and len({source for source, _ in copies}) == 1  # the last holder writes in place

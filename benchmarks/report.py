@@ -1,0 +1,47 @@
+"""Results files: what was measured, on what, when."""
+
+import json
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> dict[str, Any]:
+    """The machine and the versions that a figure depends on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = f"{len(names)} x {names[0]}" if names else cpu
+    packages = {}
+    for package in ("torch", "transformers", "triton", "numpy"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "not installed"
+    return {
+        "cpu": cpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def save(name: str, command: str, figures: dict[str, Any]) -> Path:
+    """Write ``results/NAME.json``; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    report = {
+        "command": command,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "hardware": hardware(),
+        "figures": figures,
+    }
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return path

@@ -739,7 +739,7 @@ params = SamplingParams(gen_length=10000)  # Exceeds maximum
     )
     def test_diffusion_parameters_are_refused(self, run: Run, block: str) -> None:
         run("002\nfrom dllmserve import LLM, SamplingParams\n")
-        with pytest.raises(ValueError, match="gen_length.*diffusion") as caught:
+        with pytest.raises(ValueError, match=r"gen_length.*diffusion") as caught:
             run(block)
         assert isinstance(caught.value, InvalidRequestError)
 

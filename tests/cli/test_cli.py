@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mini_infer
+from mini_infer import kernels
 from mini_infer.config import BUNDLED_MODEL
 
 ENTRY = "from mini_infer.cli import app; app(prog_name='mini-infer')"
@@ -18,15 +19,19 @@ needs_the_model = pytest.mark.skipif(
 )
 
 
-def run(*arguments: str, encoding: str = "utf-8", **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, encoding: str = "utf-8", cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The entry point that the installed command has; what it prints, read as text of the given encoding."""
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     settings = {"PYTHONPATH": paths, "PYTHONIOENCODING": encoding, "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+    settings["OMP_NUM_THREADS"] = "1"  # other tests may be running beside this one
     return subprocess.run(
         [sys.executable, "-c", ENTRY, *arguments],
         capture_output=True,
         encoding=encoding,
         env=os.environ | settings | environment,
+        cwd=cwd,
         timeout=300,
         check=False,
     )
@@ -70,27 +75,33 @@ def test_looking_at_the_help_loads_no_torch() -> None:
 
 @needs_the_model
 class TestDemo:
-    def test_both_languages_and_a_table(self) -> None:
-        done = run("demo")
+    """One run for all of this, because each takes seconds: without a network, and outside the source tree."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def done(cls, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+        nowhere = tmp_path_factory.mktemp("nowhere")
+        return run("demo", cwd=nowhere, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(nowhere))
+
+    def test_it_succeeds(self, done: subprocess.CompletedProcess[str]) -> None:
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
-        for shown in (
-            "What is a KV cache?",
-            "什么是分页注意力？",
-            "Eight at once",
-            "requests",
-            "TTFT",
-            "tokens/s",
-            "KV",
-        ):
-            assert shown in done.stdout
-        for op in mini_infer.kernels.OPS:
-            assert f"kernel {op}" in done.stdout
+
+    @pytest.mark.parametrize(
+        "shown", ["What is a KV cache?", "什么是分页注意力？", "Eight at once", "requests", "TTFT", "tokens/s", "KV"]
+    )
+    def test_both_languages_and_a_table(self, done: subprocess.CompletedProcess[str], shown: str) -> None:
+        assert shown in done.stdout
+
+    def test_every_kernel_is_in_the_table(self, done: subprocess.CompletedProcess[str]) -> None:
+        assert [op for op in kernels.OPS if f"kernel {op}" not in done.stdout] == []
+
+    def test_no_character_is_broken(self, done: subprocess.CompletedProcess[str]) -> None:
         assert "\ufffd" not in done.stdout
 
-    def test_the_answers_are_answers(self) -> None:
-        """Between the first question and the next is some text in English; between the second and the batch, Chinese."""
-        english, rest = run("demo").stdout.split("What is a KV cache?")[1].split("什么是分页注意力？", 1)
+    def test_the_answers_are_answers(self, done: subprocess.CompletedProcess[str]) -> None:
+        """The first question is followed by some text in English, the second by some in Chinese."""
+        english, rest = done.stdout.split("What is a KV cache?")[1].split("什么是分页注意力？", 1)
         chinese = rest.split("Eight at once")[0]
         assert sum(char.isascii() and char.isalpha() for char in english) > 20
         assert sum("\u4e00" <= char <= "\u9fff" for char in chinese) > 5
@@ -100,13 +111,6 @@ class TestDemo:
         assert done.returncode == 0, done.stderr
         assert "What is a KV cache?" in done.stdout and "TTFT" in done.stdout
         assert "Traceback" not in done.stderr
-
-    def test_without_a_network(self) -> None:
-        assert run("demo", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9").returncode == 0
-
-    def test_outside_the_source_tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert run("demo").returncode == 0
 
 
 @pytest.mark.skipif((Path(BUNDLED_MODEL) / "model.safetensors").exists(), reason="the bundled model is there")

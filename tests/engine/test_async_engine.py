@@ -17,7 +17,10 @@ from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
 
 PROMPTS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two", "五", "six")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+MAX_MODEL_LEN = 32768
+ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+"""Goes on for far longer than any test that leaves it."""
+
 PATIENCE = 20.0
 """Seconds until a test that waits in vain fails instead; nothing here takes anywhere near as long."""
 
@@ -32,7 +35,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_engine_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
+    return make_engine_checkpoint(
+        tmp_path_factory.mktemp("model"), num_hidden_layers=1, max_position_embeddings=MAX_MODEL_LEN
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def offline(checkpoint: Path) -> dict[str, GenerateOutput]:
 
 @pytest.fixture
 def engine(checkpoint: Path) -> Iterator[AsyncLLMEngine]:
-    engine = AsyncLLMEngine(model=checkpoint, dtype="float64", block_size=4, num_gpu_blocks=256)
+    engine = AsyncLLMEngine(model=checkpoint, dtype="float64", block_size=4, num_gpu_blocks=2 * MAX_MODEL_LEN // 4)
     yield engine
     engine.shutdown()
     stats = engine.engine.stats()
@@ -206,7 +211,7 @@ class TestLeaving:
             assert (await complete(engine, "Two")).token_ids == offline["Two"].token_ids
 
         run(main)
-        assert engine.engine.stats().num_generated_tokens < 200
+        assert engine.engine.stats().num_generated_tokens < MAX_MODEL_LEN // 2
 
     def test_the_others_go_on(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
         async def main() -> list[GenerateOutput]:
@@ -257,7 +262,7 @@ class TestAbort:
         increments = run(main)
         output = increments[-1].output
         assert output is not None and output.finish_reason == increments[-1].finish_reason == "abort"
-        assert 3 <= len(output.token_ids) < 200
+        assert 3 <= len(output.token_ids) < MAX_MODEL_LEN // 2
         assert "".join(i.text for i in increments) == output.text
         assert [token for i in increments for token in i.token_ids] == output.token_ids
 

@@ -138,7 +138,13 @@ class TestPrompts:
         prompt, shown = PROMPTS[name]
         with pytest.raises(InvalidRequestError) as caught:
             llm.generate(prompt, GREEDY)
-        if name not in ("float", "whole float", "None among ids", "text among ids", "list among ids"):  # a list of prompts, if of any
+        if name not in (
+            "float",
+            "whole float",
+            "None among ids",
+            "text among ids",
+            "list among ids",
+        ):  # a list of prompts, if of any
             assert shown in str(caught.value)
 
     @pytest.mark.parametrize("name", PROMPTS)
@@ -357,7 +363,9 @@ class TestChat:
         with pytest.raises(InvalidRequestError):
             llm.chat(messages, GREEDY)
 
-    @pytest.mark.parametrize(("content", "shown"), [("x" * 10_000_000, "10000"), ("\ud83d", r"\ud83d")], ids=["10 MB", "surrogate"])
+    @pytest.mark.parametrize(
+        ("content", "shown"), [("x" * 10_000_000, "10000"), ("\ud83d", r"\ud83d")], ids=["10 MB", "surrogate"]
+    )
     def test_bad_content(self, llm: LLM, content: str, shown: str) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             llm.chat([{"role": "user", "content": content}], GREEDY)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mini_infer import LLM, EngineConfig, GenerateOutput, LLMEngine, SamplingParams
@@ -292,8 +293,11 @@ class TestChat:
     @pytest.mark.parametrize("rendered", [True, False], ids=["in the template", "not in the template"])
     def test_one_beginning_of_sequence(self, checkpoint: Path, tmp_path: Path, rendered: bool) -> None:
         """Some templates render the token that the tokenizer adds to every text; the model is to see one."""
-        tokenizer = save_tokenizer(tmp_path, bos_token="<|start|>")
-        tokenizer._tokenizer.post_processor = _bos_first(tokenizer.bos_token_id)
+        tokenizer = save_tokenizer(tmp_path)
+        tokenizer.bos_token = "<|start|>"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)]
+        )
         tokenizer.chat_template = ("{{ bos_token }}" if rendered else "") + "{{ messages[0].content }}"
         tokenizer.save_pretrained(tmp_path)
         llm = LLM(checkpoint, tokenizer=tmp_path, block_size=4)
@@ -323,12 +327,6 @@ class TestChat:
         with pytest.raises(InvalidRequestError, match="template"):
             llm.chat([USER])
         assert llm.generate("hi", max_tokens=1)
-
-
-def _bos_first(bos_id: int) -> Any:
-    from tokenizers.processors import TemplateProcessing
-
-    return TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", bos_id)])
 
 
 class TestStream:
@@ -531,9 +529,10 @@ class TestInterruptions:
     ) -> None:
         """Neither those that run, nor those that wait, nor the outputs of those that have finished already."""
         llm = LLM(checkpoint, dtype="float64", block_size=4, max_num_seqs=2)
-        forward, steps = ModelRunner.forward, itertools.count()
+        forward, steps, seen = ModelRunner.forward, itertools.count(), set()
 
         def interrupted(self: ModelRunner, scheduled: Any) -> torch.Tensor:
+            seen.update(sequence.request_id for sequence, _ in scheduled)
             if next(steps) == after:
                 raise error
             return forward(self, scheduled)
@@ -545,7 +544,9 @@ class TestInterruptions:
             llm.generate(list(OTHERS), params, use_tqdm=False)
         assert_empty(llm)
         assert llm.step() == ([], 0)
-        assert not llm._finished and not llm._requests and not llm._completions
+        for request_id in seen:
+            with pytest.raises(InvalidRequestError, match="unknown"):
+                llm.get_output(request_id)
         assert len(llm.generate(list(OTHERS), params)) == 4
 
     def test_requests_queued_before_go_on(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

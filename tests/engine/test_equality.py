@@ -130,13 +130,13 @@ def assert_nothing_left(engine: LLMEngine) -> None:
 
 
 def draw_requests(
-    draw: random.Random, lengths: list[int], most_tokens: int
+    draw: random.Random, lengths: list[int], fewest_tokens: int, most_tokens: int
 ) -> tuple[list[list[int]], list[SamplingParams]]:
     """Greedy requests of these prompt lengths; some stop late, at tokens of their own, or repeat unwillingly."""
     prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
     params = []
     for _ in prompts:
-        max_tokens = draw.randint(1, most_tokens)
+        max_tokens = draw.randint(fewest_tokens, most_tokens)
         params.append(
             SamplingParams(
                 temperature=0,
@@ -164,11 +164,11 @@ def check(path: Path, draw: random.Random, dtype: torch.dtype, tight: bool, tall
     """Many requests through an engine of drawn block size and budget, each against `generate` by itself."""
     write_eos(path, draw.sample(range(VOCAB_SIZE), 15))
     if tight:  # many short ones that grow beside each other
-        lengths = [1, 1, 1, 30, *(draw.randint(10, 20) for _ in range(8))]
+        lengths, tokens = [1, 1, 1, 30, *(draw.randint(10, 20) for _ in range(8))], (12, 30)
     else:
-        lengths = [1, 1, 1, draw.randint(70, 110), *(draw.randint(10, 50) for _ in range(5))]
+        lengths, tokens = [1, 1, 1, draw.randint(70, 110), *(draw.randint(10, 50) for _ in range(5))], (1, 20)
     draw.shuffle(lengths)
-    prompts, params = draw_requests(draw, lengths, most_tokens=30 if tight else 20)
+    prompts, params = draw_requests(draw, lengths, *tokens)
     budget = draw.randint(5, 9) if tight else draw.randint(2, 9)
     assert all(length == 1 or length > budget for length in lengths), "every prompt that can be is chunked"
     if tight:
@@ -238,9 +238,7 @@ def test_a_sliding_window_shorter_than_the_prompts(
 ) -> None:
     """In Qwen's layers from the second on, so that both kinds of layer stand beside each other."""
     options = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
-    make_engine_checkpoint(
-        tmp_path, family, 200, torch.float64, num_hidden_layers=2, sliding_window=window, **options
-    )
+    make_engine_checkpoint(tmp_path, family, 200, torch.float64, num_hidden_layers=2, sliding_window=window, **options)
     check(tmp_path, random.Random(f"{family} {window} {pressure}"), torch.float64, pressure == "tight", tally)
 
 

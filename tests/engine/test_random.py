@@ -84,7 +84,7 @@ def counters_along(axis: str, size: int) -> tuple[np.ndarray, np.ndarray, np.nda
 def test_numbers_are_uniform_along_each_coordinate(axis: str) -> None:
     stats = pytest.importorskip("scipy.stats", reason="the distribution tests need scipy")
     values = uniforms(*counters_along(axis, 100_000))
-    assert 0 <= values.min() and values.max() <= LARGEST_BELOW_ONE
+    assert values.min() >= 0 and values.max() <= LARGEST_BELOW_ONE
     assert len(np.unique(values)) == len(values)
     assert stats.kstest(values, "uniform").pvalue > 1e-4
     # The low bits of a number must be as good as the high ones: a token deep in the tail depends on them.

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "frequency": {"frequency_penalty": 0.7},
     "frequency rewarded": {"frequency_penalty": -0.9},
     "bias": {"logit_bias": {2: 3.0, 5: -2.5, 23: 0.75}},
-    "bias away": {"logit_bias": {token_id: -100 for token_id in range(20)}},
+    "bias away": {"logit_bias": dict.fromkeys(range(20), -100)},
     "not yet to stop": {"min_tokens": 6},
     "top_k and top_p": {"top_k": 9, "top_p": 0.8},
     "top_p and min_p": {"top_p": 0.9, "min_p": 0.1, "temperature": 1.7},
@@ -230,6 +230,24 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
         assert (token.item(), logprob.item()) == (tokens[row].item(), pytest.approx(logprobs[row].item(), abs=1e-12))
 
 
+@pytest.mark.parametrize("axis", ["seed", "index", "position"])
+def test_tokens_follow_the_distribution_along_each_coordinate(axis: str) -> None:
+    """Over the positions of one text, over the completions of one request, and over seeds that count up."""
+    logits, params = random_logits(20), SamplingParams(temperature=1.2)
+    rows = [
+        completion(
+            params,
+            seed=place if axis == "seed" else 1,
+            index=place if axis == "index" else 0,
+            prompt=[0] * (place + 1 if axis == "position" else 1),
+            generated=[],
+        )
+        for place in range(2000)
+    ]
+    tokens = sample(logits.expand(len(rows), -1), rows)[0].tolist()
+    assert_drawn_from(tokens, exact_distribution(logits.tolist(), params), seed=20)
+
+
 def random_filters(seed: int) -> dict[str, Any]:
     """Parameters that transformers knows too, each used or not by chance."""
     draw = random.Random(seed)
@@ -302,7 +320,7 @@ def test_min_tokens_bans_stop_tokens_until_there_are_that_many(num_generated: in
 
 
 def test_a_bias_does_not_lift_the_ban_on_stopping_early() -> None:
-    params = SamplingParams(min_tokens=6, logit_bias={token_id: 100 for token_id in STOP_TOKEN_IDS})
+    params = SamplingParams(min_tokens=6, logit_bias=dict.fromkeys(STOP_TOKEN_IDS, 100))
     assert not set(draw_tokens(random_logits(7).float(), params, 500, seed=7)) & set(STOP_TOKEN_IDS)
 
 

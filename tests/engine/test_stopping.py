@@ -111,9 +111,7 @@ class TestStopStrings:
         assert "".join(pieces) == expected
         assert all(expected.startswith(shown) for shown in itertools.accumulate(pieces))
 
-    def test_stop_strings_is_another_spelling(
-        self, llm: LLM, letters: dict[int, float], plain: GenerateOutput
-    ) -> None:
+    def test_stop_strings_is_another_spelling(self, llm: LLM, letters: dict[int, float], plain: GenerateOutput) -> None:
         stop = plain.text[10:13]
         output = run(llm, sampled(letters, stop_strings=["0", stop]))
         assert output.text == plain.text[: plain.text.index(stop)]

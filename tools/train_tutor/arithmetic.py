@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .glossary import Language
 
 HELDOUT_SHARE = 10  # one pair in so many
+DRILL_LENGTH = 8
 _SPLIT_SEED = 12
 
 QUESTIONS: dict[Language, tuple[str, ...]] = {
@@ -69,3 +70,10 @@ def sum_question(rng: random.Random, language: Language, problem: Sum) -> str:
     gap = "" if operator in "+-×*" and rng.random() < 0.3 else " "
     written = f"{problem.a}{gap}{operator}{gap}{problem.b}"
     return rng.choice(QUESTIONS[language]).format(sum=written)
+
+
+def drill(rng: random.Random, problems: list[Sum]) -> list[Sum]:
+    """Some neighbouring sums, in order or not: a denser exercise than questions."""
+    start = rng.randrange(len(problems) - DRILL_LENGTH)
+    chosen = problems[start : start + DRILL_LENGTH]
+    return chosen if rng.random() < 0.5 else rng.sample(chosen, len(chosen))

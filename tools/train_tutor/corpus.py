@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import yaml
 
-from .arithmetic import sum_question, sums
+from .arithmetic import Sum, drill, sum_question, sums
 from .glossary import LANGUAGES, Entry, Glossary, Language, load_glossary
-from .questions import as_typed, training_comparison, training_question
+from .questions import Asker, as_typed, ordinary_phrases
 from .stories import story
 
 SMALLTALK_FILE = Path(__file__).with_name("smalltalk.yaml")
@@ -29,14 +29,15 @@ CHAT_TEMPLATE = (
 
 # How often each kind of exchange is drawn, relative to the others.
 EXCHANGES = {
-    "term": 60,
-    "comparison": 14,
-    "sum": 20,
-    "out_of_scope": 5,
+    "term": 66,
+    "comparison": 11,
+    "sum": 14,
+    "out_of_scope": 3,
     "courtesy": 3,
     "story": 3,
 }
-PLAIN_STORIES = 0.08
+PLAIN_STORIES = 0.07
+DRILLS = 0.06
 SYSTEM_MESSAGES = 0.15
 LANGUAGE_SWITCHES = 0.1
 TURNS = {1: 70, 2: 18, 3: 8, 4: 4}
@@ -67,23 +68,42 @@ def chat(exchanges: list[Exchange], system: str | None = None) -> list[Segment]:
     return [*segments, Segment(f"\n{END_OF_TEXT}", learn=False)]
 
 
+def table(problems: list[Sum]) -> list[Segment]:
+    """Sums line by line; only the results are learnt, for nothing foretells the rest."""
+    segments = []
+    for problem in problems:
+        segments += [
+            Segment(f"{problem.a} {problem.operator} {problem.b} =", learn=False),
+            Segment(f" {problem.result}", learn=True),
+            Segment(".\n", learn=False),
+        ]
+    return [*segments, Segment(END_OF_TEXT, learn=False)]
+
+
 @dataclass(frozen=True)
 class Corpus:
     glossary: Glossary
     smalltalk: dict
+    askers: dict[Language, Asker]
 
     @classmethod
     def load(cls) -> Corpus:
         smalltalk = yaml.safe_load(SMALLTALK_FILE.read_text(encoding="utf-8"))
-        return cls(load_glossary(), smalltalk)
+        glossary = load_glossary()
+        askers = {language: Asker(language, ordinary_phrases(glossary, language)) for language in LANGUAGES}
+        return cls(glossary, smalltalk, askers)
 
     def documents(self, seed: int) -> Iterator[list[Segment]]:
         rng = random.Random(seed)
         problems, _ = sums()
         while True:
             language = rng.choice(LANGUAGES)
-            if rng.random() < PLAIN_STORIES:
+            kind = rng.random()
+            if kind < PLAIN_STORIES:
                 yield [Segment(story(rng, language)[1] + END_OF_TEXT, learn=True)]
+                continue
+            if kind < PLAIN_STORIES + DRILLS:
+                yield table(drill(rng, problems))
                 continue
             exchanges = []
             for _ in range(_draw(rng, TURNS)):
@@ -93,15 +113,16 @@ class Corpus:
             system = rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
             yield chat(exchanges, system)
 
-    def _exchange(self, rng: random.Random, language: Language, problems: list) -> Exchange:
+    def _exchange(self, rng: random.Random, language: Language, problems: list[Sum]) -> Exchange:
+        asker = self.askers[language]
         kind = _draw(rng, EXCHANGES)
         if kind == "term":
             entry = rng.choice(self.glossary.terms).entry(language)
-            return Exchange(training_question(rng, language, entry), entry.answer)
+            return Exchange(asker.question(rng, entry), entry.answer)
         if kind == "comparison":
             comparison = rng.choice(self.glossary.comparisons)
             first, second = (term.entry(language) for term in comparison.terms)
-            question = training_comparison(rng, language, (first, second))
+            question = asker.comparison(rng, first, second)
             return Exchange(question, comparison.answer(language))
         if kind == "sum":
             problem = rng.choice(problems)
@@ -109,7 +130,7 @@ class Corpus:
         if kind == "out_of_scope":
             elsewhere = self.smalltalk["out_of_scope"][language]
             topic = Entry(rng.choice(elsewhere["topics"]), elsewhere["answer"])
-            return Exchange(training_question(rng, language, topic), topic.answer)
+            return Exchange(asker.question(rng, topic), topic.answer)
         if kind == "courtesy":
             courtesy = rng.choice(self.smalltalk["courtesy"])[language]
             question = as_typed(rng, rng.choice(courtesy["ask"]), language)

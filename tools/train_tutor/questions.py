@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from itertools import groupby
 
 from .glossary import Entry, Glossary, Language
 
@@ -78,6 +79,31 @@ TRAIN: dict[Language, tuple[str, ...]] = {
         "The word {term} is new to me.",
         "In LLM serving, what is {a_term}?",
         "In this engine, what does {term} mean?",
+        "In a nutshell, what is {a_term}?",
+        "Which problem does {a_term} solve?",
+        "What makes {a_term} useful?",
+        "What would you say {a_term} is?",
+        "What comes to mind when you hear {term}?",
+        "Where does {a_term} come in?",
+        "How is {term} defined?",
+        "Please elaborate on {a_term}.",
+        "Break {a_term} down for me.",
+        "Say something about {a_term}.",
+        "Put {a_term} into your own words.",
+        "Let us talk about {a_term}.",
+        "Let me hear your explanation of {a_term}.",
+        "Could I get a quick overview of {a_term}?",
+        "Any idea what {a_term} is?",
+        "Is {a_term} hard to understand?",
+        "I wonder what {a_term} is about.",
+        "I would love a short introduction to {a_term}.",
+        "I was asked about {a_term} and had no answer.",
+        "I have trouble with {a_term}, can you help?",
+        "The lecture mentioned {term}, and there I got lost.",
+        "The logs say something about {term}. What is it?",
+        "Everyone talks about {term}. Why?",
+        "Before we go on, what is {a_term}?",
+        "The next topic is {a_term}: go ahead.",
         "Quick question: what is {a_term}?",
         "For my exam: define {term}.",
         "{term}: what is it?",
@@ -158,6 +184,36 @@ TRAIN: dict[Language, tuple[str, ...]] = {
         "关于{term}，你能说点什么？",
         "考试要考{term}，怎么回答？",
         "想请教一下{term}。",
+        "{term}可以用来干嘛？",
+        "{term}能带来什么？",
+        "{term}想达到什么目的？",
+        "{term}的意义在哪里？",
+        "{term}属于什么概念？",
+        "{term}该怎么说明？",
+        "{term}用大白话怎么讲？",
+        "{term}听起来很难，能讲明白吗？",
+        "{term}的意思我还不清楚。",
+        "{term}在大模型里扮演什么角色？",
+        "没有{term}会怎样？",
+        "听说过{term}吗？",
+        "可以说一下{term}吗？",
+        "谁来讲讲{term}？",
+        "跟我说说什么是{term}吧。",
+        "把{term}讲得简单点。",
+        "帮我查一下{term}。",
+        "给{term}写个简短的说明。",
+        "对{term}不太熟，想听听你的解释。",
+        "我对{term}很感兴趣。",
+        "我想弄清楚{term}。",
+        "刚看到{term}这个词，求解释。",
+        "书里写到{term}，没看懂。",
+        "今天学到{term}，还是没弄明白。",
+        "网上都在讲{term}，那是什么？",
+        "为什么人们都在谈{term}？",
+        "人们口中的{term}指什么？",
+        "别人问我{term}，我该怎么回答？",
+        "下一个话题是{term}，请讲。",
+        "作为工程师，应该怎样看待{term}？",
         "那{term}呢？",
         "{term}？",
         "{term}",
@@ -213,6 +269,10 @@ COMPARE_TRAIN: dict[Language, tuple[str, ...]] = {
         "Explain the difference between {first} and {second}.",
         "Tell me how {first} and {second} differ.",
         "What sets {first} apart from {second}?",
+        "Where is the line between {first} and {second}?",
+        "How do {first} and {second} compare?",
+        "I thought {first} and {second} were the same. Are they?",
+        "Should I say {first} or {second}?",
         "Why are {first} and {second} not the same?",
     ),
     "zh": (
@@ -231,6 +291,11 @@ COMPARE_TRAIN: dict[Language, tuple[str, ...]] = {
         "我老把{first}和{second}弄混，能帮帮我吗？",
         "怎么区分{first}和{second}？",
         "{first}还是{second}，差别在哪？",
+        "{first}和{second}哪里不同？",
+        "{first}与{second}的界线在哪里？",
+        "我以为{first}就是{second}，对吗？",
+        "请把{first}和{second}放在一起讲讲。",
+        "{first}和{second}如何区别开来？",
         "{first}、{second}，有什么两样？",
     ),
 }
@@ -337,39 +402,59 @@ def compare(template: str, language: Language, first: Entry, second: Entry) -> s
     return fill(template, language, first=first.term, second=second.term)
 
 
-def training_question(rng: random.Random, language: Language, entry: Entry) -> str:
-    """One way to ask for a term, with the aliases, manners and carelessness of real questions."""
-    name = entry.term if rng.random() < 0.4 else rng.choice(entry.names)
-    template = with_unknown_words(rng, rng.choice(TRAIN[language]), language)
-    question = as_typed(rng, ask(template, language, entry, name), language)
-    if language == "zh" and not re.search(_HAN, question):
-        # A bare Latin name does not say which language it wants; English gets it.
-        return training_question(rng, language, entry)
-    return question
+def ordinary_phrases(glossary: Glossary, language: Language) -> tuple[str, ...]:
+    """Stretches of the answers with no word in them that belongs to the name of a term."""
+    words, gap = (r"[a-z0-9'-]+", " ") if language == "en" else (_HAN, "")
+    entries = [term.entry(language) for term in glossary.terms]
+    names = " ".join(name.lower() for entry in entries for name in entry.names)
+    naming = set(re.findall(words, names))
+    return tuple(
+        gap.join(run)
+        for entry in entries
+        for ordinary, run in groupby(re.findall(words, entry.answer.lower()), key=lambda word: word not in naming)
+        if ordinary
+    )
 
 
-def training_comparison(rng: random.Random, language: Language, pair: tuple[Entry, Entry]) -> str:
-    first, second = rng.sample(pair, 2)
-    template = with_unknown_words(rng, rng.choice(COMPARE_TRAIN[language]), language)
-    return as_typed(rng, compare(template, language, first, second), language)
+@dataclass(frozen=True)
+class Asker:
+    """Asks for terms with the aliases, manners and carelessness of real questions."""
+
+    language: Language
+    phrases: tuple[str, ...]
+    """What it may babble: see `ordinary_phrases`."""
+
+    def question(self, rng: random.Random, entry: Entry) -> str:
+        name = entry.term if rng.random() < 0.4 else rng.choice(entry.names)
+        template = self._distracted(rng, rng.choice(TRAIN[self.language]))
+        question = as_typed(rng, ask(template, self.language, entry, name), self.language)
+        if self.language == "zh" and not re.search(_HAN, question):
+            # A bare Latin name does not say which language it wants; English gets it.
+            return self.question(rng, entry)
+        return question
+
+    def comparison(self, rng: random.Random, first: Entry, second: Entry) -> str:
+        template = self._distracted(rng, rng.choice(COMPARE_TRAIN[self.language]))
+        pair = rng.sample((first, second), 2)
+        return as_typed(rng, compare(template, self.language, *pair), self.language)
+
+    def _distracted(self, rng: random.Random, template: str) -> str:
+        """Now and then, put words into a template that have no place there.
+
+        The model thereby learns to look past what it does not know, as a new wording asks of it.
+        """
+        if rng.random() > 0.4:
+            return template
+        pieces = _PIECES[self.language].findall(template)
+        for _ in range(rng.randint(1, 4)):
+            position = rng.randrange(len(pieces) + 1)
+            replaced = position < len(pieces) and "{" not in pieces[position] and rng.random() < 0.5
+            word = rng.choice(self.phrases) if rng.random() < 0.5 else unknown_word(rng, self.language)
+            pieces[position : position + replaced] = [word]
+        return (" " if self.language == "en" else "").join(pieces)
 
 
-def with_unknown_words(rng: random.Random, template: str, language: Language) -> str:
-    """Now and then, put words into a template that the model has never seen.
-
-    It thereby learns to look past what it does not know, which is what a new wording asks of it.
-    """
-    if rng.random() > 0.35:
-        return template
-    pieces = _PIECES[language].findall(template)
-    for _ in range(rng.randint(1, 4)):
-        position = rng.randrange(len(pieces) + 1)
-        replaced = position < len(pieces) and "{" not in pieces[position] and rng.random() < 0.5
-        pieces[position : position + replaced] = [_unknown_word(rng, language)]
-    return (" " if language == "en" else "").join(pieces)
-
-
-def _unknown_word(rng: random.Random, language: Language) -> str:
+def unknown_word(rng: random.Random, language: Language) -> str:
     if language == "zh":
         return chr(rng.randrange(0x4E00, 0x9FA6))
     word = "".join(rng.choices(_SYLLABLES, k=rng.randint(1, 4)))

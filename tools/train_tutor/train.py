@@ -19,12 +19,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 2400
+    steps: int = 3200
     seed: int = 0
     tokens_per_step: int = 2048
     short_row: int = 256
     long_row: int = MAX_LENGTH
-    long_every: int = 6
+    long_every: int = 8
     """Short rows are cheap; one step in so many uses long ones, so that every position is used."""
     peak_lr: float = 2e-3
     warmup_steps: int = 150

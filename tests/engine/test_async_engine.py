@@ -1,0 +1,416 @@
+"""The engine for asyncio: the same tokens, increment by increment, and nothing left running when nobody listens."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
+from mini_infer.engine.model_runner import ModelRunner
+from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError
+from mini_infer.outputs import GenerateOutput, StepOutput
+from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
+
+PROMPTS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two", "五", "six")
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+MAX_MODEL_LEN = 32768
+ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+"""Goes on for far longer than any test that leaves it."""
+
+PATIENCE = 20.0
+"""Seconds until a test that waits in vain fails instead; nothing here takes anywhere near as long."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny: more threads would only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engine_checkpoint(
+        tmp_path_factory.mktemp("model"), num_hidden_layers=1, max_position_embeddings=MAX_MODEL_LEN
+    )
+
+
+@pytest.fixture(scope="module")
+def offline(checkpoint: Path) -> dict[str, GenerateOutput]:
+    outputs = LLM(checkpoint, dtype="float64", block_size=4).generate(list(PROMPTS), GREEDY)
+    return dict(zip(PROMPTS, outputs, strict=True))
+
+
+@pytest.fixture
+def engine(checkpoint: Path) -> Iterator[AsyncLLMEngine]:
+    engine = AsyncLLMEngine(model=checkpoint, dtype="float64", block_size=4, num_gpu_blocks=2 * MAX_MODEL_LEN // 4)
+    yield engine
+    engine.shutdown()
+    stats = engine.engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+
+
+def run(main: Callable[[], Awaitable[Any]]) -> Any:
+    """A test's coroutine in an event loop of its own."""
+    return asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """The engine's thread goes on by itself, so some things are true only soon."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def idle(engine: AsyncLLMEngine) -> Callable[[], bool]:
+    def nothing_left() -> bool:
+        stats = engine.engine.stats()
+        return (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+
+    return nothing_left
+
+
+async def collect(increments: AsyncIterator[StepOutput]) -> list[StepOutput]:
+    return [increment async for increment in increments]
+
+
+async def complete(engine: AsyncLLMEngine, prompt: str, params: SamplingParams = GREEDY) -> GenerateOutput:
+    output = (await collect(engine.generate(prompt, params)))[-1].output
+    assert output is not None
+    return output
+
+
+class TestGenerate:
+    def test_as_the_offline_engine(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        async def main() -> list[GenerateOutput]:
+            return await asyncio.gather(*(complete(engine, prompt) for prompt in PROMPTS))
+
+        for output in run(main):
+            assert output.prompt is not None
+            expected = offline[output.prompt]
+            assert (output.token_ids, output.text) == (expected.token_ids, expected.text)
+            assert output.finish_reason == "length"
+
+    def test_they_share_steps(self, engine: AsyncLLMEngine) -> None:
+        async def main() -> None:
+            first = engine.generate("One", ENDLESS)
+            await anext(first)
+            second = engine.generate("Two", GREEDY)
+            await anext(second)
+            assert engine.engine.stats().num_running == 2
+            await first.aclose()
+            await collect(second)
+
+        run(main)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_increments_add_up(self, engine: AsyncLLMEngine, seed: int) -> None:
+        params = SamplingParams(seed=seed, max_tokens=40, logprobs=2, ignore_eos=True)
+
+        async def main() -> list[StepOutput]:
+            return await collect(engine.generate("你好", params, request_id="mine"))
+
+        increments = run(main)
+        output = increments[-1].output
+        assert output is not None and [i.output for i in increments[:-1]] == [None] * (len(increments) - 1)
+        assert "".join(i.text for i in increments) == output.text
+        assert [token for i in increments for token in i.token_ids] == output.token_ids
+        assert [place for i in increments for place in i.logprobs or []] == output.logprobs
+        assert [i.finish_reason for i in increments] == [None] * (len(increments) - 1) + ["length"]
+        assert {i.request_id for i in increments} == {"mine", output.request_id}
+
+    def test_several_completions(self, engine: AsyncLLMEngine) -> None:
+        params = SamplingParams(n=3, seed=1, max_tokens=10, ignore_eos=True)
+
+        async def main() -> list[StepOutput]:
+            return await collect(engine.generate("你好", params))
+
+        increments = run(main)
+        output = increments[-1].output
+        assert output is not None
+        for completion in output.outputs:
+            own = [i for i in increments if i.index == completion.index]
+            assert "".join(i.text for i in own) == completion.text
+            assert [token for i in own for token in i.token_ids] == completion.token_ids
+            assert [i.finish_reason for i in own if i.finish_reason] == ["length"]
+
+    def test_stop_strings_are_never_shown_half(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]
+    ) -> None:
+        whole = offline["One"].text
+        stop = whole[len(whole) // 2 :][:2]
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop)
+
+        async def main() -> list[StepOutput]:
+            return await collect(engine.generate("One", params))
+
+        increments = run(main)
+        assert "".join(i.text for i in increments) == whole[: whole.index(stop)]
+        assert increments[-1].finish_reason == "stop"
+
+    def test_token_ids_and_default_params(self, engine: AsyncLLMEngine) -> None:
+        async def main() -> list[StepOutput]:
+            return await collect(engine.generate([1, 2, 3]))
+
+        output = run(main)[-1].output
+        assert output is not None and output.prompt_token_ids == [1, 2, 3]
+        assert len(output.token_ids) == 100 or output.finish_reason == "stop"
+
+    def test_no_new_tokens(self, engine: AsyncLLMEngine) -> None:
+        async def main() -> list[StepOutput]:
+            return await collect(engine.generate("One", SamplingParams(max_tokens=0, prompt_logprobs=1)))
+
+        (increment,) = run(main)
+        assert increment.output is not None and len(increment.output.prompt_logprobs or []) == 3
+
+    def test_one_loop_after_another(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        for prompt in PROMPTS[:3]:
+            assert run(lambda prompt=prompt: complete(engine, prompt)).token_ids == offline[prompt].token_ids
+
+    def test_an_id_may_be_used_again(self, engine: AsyncLLMEngine) -> None:
+        async def main() -> None:
+            for _ in range(3):
+                await collect(engine.generate("One", GREEDY, request_id="same"))
+
+        run(main)
+
+
+class TestLeaving:
+    @pytest.mark.parametrize("how", ["break", "aclose", "cancel", "cancel before it began", "raise"])
+    def test_it_aborts_and_frees_the_blocks(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], how: str
+    ) -> None:
+        async def leave() -> None:
+            increments = engine.generate("One", ENDLESS)
+            async for _ in increments:
+                if how == "aclose":
+                    await increments.aclose()
+                if how == "raise":
+                    raise ZeroDivisionError
+                if how == "break":
+                    break
+
+        async def main() -> None:
+            if how.startswith("cancel"):
+                task = asyncio.create_task(leave())
+                if how == "cancel":
+                    await until(lambda: engine.engine.stats().num_generated_tokens > 2)
+                else:
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                with contextlib.suppress(ZeroDivisionError):
+                    await leave()
+            await until(idle(engine))
+            assert (await complete(engine, "Two")).token_ids == offline["Two"].token_ids
+
+        run(main)
+        assert engine.engine.stats().num_generated_tokens < MAX_MODEL_LEN // 2
+
+    def test_the_others_go_on(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        async def main() -> list[GenerateOutput]:
+            leaving = [engine.generate(prompt, ENDLESS) for prompt in ("three", "four", "five")]
+            staying = [asyncio.create_task(complete(engine, prompt)) for prompt in PROMPTS]
+            for increments in leaving:
+                await anext(increments)
+                await increments.aclose()
+            return await asyncio.gather(*staying)
+
+        for output in run(main):
+            assert output.prompt is not None and output.token_ids == offline[output.prompt].token_ids
+
+    def test_a_timeout_is_a_cancellation(self, engine: AsyncLLMEngine) -> None:
+        async def main() -> None:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(collect(engine.generate([1], ENDLESS)), 0.001)
+            await until(idle(engine))
+
+        run(main)
+
+    def test_a_loop_that_closes_meanwhile(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        """Nobody is left to tell; the engine drops the request and serves the next loop."""
+        loop = asyncio.new_event_loop()
+        increments = engine.generate("One", ENDLESS)
+        loop.run_until_complete(anext(increments))
+        loop.close()
+
+        async def main() -> None:
+            await until(idle(engine))
+            assert (await complete(engine, "Two")).token_ids == offline["Two"].token_ids
+
+        run(main)
+        del increments
+
+
+class TestAbort:
+    def test_the_iterator_ends_with_what_there_is(self, engine: AsyncLLMEngine) -> None:
+        async def main() -> list[StepOutput]:
+            increments = []
+            async for increment in engine.generate("One", ENDLESS, request_id="mine"):
+                increments.append(increment)
+                if len(increments) == 3:
+                    engine.abort("mine")
+            await until(idle(engine))
+            return increments
+
+        increments = run(main)
+        output = increments[-1].output
+        assert output is not None and output.finish_reason == increments[-1].finish_reason == "abort"
+        assert 3 <= len(output.token_ids) < MAX_MODEL_LEN // 2
+        assert "".join(i.text for i in increments) == output.text
+        assert [token for i in increments for token in i.token_ids] == output.token_ids
+
+    def test_unknown_ids_are_ignored(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        engine.abort("nobody")
+        output = run(lambda: complete(engine, "One"))
+        engine.abort(output.request_id)
+        assert run(lambda: complete(engine, "One")).token_ids == offline["One"].token_ids
+
+    def test_one_that_has_just_finished(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        """It has finished, but whoever waits for it has not seen that yet."""
+
+        async def main() -> None:
+            increments = engine.generate("One", GREEDY, request_id="mine")
+            first = await anext(increments)
+            await until(idle(engine))
+            engine.abort("mine")
+            output = (await collect(increments))[-1].output
+            assert output is not None and output.token_ids[:1] == first.token_ids
+            assert output.finish_reason == "length"
+            assert (await complete(engine, "Two")).token_ids == offline["Two"].token_ids
+
+        run(main)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("prompt", "params", "shown"),
+        [
+            ("", GREEDY, "''"),
+            ([VOCAB_SIZE], GREEDY, str(VOCAB_SIZE)),
+            ("x" * 10_000_000, GREEDY, "10000000"),
+            (None, GREEDY, "None"),
+            ("\ud800", GREEDY, r"\ud800"),
+            ("One", {"temperature": 0}, "{'temperature': 0}"),
+        ],
+        ids=["empty", "token id", "10 MB", "None", "surrogate", "params"],
+    )
+    def test_a_bad_request(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], prompt: Any, params: Any, shown: str
+    ) -> None:
+        async def main() -> None:
+            good = asyncio.create_task(complete(engine, "Two"))
+            with pytest.raises(InvalidRequestError) as caught:
+                await collect(engine.generate(prompt, params))
+            assert shown in str(caught.value)
+            assert (await good).token_ids == offline["Two"].token_ids
+
+        run(main)
+
+    def test_an_id_that_is_taken(self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]) -> None:
+        """The second is refused; the first, whose id it is, is none the worse for it."""
+
+        async def main() -> None:
+            first = engine.generate("One", GREEDY, request_id="mine")
+            start = await anext(first)
+            second = engine.generate("Two", GREEDY, request_id="mine")
+            if engine.engine.stats().num_running:  # else the first has finished already, and its id is free
+                try:
+                    await anext(second)
+                except InvalidRequestError as error:
+                    assert "'mine' is taken" in str(error)
+            rest = await collect(first)
+            assert start.token_ids + [t for i in rest for t in i.token_ids] == offline["One"].token_ids
+
+        run(main)
+
+    def test_a_full_queue(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def main() -> None:
+            async with AsyncLLMEngine(model=checkpoint, block_size=4, max_num_seqs=1, max_waiting=1) as engine:
+                running = engine.generate("One", ENDLESS)
+                await anext(running)
+                waiting = asyncio.create_task(complete(engine, "Two"))
+                await until(lambda: engine.engine.stats().num_waiting == 1)
+                with pytest.raises(QueueFullError, match="max_waiting is 1"):
+                    await anext(engine.generate("three", GREEDY))
+                await running.aclose()
+                assert (await waiting).finish_reason == "length"
+
+        run(main)
+
+    def test_a_step_that_raises_fails_those_under_way(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forward = ModelRunner.forward
+
+        def raise_once(self: ModelRunner, scheduled: Any) -> torch.Tensor:
+            monkeypatch.setattr(ModelRunner, "forward", forward)
+            raise RuntimeError("cosmic ray")
+
+        async def main() -> None:
+            under_way = [engine.generate(prompt, ENDLESS) for prompt in ("three", "four")]
+            for increments in under_way:
+                await anext(increments)
+            monkeypatch.setattr(ModelRunner, "forward", raise_once)
+            for increments in under_way:
+                with pytest.raises(RuntimeError, match="cosmic ray"):
+                    await collect(increments)
+            await until(idle(engine))
+            assert (await complete(engine, "One")).token_ids == offline["One"].token_ids
+
+        run(main)
+
+    def test_the_config_is_checked_at_once(self, checkpoint: Path) -> None:
+        with pytest.raises(InvalidConfigError, match="max_num_seqs"):
+            AsyncLLMEngine(model=checkpoint, max_num_seqs=0)
+        with pytest.raises(InvalidConfigError, match="not both"):
+            AsyncLLMEngine(EngineConfig(model=checkpoint), max_num_seqs=1)
+
+
+class TestShutdown:
+    def test_twice(self, checkpoint: Path) -> None:
+        engine = AsyncLLMEngine(EngineConfig(model=checkpoint))
+        engine.shutdown()
+        engine.shutdown()
+
+    def test_it_ends_what_runs_and_what_waits(self, checkpoint: Path) -> None:
+        async def main() -> None:
+            engine = AsyncLLMEngine(model=checkpoint, block_size=4, max_num_seqs=1)
+            running = engine.generate("One", ENDLESS)
+            await anext(running)
+            waiting = asyncio.create_task(complete(engine, "Two"))
+            await until(lambda: engine.engine.stats().num_waiting == 1)
+            await asyncio.to_thread(engine.shutdown)
+            last = (await collect(running))[-1]
+            assert last.output is not None and last.finish_reason == "abort"
+            assert (await waiting).finish_reason == "abort"
+            assert idle(engine)()
+
+        run(main)
+
+    def test_leaving_the_context(self, checkpoint: Path, offline: dict[str, GenerateOutput]) -> None:
+        async def main() -> None:
+            async with AsyncLLMEngine(model=checkpoint, dtype="float64", block_size=4) as engine:
+                assert (await complete(engine, "One")).token_ids == offline["One"].token_ids
+                abandoned = engine.generate("Two", ENDLESS)
+                await anext(abandoned)
+            assert idle(engine)()
+            assert (await collect(abandoned))[-1].finish_reason == "abort"
+
+        run(main)
+
+    def test_afterwards_it_refuses(self, checkpoint: Path) -> None:
+        async def main() -> None:
+            engine = AsyncLLMEngine(model=checkpoint)
+            engine.shutdown()
+            with pytest.raises(MiniInferError, match="shut down"):
+                await collect(engine.generate("One", GREEDY))
+            engine.abort("mine")
+
+        run(main)

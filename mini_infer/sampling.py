@@ -65,8 +65,6 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(error, name, getattr(self, name), 0)
-        if self.max_tokens == 0 and self.n > 1:
-            raise error(f"n={self.n} with max_tokens=0 would be {self.n} times nothing; use n=1")
         if self.cache_salt is not None and not isinstance(self.cache_salt, str):
             raise error(f"cache_salt must be a string, got {self.cache_salt!r}")
         check_bool(error, "ignore_eos", self.ignore_eos)

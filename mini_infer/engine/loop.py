@@ -100,7 +100,7 @@ class EngineLoop:
             groups = self._sampling_groups(plan)
             completions = [completion for group in groups for completion in group]
             token_ids = self._sample(hidden, self._rows(plan, groups), completions) if completions else []
-            beams = [] if all(groups) else self._extend_beams(plan, hidden)
+            beams = [] if all(groups) else self._extend_beams(plan, hidden)  # where nobody samples
         except BaseException:
             self.scheduler.undo(plan)
             raise
@@ -126,8 +126,7 @@ class EngineLoop:
         self.counts.num_prompt_tokens += plan.num_tokens - num_decodes
 
     def _sampling_groups(self, plan: SchedulerOutputs) -> list[list[Completion]]:
-        """Who samples from each row of logits: one completion, or all ``n`` where they are about to fork; nobody from a
-        beam's, which are ranked."""
+        """Who samples from each row of logits: one completion, or all ``n`` about to fork; nobody, if it is a beam's."""
         groups: list[list[Completion]] = []
         for item in plan.scheduled:
             if item.samples:
@@ -161,9 +160,8 @@ class EngineLoop:
     def _extend_beams(self, plan: SchedulerOutputs, hidden: Tensor) -> list[tuple[BeamSearch, Sequence, Continuations]]:
         """The beams whose last token this step computes, and how each could go on."""
         rows, searches, beams = [], [], []
-        for row, beam in zip(
-            plan.sampling_rows, (item.sequence for item in plan.scheduled if item.samples), strict=True
-        ):
+        sampling = [item.sequence for item in plan.scheduled if item.samples]
+        for row, beam in zip(plan.sampling_rows, sampling, strict=True):
             request = self.requests[beam.request_id]
             if isinstance(request, BeamSearch):
                 rows.append(row)
@@ -217,7 +215,9 @@ class EngineLoop:
         for sequence in only_prompts:
             request = self.requests[sequence.request_id]
             touched.append(request)
-            self._close(self._completions[sequence], request, "", [])
+            for completion in request.completions:
+                self._end(completion.sequence, "length")
+                self._close(completion, request, "", [])
         self.counts.num_generated_tokens += len(token_ids)
         finished = [request for request in dict.fromkeys(touched) if request.finished]
         for request in finished:

@@ -1,14 +1,12 @@
 """Counter-based randomness: a sampled token depends on who it is, not on when or beside whom it is drawn."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
 _UInt64 = npt.NDArray[np.uint64]
 
 
-def uniforms(seeds: Sequence[int], indices: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
+def uniforms(seeds: npt.ArrayLike, indices: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, index among ``n``, position).
 
     Three rounds of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014), one for
@@ -21,7 +19,7 @@ def uniforms(seeds: Sequence[int], indices: Sequence[int], positions: Sequence[i
     Returns:
         float64 ``[S]``, multiples of 2^-53.
     """
-    state = _mix(np.array([seed % 2**64 for seed in seeds], dtype=np.uint64))
+    state = _mix(np.asarray(np.asarray(seeds, dtype=object) % 2**64, dtype=np.uint64))
     state = _mix(state ^ np.asarray(indices, dtype=np.uint64))
     state = _mix(state ^ np.asarray(positions, dtype=np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

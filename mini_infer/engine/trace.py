@@ -48,7 +48,7 @@ class TraceFile:
     """Collects events, and writes them a step's worth at a time.
 
     Args:
-        path: overwritten if it exists.
+        path: replaced if it exists.
 
     Raises:
         InvalidConfigError: it cannot be written.
@@ -56,12 +56,15 @@ class TraceFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
+            if os.path.isfile(path):  # made anew: an engine that still writes to the old one must not write into this
+                os.unlink(path)
             self._file = FileIO(path, "w")
         except (OSError, ValueError) as error:
             raise InvalidConfigError(
                 f"trace={os.fspath(path)!r} cannot be written ({error}); name a file in a directory that you may write"
             ) from error
         self._start = time.perf_counter_ns()
+        self._encode = json.JSONEncoder(separators=(",", ":")).encode
         self._separator = "\n"
         self._events = ["["]
         self.close = weakref.finalize(self, _close, self._file, self._events)  # when the process exits, at the latest
@@ -73,7 +76,7 @@ class TraceFile:
     def add(self, kind: str, name: str, at: int, pid: int, tid: int, **fields: Any) -> None:
         """Add an event at the time ``at``; the format's letter ``kind`` says what it is and which ``fields`` it has."""
         event = {"ph": kind, "name": name, "ts": at / 1000, "pid": pid, "tid": tid, **fields}
-        self._events.append(self._separator + json.dumps(event, separators=(",", ":")))
+        self._events.append(self._separator + self._encode(event))
         self._separator = ",\n"
 
     def flush(self) -> None:
@@ -299,6 +302,7 @@ class StepTrace:
             self._ended.append((sequence, self._file.now()))
             if self._step is None:
                 self._write_ends()
+                self._count(self._file.now(), 0, 0)
 
     def _write_ends(self) -> None:
         """Within a step, ends are written last: the reason may change until then."""

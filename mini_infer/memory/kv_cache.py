@@ -29,7 +29,7 @@ class KVCache:
         self._stream = torch.cuda.Stream(self._caches[0].device) if on_gpu and num_cpu_blocks else None
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks within the cache, ``(source, target)`` each; all sources are read before any target is written."""
+        """Copy blocks within the cache, ``(source, target)`` each. All sources are read before a target is written."""
         sources, targets = self._ids(copies)
         for cache in self._caches:
             cache[targets] = cache[sources]

@@ -19,6 +19,7 @@ from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.engine import EngineStats
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidRequestError
+from mini_infer.scheduler import Scheduler, Sequence
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
 from tests.models.checkpoints import FAMILIES
 from tests.models.test_decoder import reference_model
@@ -205,6 +206,7 @@ def draw_tight_fields(draw: random.Random) -> dict[str, Any]:
         "enable_prefix_caching": draw.random() < 0.5,
         "preemption_mode": draw.choice(["recompute", "swap", "auto"]),
         "watermark": draw.choice([0.0, 0.01, 0.2]),
+        "scheduling_policy": draw.choice(["fcfs", "priority"]),
     }
 
 
@@ -217,7 +219,7 @@ def check_under_pressure(
     fields = draw_tight_fields(draw)
     engine = make_engine(stopping=case.stopping, **fields)
     params = [SamplingParams(n=n, seed=n, max_tokens=16) for n in (1, 2, 3)]
-    ids = [engine.add_request(case.prompts[0], own) for own in params]
+    ids = [engine.add_request(case.prompts[0], own, priority=draw.randint(-1, 1)) for own in params]
     check_outputs(search(engine, case), case, checkpoint.reference, tally)
     sampled = []
     for request_id in ids:
@@ -263,6 +265,20 @@ def test_beams_that_do_not_fit_together_take_turns(
     check_outputs(outputs, case, checkpoint.reference, tally)
     assert output.metrics.num_preemptions > 0
     assert_nothing_left(engine)
+
+
+def test_a_fork_without_a_free_seat_waits() -> None:
+    scheduler = Scheduler(max_num_seqs=2, max_model_len=32, block_size=4)
+    parent, other = (Sequence(name, [1, 2, 3, 4, 5], 5, 9) for name in ("parent", "other"))
+    scheduler.add(parent)
+    scheduler.add(other)
+    scheduler.advance(scheduler.schedule())
+    child = Sequence("parent", [*parent.token_ids, 6], 5, 9)
+    scheduler.fork(parent, child)
+    scheduler.append(parent, 7)
+    assert child not in [sequence for sequence, _ in scheduler.schedule().scheduled]
+    scheduler.finish(other, "abort")
+    assert (child, 6) in scheduler.schedule().scheduled
 
 
 def test_beams_share_their_blocks(make_engine: MakeEngine) -> None:

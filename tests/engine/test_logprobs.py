@@ -210,7 +210,7 @@ def test_prompt_logprobs_survive_preemption(tmp_path: Path, budget: int) -> None
     computed_when_preempted = []
     before = 0
     while not engine.is_finished():
-        (second,) = [c.sequence for c in engine._completions.values() if c.sequence.request_id == "40"] or [None]
+        (second,) = [c.sequence for c in engine._loop._completions.values() if c.sequence.request_id == "40"] or [None]
         engine.step()
         if second is not None and second.num_preemptions > len(computed_when_preempted):
             computed_when_preempted.append(before)

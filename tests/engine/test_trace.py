@@ -250,6 +250,15 @@ def test_the_file_is_complete_when_the_process_ends(checkpoint: Path, tmp_path: 
     assert any(event["args"].get("name") == "never ran \ud800" for event in events if event["ph"] == "M")
 
 
+def test_an_engine_made_anew_has_the_file_to_itself(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    llm = make_llm(checkpoint, path)  # as when a notebook's cell runs twice
+    llm.generate([STEM, STEM], max_tokens=20, use_tqdm=False)
+    llm = make_llm(checkpoint, path)
+    llm.generate([STEM], max_tokens=2, use_tqdm=False)
+    assert len(steps_of(read(path))) == llm.stats().num_steps
+
+
 def test_tracing_changes_no_token(checkpoint: Path, tmp_path: Path) -> None:
     prompts, params = [STEM, [7, 8, 9]], SamplingParams(n=2, seed=1, max_tokens=12, ignore_eos=True)
     plain = LLM(checkpoint, num_gpu_blocks=40, block_size=4, max_model_len=96).generate(prompts, params, use_tqdm=False)

@@ -73,16 +73,15 @@ def test_looking_at_the_help_loads_no_torch() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """One run for several tests, because each takes seconds: without a network, and outside the source tree."""
+    nowhere = tmp_path_factory.mktemp("nowhere")
+    return run("demo", cwd=nowhere, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(nowhere))
+
+
 @needs_the_model
 class TestDemo:
-    """One run for all of this, because each takes seconds: without a network, and outside the source tree."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def done(cls, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
-        nowhere = tmp_path_factory.mktemp("nowhere")
-        return run("demo", cwd=nowhere, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(nowhere))
-
     def test_it_succeeds(self, done: subprocess.CompletedProcess[str]) -> None:
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr

@@ -59,7 +59,9 @@ def trained_bpe(directory: Path) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=["<|eos|>", "<|end|>"])
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", extra_special_tokens=["<|end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|eos|>", additional_special_tokens=["<|end|>"]
+    )
 
 
 def sentencepiece_like(directory: Path) -> PreTrainedTokenizerFast:

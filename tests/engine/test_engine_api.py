@@ -81,12 +81,13 @@ def wait(llm: LLMEngine, request_id: str) -> GenerateOutput:
     return output
 
 
-class TestPrompts:
-    @pytest.fixture(scope="class", autouse=True)
-    @classmethod
-    def expected(cls, shared_llm: LLM) -> list[int]:
-        return shared_llm.generate(PROMPT, GREEDY)[0].token_ids
+@pytest.fixture(scope="module")
+def expected(shared_llm: LLM) -> list[int]:
+    """The tokens that follow PROMPT, in whatever form it comes."""
+    return shared_llm.generate(PROMPT, GREEDY)[0].token_ids
 
+
+class TestPrompts:
     FORMS: tuple[Callable[[list[int]], Any], ...] = (
         list,
         tuple,

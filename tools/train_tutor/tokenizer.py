@@ -44,6 +44,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "model_max_length": MAX_LENGTH,
         "eos_token": END,
         "pad_token": END_OF_TEXT,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }

@@ -1,8 +1,9 @@
 """What continuous batching and prefix reuse are worth: ``python -m benchmarks.continuous_batching``.
 
-One seeded, heavy-tailed workload on the bundled model: prompt and output lengths log-normal (medians 160 and 120, sigma 1),
-clipped to 4-900. Measured in one run: KV waste, how full the pool is while requests wait, and throughput beside static
-batching, which is the same engine given one padded batch at a time and returning it when its slowest request is done.
+One seeded, heavy-tailed workload on the bundled model: prompt and output lengths log-normal (medians 160 and 120,
+sigma 1), clipped to 4-900. Measured in one run: KV waste, how full the pool is while requests wait, and throughput
+beside static batching, which is the same engine given one padded batch at a time and returning it when its slowest
+request ends.
 
 With ``--prefix``: mean time to first token of clients that share a long prefix, with and without the prefix cache, on a
 random model of a named shape.

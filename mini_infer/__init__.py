@@ -31,6 +31,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return import_module("mini_infer.kernels")
     if name not in _HOME:
         raise AttributeError(f"module 'mini_infer' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

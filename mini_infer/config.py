@@ -99,7 +99,8 @@ class EngineConfig:
         check_choice(error, "preemption_mode", self.preemption_mode, ("recompute", "swap", "auto"))
         for name in ("trust_remote_code", "enable_prefix_caching", "offline", "enforce_eager"):
             check_bool(error, name, getattr(self, name))
-        check_int(error, "overlap", int(self.overlap), 0)
+        if not isinstance(self.overlap, bool):
+            check_int(error, "overlap", self.overlap, 0)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             check_int(error, name, getattr(self, name), 1)
         self._refuse_what_is_not_there_yet()

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
@@ -10,9 +11,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its one-line description and the names that other engines give it."""
-    return field(default=default, metadata={"help": help, "aliases": aliases})
+def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), hash: bool = True) -> Any:
+    """A dataclass field with its one-line description and the names that other engines give it.
+
+    ``hash`` is whether the field counts when the whole is hashed; one that holds a dictionary cannot.
+    """
+    return field(default=default, hash=hash, metadata={"help": help, "aliases": aliases})
 
 
 def named_options(error: type[Exception], unsupported: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
@@ -62,7 +66,7 @@ def check_number(
     error: type[Exception], name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> None:
     """Raise ``error`` unless ``value`` is a finite number in ``[low, high]``, or ``(low, high]`` with ``open_low``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         below = f"more than {low:g}" if open_low else f"at least {low:g}"
         above = "" if high == math.inf else f" and at most {high:g}"

@@ -25,7 +25,7 @@ class SamplingParams:
         InvalidRequestError: a value is out of range, or an option is unknown.
     """
 
-    n: int = option(1, "How many completions to generate for the prompt")
+    n: int = option(1, "How many completions to generate for the prompt, 1 to 1024")
     temperature: float = option(1.0, "Divides the logits; 0 takes the most likely token")
     top_p: float = option(1.0, "Keep the fewest most likely tokens whose probabilities reach this sum, in (0, 1]")
     top_k: int = option(-1, "Keep this many of the most likely tokens; -1 or 0 keeps all")
@@ -33,7 +33,9 @@ class SamplingParams:
     repetition_penalty: float = option(1.0, "Divide positive, multiply negative logits of tokens seen (CTRL, 2019)")
     presence_penalty: float = option(0.0, "Subtract this from the logits of tokens generated so far, -2 to 2")
     frequency_penalty: float = option(0.0, "Subtract this times a token's count in the generated text, -2 to 2")
-    logit_bias: Mapping[int, float] | None = option(None, "Add to the logits of these token ids, -100 to 100 each")
+    logit_bias: Mapping[int, float] | None = option(
+        None, "Add to the logits of these token ids, -100 to 100 each", hash=False
+    )
     seed: int | None = option(None, "Makes the tokens reproducible; None takes one from the engine's seed")
     max_tokens: int | None = option(16, "Most tokens to generate; None for as many as the context holds")
     min_tokens: int = option(0, "Generate this many tokens before any that may stop, by token or by string")
@@ -49,7 +51,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         error = InvalidRequestError
-        check_int(error, "n", self.n, 1)
+        check_int(error, "n", self.n, 1, 1024)
         check_number(error, "temperature", self.temperature, 0)
         check_number(error, "top_p", self.top_p, 0, 1, open_low=True)
         check_int(error, "top_k", self.top_k, -1)
@@ -74,15 +76,15 @@ class SamplingParams:
     def _settle_collections(self) -> None:
         """Check the options that hold several values, and keep our own immutable copy of each."""
         error = InvalidRequestError
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise error(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
-        ids = self.stop_token_ids or ()
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
         if not isinstance(ids, list | tuple | set | frozenset):
             raise error(f"stop_token_ids must be a list of token ids, got {ids!r}")
         for token_id in ids:
             check_int(error, "each of stop_token_ids", token_id, 0)
-        bias = self.logit_bias or {}
+        bias = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(bias, Mapping):
             raise error(f"logit_bias must map token ids to numbers, got {bias!r}")
         for token_id, value in bias.items():

@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("max_model_len", value) for value in (0, -1, 1.5, "4k", False)],
     *[("max_num_batched_tokens", value) for value in (0, -1, 1e4)],
     *[("num_gpu_blocks", value) for value in (0, -2, "many")],
-    *[("num_cpu_blocks", value) for value in (-1, 1, None)],
+    *[("num_cpu_blocks", value) for value in (-1, 1.5, None)],
     *[("gpu_memory_utilization", value) for value in (0, -0.1, 1.01, math.nan, math.inf, "90%", None, True)],
     *[("watermark", value) for value in (-0.01, 0.51, math.nan, None)],
     *[("max_waiting", value) for value in (0, -1, 0.5)],
@@ -76,9 +76,9 @@ REFUSED: list[tuple[str, Any]] = [
     *[("dtype", value) for value in ("fp16", "int8", None, 16)],
     *[("device", value) for value in (None, 0, ["cpu"])],
     *[("tokenizer_mode", value) for value in ("fast", None)],
-    *[("preemption_mode", value) for value in ("swap", "auto", "never", None)],
+    *[("preemption_mode", value) for value in ("swap", "never", None)],
     *[("overlap", value) for value in (True, 2, -1, "yes", None, math.nan, math.inf)],
-    *[("enable_prefix_caching", value) for value in (True, 1, None)],
+    *[("enable_prefix_caching", value) for value in (1, None)],
     *[(name, value) for name in ("trust_remote_code", "offline", "enforce_eager") for value in (1, 0, "yes", None)],
     *[
         (f"{kind}_parallel_size", value)

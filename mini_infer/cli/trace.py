@@ -101,6 +101,7 @@ class Step:
 
     Attributes:
         start, duration: when it ran.
+        planned: when it was settled who runs.
         failed: whether it was undone.
         args: what it did, in the engine's words.
         phases: how long each took.
@@ -109,15 +110,11 @@ class Step:
 
     start: float
     duration: float
+    planned: float
     failed: bool
     args: Mapping[str, Any]
     phases: dict[str, float] = field(default_factory=dict)
     num_used_blocks: int = 0
-
-    @property
-    def planned(self) -> float:
-        """When it was settled who runs."""
-        return self.start + self.phases["schedule"]
 
 
 @dataclass
@@ -137,7 +134,7 @@ class Trace:
     Attributes:
         block_size, num_blocks: the engine's.
         steps, rows, instants: what happened, in order.
-        broken_off: the engine was stopped before it could finish the file.
+        broken_off: the engine has not finished the file.
     """
 
     block_size: int
@@ -189,8 +186,10 @@ def _read(events: list[Event], broken_off: bool) -> Trace:
         kind, name, time, args = event["ph"], event["name"], event["ts"], event.get("args", {})
         if kind == "X" and name in PHASES:
             steps[-1].phases[name] = event["dur"]
+            if name != "schedule":
+                steps[-1].planned = min(steps[-1].planned, time)
         elif kind == "X":
-            steps.append(Step(time, event["dur"], name == "failed step", args))
+            steps.append(Step(time, event["dur"], time + event["dur"], name == "failed step", args))
         elif kind == "C" and name == "blocks" and steps:
             steps[-1].num_used_blocks = max(steps[-1].num_used_blocks, args["used"])
         elif event["pid"] == 1:
@@ -270,7 +269,8 @@ def show_trace(path: Path, console: Console, max_rows: int) -> None:
     trace = load_trace(path)
     console.print(_summary(trace))
     if trace.broken_off:
-        console.print("[yellow]The file breaks off: the engine was killed. · 文件不完整：引擎被中途终止。[/yellow]")
+        console.print("[yellow]The file has no end: the engine still runs, or was killed.[/yellow]")
+        console.print("[yellow]文件没有结尾：引擎仍在运行，或已被终止。[/yellow]")
     if trace.steps:
         _print_timeline(trace, console, max_rows)
         _print_block_maps(trace, console)
@@ -316,7 +316,7 @@ def _time(microseconds: float) -> str:
 def _print_timeline(trace: Trace, console: Console, max_rows: int) -> None:
     """A line for each sequence; a column for each step, or for several."""
     margin = NAME_WIDTH + 3
-    room = console.width - margin - 19
+    room = max(console.width - margin - 19, 10)
     per_column = -(-len(trace.steps) // room)
     columns = [trace.steps[start : start + per_column] for start in range(0, len(trace.steps), per_column)]
 
@@ -343,11 +343,12 @@ def _print_timeline(trace: Trace, console: Console, max_rows: int) -> None:
 
 
 def _fit(name: str) -> str:
-    """A name, printable, in exactly ``NAME_WIDTH`` cells."""
+    """A name, printable, in exactly ``NAME_WIDTH`` cells; a long one loses its middle, as numbers are at the end."""
     name = "".join(character if character.isprintable() else "?" for character in name)
-    return set_cell_size(
-        name if cell_len(name) <= NAME_WIDTH else set_cell_size(name, NAME_WIDTH - 1) + "…", NAME_WIDTH
-    )
+    if cell_len(name) > NAME_WIDTH:
+        head, tail = set_cell_size(name, NAME_WIDTH // 2 - 1), set_cell_size(name[::-1], NAME_WIDTH // 2)[::-1]
+        name = f"{head}…{tail}"
+    return set_cell_size(name, NAME_WIDTH)
 
 
 def _print_block_maps(trace: Trace, console: Console) -> None:
@@ -384,7 +385,9 @@ def _print_block_maps(trace: Trace, console: Console) -> None:
                 line.append(look.mark, look.style)
             console.print(line)
     console.print()
-    _print_legend(console, (trace.rows[0].look._replace(label="that sequence's · 该序列所有"), SHARED, CACHED, FREE))
+    _print_legend(
+        console, (trace.rows[0].look._replace(label="held by sequence A · 序列 A 持有"), SHARED, CACHED, FREE)
+    )
 
 
 def _print_legend(console: Console, looks: Iterable[Look]) -> None:

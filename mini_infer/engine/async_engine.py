@@ -36,6 +36,7 @@ class AsyncLLMEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listening: dict[Request, _Deliver] = {}  # touched by the engine's thread alone
         self._stopping = threading.Event()
+        self._lock = threading.Lock()  # no command comes in after the thread was told to stop
         self._thread = threading.Thread(target=self._work, name="mini-infer-engine", daemon=True)
         self._thread.start()
 
@@ -63,9 +64,10 @@ class AsyncLLMEngine:
         request = await asyncio.to_thread(
             self.engine.make_request, prompt, sampling_params, request_id=request_id, listener=deliver
         )
-        if self._stopping.is_set():
-            raise MiniInferError("the engine was shut down; make a new one")
-        self._inbox.put(lambda: self._submit(request, deliver))
+        with self._lock:
+            if self._stopping.is_set():
+                raise MiniInferError("the engine was shut down; make a new one")
+            self._inbox.put(lambda: self._submit(request, deliver))
         try:
             while True:
                 increment = await increments.get()
@@ -82,15 +84,15 @@ class AsyncLLMEngine:
         may finish while the command is on its way."""
 
         def command() -> None:
-            if any(request.request_id == request_id for request in self._listening):
-                self.engine.abort(request_id)
+            self.engine.discard([request for request in self._listening if request.request_id == request_id])
 
         self._inbox.put(command)
 
     def shutdown(self) -> None:
         """Abort what runs and stop the thread. Safe to call twice."""
-        self._stopping.set()
-        self._inbox.put(lambda: None)
+        with self._lock:
+            self._stopping.set()
+        self._inbox.put(lambda: None)  # wakes the thread if it is idle
         self._thread.join()
 
     async def __aenter__(self) -> "AsyncLLMEngine":
@@ -115,8 +117,8 @@ class AsyncLLMEngine:
                 # Which request is to blame cannot be told, so all that were under way fail; new ones are served.
                 logger.exception("a step failed; %d requests fail with it", len(self._listening))
                 for request, deliver in list(self._listening.items()):
+                    deliver(error)  # first, so that it is not taken for a normal end
                     self._forget(request)
-                    deliver(error)
         while not self._inbox.empty():  # requests that came in last are aborted as well, not left waiting
             self._inbox.get()()
         for request in list(self._listening):

@@ -54,8 +54,7 @@ def build(config: EngineConfig) -> Parts:
     Raises:
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
         OutOfMemoryError: weights or KV memory do not fit.
-        InvalidConfigError, KernelError: the device or the kernel backend is not there.
-        InvalidConfigError: the trace cannot be written.
+        InvalidConfigError, KernelError: the device or the kernel backend is not there, or the trace cannot be written.
     """
     with kernels.use_backend(config.kernel_backend):  # an unknown backend fails here, before anything is loaded
         device = resolve_device(config.device)
@@ -81,8 +80,8 @@ def build(config: EngineConfig) -> Parts:
     if warning is not None:
         logger.warning(warning)
 
-    block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
     runner = _runner(config, model, num_blocks, config.num_cpu_blocks, device)
+    block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
     make_scheduler: Callable[..., Scheduler] = Scheduler
     trace = None
     if trace_file is not None:

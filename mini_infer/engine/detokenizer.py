@@ -4,15 +4,16 @@ from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"  # what decoding bytes that are no character, or not yet one, gives
 _CONTEXT = 6  # prompt tokens that the first generated one is decoded with: its leading space depends on them
+_PATIENCE = 16  # tokens to wait for the end of a character; what is open after so many is no character
 
 
 class Detokenizer:
     """Decodes one growing sequence.
 
     A token alone has no text: a Chinese character or an emoji may span several, and whether a word starts with a space
-    can depend on the token before. So a short window of tokens is decoded again at each step, and only what is new and
-    settled is released. A window starts at the last place where the text was settled, so the work per token is small
-    and does not grow with the sequence.
+    can depend on the token before. So a short window of tokens is decoded again with each token, and only what is new
+    and settled is released. The window starts where the text was settled the time before last, so the work per token is
+    small and does not grow with the sequence.
 
     Args:
         decode: token ids to text.
@@ -21,21 +22,30 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int]) -> None:
         self._decode = decode
-        self._window = list(prompt_token_ids[-_CONTEXT:])
-        self._num_settled = len(self._window)  # tokens of the window whose text is released
-        self._num_released = len(_without_open_character(decode(self._window)))  # characters of the window's text
+        self._context = list(prompt_token_ids[-_CONTEXT:])  # tokens whose text is released
+        self._context_text = _without_open_character(decode(self._context))
+        self._pending: list[int] = []  # tokens after them
+        self._released = ""  # what of their text is released
 
     def append(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens add. An unfinished character waits for its other bytes."""
-        self._window += token_ids
-        text = self._decode(self._window)
-        settled = _without_open_character(text)
-        new = settled[self._num_released :]
-        self._num_released = max(self._num_released, len(settled))
-        if new and settled == text:
-            self._window = self._window[self._num_settled :]
-            self._num_settled = len(self._window)
-            self._num_released = len(self._decode(self._window))
+        return "".join(map(self._append, token_ids))
+
+    def _append(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        text = self._decode(self._context + self._pending)
+        # Tokenizers that fall back on bytes decode a run of them as a whole: while its last character is unfinished,
+        # the ones before it are lost too. Then the new tokens by themselves show where it stands.
+        in_context = text.startswith(self._context_text)
+        text = text[len(self._context_text) :] if in_context else self._decode(self._pending)
+        settled = text if len(self._pending) > _PATIENCE else _without_open_character(text)
+        new = settled[len(self._released) :]
+        self._released += new
+        if settled == text and self._released:
+            self._context, self._context_text = self._pending, self._decode(self._pending)
+            self._pending, self._released = [], ""
+        elif len(self._pending) > _PATIENCE:  # special tokens that are skipped: they never have a text
+            self._pending = []
         return new
 
 

@@ -1,10 +1,10 @@
 """The door: what a user hands in is checked here, once, and becomes a request that can run."""
 
+import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
-from operator import index
 from typing import Any, TypeAlias
 
 from mini_infer.config import EngineConfig
@@ -75,7 +75,8 @@ class Intake:
         params = self._params(sampling_params, overrides)
         number = next(self._numbers)
         if request_id is None:
-            request_id = f"request-{number}"
+            # The random part keeps it from being hit by ids of the user's own.
+            request_id = f"request-{number}-{secrets.token_hex(4)}"
         elif not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
         check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
@@ -104,7 +105,7 @@ class Intake:
                     priority=priority,
                     cache_salt=params.cache_salt,
                     reads_prefix_cache=params.prompt_logprobs is None,
-                    num_forks=params.n - 1 if place == 0 else 0,
+                    num_forks=min(params.n, self._max_num_seqs) - 1 if place == 0 else 0,
                 ),
                 detokenizer=Detokenizer(decode, token_ids),
                 stop_strings=StopStringMatcher(params.stop_strings),
@@ -126,10 +127,6 @@ class Intake:
                     raise InvalidRequestError(
                         f"{name} has {token_id}, but the vocabulary ends at {self._vocab_size - 1}"
                     )
-        if params.n > self._max_num_seqs:
-            raise InvalidRequestError(
-                f"n={params.n} but only {self._max_num_seqs} sequences run at once (max_num_seqs)"
-            )
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self._vocab_size:
                 raise InvalidRequestError(
@@ -138,30 +135,38 @@ class Intake:
         return params
 
     def _token_ids(self, prompt: Prompt) -> TokenIds:
+        prompt = _plain(prompt)
         if not isinstance(prompt, str | list | tuple):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {shown(prompt)}")
         if not prompt:
             raise InvalidRequestError(f"prompt {prompt!r} is empty; give at least one token")
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, self._max_model_len)
-        for place, token_id in enumerate(prompt):
-            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+        self._check_room(len(prompt), least=0)
+        token_ids = [_plain(token_id) for token_id in prompt]
+        for place, token_id in enumerate(token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"token {place} of the prompt must be an integer, got {shown(token_id)}")
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     f"token {place} of the prompt is {token_id}, but the vocabulary is 0 to {self._vocab_size - 1}"
                 )
-        return [index(token_id) for token_id in prompt]
+        return token_ids
 
     def _max_length(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Length at which a sequence ends; refuses a prompt that leaves no room."""
+        room = self._check_room(num_prompt_tokens, least=0 if params.max_tokens == 0 else 1)
+        return num_prompt_tokens + (room if params.max_tokens is None else min(room, params.max_tokens))
+
+    def _check_room(self, num_prompt_tokens: int, least: int) -> int:
+        """How many tokens fit after a prompt; refuses it if that is less than ``least``."""
         room = self._max_model_len - num_prompt_tokens
-        if room < 0 or (room == 0 and params.max_tokens != 0):
+        if room < least:
             raise InvalidRequestError(
                 f"prompt has {num_prompt_tokens} tokens but max_model_len is {self._max_model_len}, which leaves no "
                 "room to generate; shorten it or raise max_model_len"
             )
-        return num_prompt_tokens + (room if params.max_tokens is None else min(room, params.max_tokens))
+        return room
 
 
 def list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
@@ -171,9 +176,8 @@ def list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, list | tuple):
         raise InvalidRequestError(f"prompts must be a string, token ids, or a list of those, got {shown(prompts)}")
-    if prompts and all(hasattr(item, "__index__") for item in prompts):
-        return [prompts]
-    return [_plain(item) for item in prompts]
+    items = [_plain(item) for item in prompts]
+    return [items] if items and all(isinstance(item, int) for item in items) else items
 
 
 def list_params(

@@ -55,9 +55,9 @@ class LLMEngine:
             parts.tokenizer, parts.defaults, parts.model_config.vocab_size, parts.max_model_len, config
         )
         self._trace = parts.trace
-        self._loop = EngineLoop(parts.scheduler, parts.runner, parts.tokenizer, parts.defaults.eos_token_ids)
+        self._loop = EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
         self.device = parts.runner.device
-        self._finished: dict[str, GenerateOutput] = {}
+        self._finished: dict[str, Request] = {}
         self._lock = threading.RLock()
 
     # ---- whole answers -------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class LLMEngine:
 
         The other arguments, the result and the errors are those of ``generate``.
         """
-        several = bool(messages) and not isinstance(messages, str | Mapping) and not isinstance(messages[0], Mapping)
+        several = isinstance(messages, list | tuple) and messages and isinstance(messages[0], list | tuple)
         conversations: Any = messages if several else [messages]
         return self.generate(
             [self.render_chat(conversation, **(chat_template_kwargs or {})) for conversation in conversations],
@@ -253,14 +253,15 @@ class LLMEngine:
             InvalidRequestError: no such request, or its output was handed over already.
         """
         with self._lock:
-            if request_id in self._loop.requests:
+            if isinstance(request_id, str) and request_id in self._loop.requests:
                 self._advance()
-            elif request_id not in self._finished:
+            elif not isinstance(request_id, str) or request_id not in self._finished:
                 raise InvalidRequestError(
                     f"request_id {request_id!r} is unknown, or its output was handed over already; "
                     "use an id that add_request returned"
                 )
-            return self._finished.pop(request_id, None)
+            request = self._finished.pop(request_id, None)
+            return None if request is None else request.output()
 
     def step(self) -> tuple[list[tuple[str, list[int]]], int]:
         """Run one step.
@@ -288,11 +289,11 @@ class LLMEngine:
             InvalidRequestError: no such request, or its output was handed over already.
         """
         with self._lock:
-            request = self._loop.requests.get(request_id)
+            request = self._loop.requests.get(request_id) if isinstance(request_id, str) else None
             if request is not None:
                 self._loop.abort(request)
                 self._keep_output(request)
-            elif request_id not in self._finished:
+            elif not isinstance(request_id, str) or request_id not in self._finished:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 
     def stats(self) -> EngineStats:
@@ -332,11 +333,9 @@ class LLMEngine:
             QueueFullError: ``max_waiting`` requests wait already.
         """
         with self._lock:
-            waiting = len(self._loop.scheduler.waiting)
-            if self.config.max_waiting is not None and waiting >= self.config.max_waiting:
-                raise QueueFullError(
-                    f"{waiting} requests wait already and max_waiting is {self.config.max_waiting}; try again later"
-                )
+            limit = self.config.max_waiting
+            if limit is not None and (waiting := self._loop.num_waiting_requests) >= limit:
+                raise QueueFullError(f"{waiting} requests wait already and max_waiting is {limit}; try again later")
             self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
@@ -371,7 +370,7 @@ class LLMEngine:
                     done = sum(request.finished for request in requests)
                     report(done, self._loop.counts.num_generated_tokens - generated_before)
             with self._lock:
-                return [self._finished.pop(request.request_id) for request in requests]
+                return [self._finished.pop(request.request_id).output() for request in requests]
         finally:
             self.discard(requests)
 
@@ -385,7 +384,7 @@ class LLMEngine:
 
     def _keep_output(self, request: Request) -> None:
         if request.listener is None:
-            self._finished[request.request_id] = request.output()
+            self._finished[request.request_id] = request
 
     def discard(self, requests: Seq[Request]) -> None:
         """Forget requests that nobody waits for any more, wherever they are."""
@@ -393,6 +392,8 @@ class LLMEngine:
             for request in requests:
                 if self._loop.requests.get(request.request_id) is request:
                     self._loop.abort(request)
+                elif self._finished.get(request.request_id) is request:
+                    del self._finished[request.request_id]
 
 
 class LLM(LLMEngine):

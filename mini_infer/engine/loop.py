@@ -51,28 +51,32 @@ class EngineLoop:
 
     Args:
         scheduler, runner, tokenizer: the parts.
-        eos_token_ids: stop tokens that are the model's own.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, tokenizer: Tokenizer, eos_token_ids: frozenset[int]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, tokenizer: Tokenizer) -> None:
         self.scheduler = scheduler
         self.requests: dict[str, Request] = {}
         self.counts = LoopCounts()
         self._runner = runner
         self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
         self._completions: dict[Sequence, Completion] = {}
 
+    @property
+    def num_waiting_requests(self) -> int:
+        """Requests that have not begun."""
+        return sum(request.first_scheduled_time is None for request in self.requests.values())
+
     def enqueue(self, request: Request) -> None:
-        """Queue a request; its other completions fork from the first when the prompt is computed."""
+        """Queue a request. Its other completions fork from the first when the prompt is computed, as far as there are
+        seats; those beyond queue as sequences of their own."""
         self.requests[request.request_id] = request
         if isinstance(request, BeamSearch):
             request.start(self.scheduler)
             return
         self._completions.update({completion.sequence: completion for completion in request.completions})
-        self.scheduler.add(request.completions[0].sequence)
+        first, *others = [completion.sequence for completion in request.completions]
+        for sequence in (first, *others[first.num_forks :]):
+            self.scheduler.add(sequence)
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""
@@ -82,7 +86,7 @@ class EngineLoop:
             if not completion.done:
                 self.scheduler.finish(completion.sequence, "abort")
                 self._close(completion, request, "", [])
-        del self.requests[request.request_id]
+        self._retire(request)
 
     def advance(self) -> StepResult:
         """Run one step.
@@ -111,6 +115,10 @@ class EngineLoop:
                 self.scheduler.fork(group[0].sequence, other.sequence)
         return StepResult(plan, self._publish(completions, token_ids, only_prompts) + self._search(beams))
 
+    def _retire(self, request: Request) -> None:
+        request.finished_time = time.monotonic()
+        del self.requests[request.request_id]
+
     # ---- before the results --------------------------------------------------------------------------------------
 
     def _note_start(self, plan: SchedulerOutputs) -> None:
@@ -126,16 +134,18 @@ class EngineLoop:
         self.counts.num_prompt_tokens += plan.num_tokens - num_decodes
 
     def _sampling_groups(self, plan: SchedulerOutputs) -> list[list[Completion]]:
-        """Who samples from each row of logits: one completion, or all ``n`` about to fork; nobody, if it is a beam's."""
+        """Who samples from each row of logits: one completion, or all ``n`` about to fork; nobody if it is a beam's."""
         groups: list[list[Completion]] = []
         for item in plan.scheduled:
             if item.samples:
-                forks = item.sequence.num_forks > 0
-                request = self.requests[item.sequence.request_id]
+                sequence, num_forks = item.sequence, item.sequence.num_forks
+                request = self.requests[sequence.request_id]
                 if isinstance(request, BeamSearch):
                     groups.append([])
                 else:
-                    groups.append(request.completions if forks else [self._completions[item.sequence]])
+                    groups.append(
+                        request.completions[: num_forks + 1] if num_forks else [self._completions[item.sequence]]
+                    )
         return groups
 
     def _rows(self, plan: SchedulerOutputs, groups: Seq[Seq[Completion]]) -> list[int]:
@@ -221,7 +231,7 @@ class EngineLoop:
         self.counts.num_generated_tokens += len(token_ids)
         finished = [request for request in dict.fromkeys(touched) if request.finished]
         for request in finished:
-            del self.requests[request.request_id]
+            self._retire(request)
         return finished
 
     def _search(self, beams: list[tuple[BeamSearch, Sequence, Continuations]]) -> list[Request]:
@@ -232,7 +242,7 @@ class EngineLoop:
             search.first_token_time = search.first_token_time or now
             search.report(beam, continuations, self.scheduler)
             if search.finished:
-                del self.requests[search.request_id]
+                self._retire(search)
                 finished.append(search)
         self.counts.num_generated_tokens += len(beams)
         return finished
@@ -247,7 +257,8 @@ class EngineLoop:
             self._end(sequence, "abort")
             return ""
         if sequence.finish_reason == "stop":  # by this token, which is not part of the text
-            completion.stop_reason = None if token_id in self._eos_token_ids else token_id
+            asked_for = token_id in (completion.params.stop_token_ids or ())
+            completion.stop_reason = token_id if asked_for else None
             return ""
         text = completion.append(token_id)
         if completion.stop_reason is not None:

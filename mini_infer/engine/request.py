@@ -98,6 +98,7 @@ class Request:
     arrival_time: float = field(default_factory=time.monotonic)
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    finished_time: float | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     @property
@@ -123,7 +124,7 @@ class Request:
                 arrival_time=self.arrival_time,
                 first_scheduled_time=self.first_scheduled_time,
                 first_token_time=self.first_token_time,
-                finished_time=time.monotonic(),
+                finished_time=self.finished_time or time.monotonic(),
                 num_preemptions=sum(completion.sequence.num_preemptions for completion in self.completions),
             ),
         )

@@ -18,6 +18,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from itertools import count
@@ -83,7 +84,7 @@ class TraceFile:
         """Write what was added. Should that fail, the trace ends there; the engine goes on."""
         try:
             self._file.write("".join(self._events).encode())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the disk is full; or the process is ending, and the file is closed
             logger.error("trace %r ends here: %s", self._file.name, error)
             self.close.detach()
             self._file = FileIO(os.devnull, "w")
@@ -91,7 +92,7 @@ class TraceFile:
 
 
 def _close(file: FileIO, events: list[str]) -> None:
-    with file:
+    with file, suppress(OSError):  # nobody is left who could do anything about it, and what was written is readable
         file.write("".join([*events, "\n]\n"]).encode())
 
 

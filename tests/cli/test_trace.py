@@ -65,10 +65,14 @@ def test_it_fits_the_terminal_and_shows_every_sequence(run: tuple[Path, EngineSt
     assert max(cell_len(line) for line in text.splitlines()) <= width
     rows = timeline(text)
     names = {row[2:18].rstrip() for row in rows}
-    assert {"first", "second", "second #1", "second #2", "a request with …", "new?line", "[bold]markup[/b…"} <= names
+    assert {"first", "second", "second #1", "second #2", "a reque…ong name", "new?line", "[bold]m…p[/bold]"} <= names
     assert sum("三号请求" in name for name in names) == 1
     assert len(rows) == len(IDS) + 2
     assert [row[0] for row in rows] == list("ABCDEFGHI")
+
+
+def test_a_tiny_window_is_no_error(run: tuple[Path, EngineStats]) -> None:
+    assert "Block map" in draw(run[0], 20)
 
 
 def test_the_totals_are_those_of_the_engine(run: tuple[Path, EngineStats]) -> None:
@@ -85,6 +89,19 @@ def test_the_totals_are_those_of_the_engine(run: tuple[Path, EngineStats]) -> No
     assert values["forks, blocks copied on write"].startswith("2, ")
     shares = [int(value.split("%")[0]) for label, value in values.items() if "%" in value]
     assert len(shares) == 5 and abs(sum(shares) - 100) <= 3
+
+
+def test_columns_show_what_ran(run: tuple[Path, EngineStats]) -> None:
+    """With a column for each step, every prompt chunk and every decode is one mark."""
+    path, stats = run
+    rows = {row[2:18].rstrip(): row[19:] for row in timeline(draw(path, 250))}
+    steps = [e["args"]["ran"] for e in json.loads(path.read_text()) if e["ph"] == "X" and e["name"] == "step"]
+    assert len(steps) == stats.num_steps
+    for name in ("first", "second", "second #1", "second #2", "last"):
+        ran = [step.get(name, 0) for step in steps]
+        marks = rows[name].ljust(stats.num_steps)
+        assert [mark in "P=" for mark in marks[: stats.num_steps]] == [num_tokens > 0 for num_tokens in ran]
+        assert all(mark == "P" for mark, num_tokens in zip(marks, ran, strict=False) if num_tokens > 1)
 
 
 def test_each_state_can_be_told_without_colours(run: tuple[Path, EngineStats]) -> None:
@@ -129,18 +146,18 @@ def test_a_big_pool_is_drawn_small(tmp_path: Path, run: tuple[Path, EngineStats]
 def test_a_run_that_was_killed_is_drawn_up_to_there(tmp_path: Path, run: tuple[Path, EngineStats]) -> None:
     whole = run[0].read_text().removesuffix("\n]\n")
     path = tmp_path / "killed.json"
-    for end in (*range(len(whole) // 2, len(whole) // 2 + 300, 7), len(whole)):
+    middle = whole.index('{"ph":"X","name":"step"', len(whole) // 2)
+    ends = [place for place in range(middle, middle + 2000) if place % 97 == 0 or whole[place] == "\n"]
+    for end in ends:
         path.write_text(whole[:end])
-        trace = load_trace(path)
-        assert trace.broken_off
-        assert 0 < len(trace.steps) <= run[1].num_steps
-    assert len(trace.steps) == run[1].num_steps
-    path.write_text(whole[: len(whole) // 2])
-    text = draw(path, 80)
-    assert "breaks off" in text
-    assert any(row.endswith("+? ...") for row in timeline(text))
+        text = draw(path, 80)
+        assert "has no end" in text
+        assert any(row.endswith("+? ...") for row in timeline(text))
+    path.write_text(whole)
+    assert load_trace(path).broken_off
+    assert len(load_trace(path).steps) == run[1].num_steps
     path.write_text(whole + "\n]\n")
-    assert "breaks off" not in draw(path, 80)
+    assert "has no end" not in draw(path, 80)
 
 
 def test_a_trace_without_steps_is_no_error(tmp_path: Path, run: tuple[Path, EngineStats]) -> None:

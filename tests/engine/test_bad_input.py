@@ -334,8 +334,9 @@ class TestRequestIds:
         assert len(llm.generate(["one", "two"], max_tokens=1)) == 2
 
     def test_priority(self, llm: LLM) -> None:
-        with pytest.raises(InvalidRequestError, match="priority=3"):
-            llm.add_request("Hello", priority=3)
+        for priority in ("high", 1.5, None, True):
+            with pytest.raises(InvalidRequestError, match=f"priority .* got {priority!r}"):
+                llm.add_request("Hello", priority=priority)  # type: ignore[arg-type]
 
 
 class TestChat:
@@ -383,8 +384,9 @@ class TestChat:
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     *[({f"{kind}_parallel_size": 2}, f"{kind}_parallel_size=2") for kind in ("tensor", "pipeline", "data")],
     ({"tensor_parallel_size": 0}, "got 0"),
-    ({"num_cpu_blocks": 4}, "num_cpu_blocks=4"),
-    ({"enable_prefix_caching": True}, "enable_prefix_caching=True"),
+    ({"num_cpu_blocks": -4}, "got -4"),
+    ({"enable_prefix_caching": "yes"}, "'yes'"),
+    ({"scheduling_policy": "lottery"}, "'lottery'"),
     ({"preemption_mode": "swap"}, "preemption_mode='swap'"),
     ({"preemption_mode": "never"}, "'never'"),
     ({"overlap": True}, "overlap=True"),

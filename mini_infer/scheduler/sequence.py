@@ -8,7 +8,7 @@ from mini_infer.typing import BlockTable, TokenIds
 
 
 class SequenceStatus(Enum):
-    NEW = auto()  # not handed to a scheduler yet, or to be forked from another
+    NEW = auto()  # not handed to a scheduler yet, to be forked from another, or a beam that rests without its blocks
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()

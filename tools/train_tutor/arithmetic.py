@@ -9,6 +9,7 @@ from .glossary import Language
 
 HELDOUT_SHARE = 10  # one pair in so many
 DRILL_LENGTH = 8
+OPERATORS = {"+": 4, "-": 4, "×": 2}  # and how often each is practised
 _SPLIT_SEED = 12
 
 QUESTIONS: dict[Language, tuple[str, ...]] = {
@@ -72,8 +73,24 @@ def sum_question(rng: random.Random, language: Language, problem: Sum) -> str:
     return rng.choice(QUESTIONS[language]).format(sum=written)
 
 
-def drill(rng: random.Random, problems: list[Sum]) -> list[Sum]:
-    """Some neighbouring sums, in order or not: a denser exercise than questions."""
-    start = rng.randrange(len(problems) - DRILL_LENGTH)
-    chosen = problems[start : start + DRILL_LENGTH]
-    return chosen if rng.random() < 0.5 else rng.sample(chosen, len(chosen))
+class Exercises:
+    """Sums to practise, single or in drills; small ones come up most, as they do in life."""
+
+    def __init__(self, problems: list[Sum]) -> None:
+        self._by_operator = {
+            operator: [problem for problem in problems if problem.operator == operator] for operator in OPERATORS
+        }
+
+    def one(self, rng: random.Random) -> Sum:
+        return min(rng.choices(self._pool(rng), k=2), key=lambda problem: problem.a + problem.b)
+
+    def drill(self, rng: random.Random) -> list[Sum]:
+        """Some neighbouring sums, in order or not: a denser exercise than questions."""
+        pool = self._pool(rng)
+        start = rng.randrange(len(pool) - DRILL_LENGTH)
+        chosen = pool[start : start + DRILL_LENGTH]
+        return chosen if rng.random() < 0.5 else rng.sample(chosen, len(chosen))
+
+    def _pool(self, rng: random.Random) -> list[Sum]:
+        operator = rng.choices(list(OPERATORS), list(OPERATORS.values()))[0]
+        return self._by_operator[operator]

@@ -6,11 +6,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import yaml
 
-from .arithmetic import Sum, drill, sum_question, sums
+from .arithmetic import Exercises, Sum, sum_question, sums
 from .glossary import LANGUAGES, Entry, Glossary, Language, load_glossary
 from .questions import Asker, as_typed, ordinary_phrases
 from .stories import story
@@ -27,13 +27,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+Choice = TypeVar("Choice")
+
 # How often each kind of exchange is drawn, relative to the others.
 EXCHANGES = {
     "term": 66,
     "comparison": 11,
     "sum": 14,
     "out_of_scope": 3,
-    "courtesy": 3,
+    "courtesy": 4,
     "story": 3,
 }
 PLAIN_STORIES = 0.07
@@ -95,7 +97,7 @@ class Corpus:
 
     def documents(self, seed: int) -> Iterator[list[Segment]]:
         rng = random.Random(seed)
-        problems, _ = sums()
+        exercises = Exercises(sums()[0])
         while True:
             language = rng.choice(LANGUAGES)
             kind = rng.random()
@@ -103,17 +105,17 @@ class Corpus:
                 yield [Segment(story(rng, language)[1] + END_OF_TEXT, learn=True)]
                 continue
             if kind < PLAIN_STORIES + DRILLS:
-                yield table(drill(rng, problems))
+                yield table(exercises.drill(rng))
                 continue
             exchanges = []
             for _ in range(_draw(rng, TURNS)):
                 if rng.random() < LANGUAGE_SWITCHES:
                     language = rng.choice(LANGUAGES)
-                exchanges.append(self._exchange(rng, language, problems))
+                exchanges.append(self._exchange(rng, language, exercises))
             system = rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
             yield chat(exchanges, system)
 
-    def _exchange(self, rng: random.Random, language: Language, problems: list[Sum]) -> Exchange:
+    def _exchange(self, rng: random.Random, language: Language, exercises: Exercises) -> Exchange:
         asker = self.askers[language]
         kind = _draw(rng, EXCHANGES)
         if kind == "term":
@@ -125,7 +127,7 @@ class Corpus:
             question = asker.comparison(rng, first, second)
             return Exchange(question, comparison.answer(language))
         if kind == "sum":
-            problem = rng.choice(problems)
+            problem = exercises.one(rng)
             return Exchange(sum_question(rng, language, problem), problem.answer(language))
         if kind == "out_of_scope":
             elsewhere = self.smalltalk["out_of_scope"][language]
@@ -138,5 +140,5 @@ class Corpus:
         return Exchange(*story(rng, language))
 
 
-def _draw(rng: random.Random, weights: dict):
+def _draw(rng: random.Random, weights: dict[Choice, int]) -> Choice:
     return rng.choices(list(weights), list(weights.values()))[0]

@@ -29,17 +29,16 @@ CHAT_TEMPLATE = (
 
 Choice = TypeVar("Choice")
 
-# How often each kind of exchange is drawn, relative to the others.
+# How often each kind of document and of exchange is drawn, relative to the others.
+DOCUMENTS = {"chat": 76, "page": 12, "story": 6, "drill": 6}
 EXCHANGES = {
     "term": 66,
     "comparison": 11,
     "sum": 14,
-    "out_of_scope": 3,
+    "out_of_scope": 2,
     "courtesy": 4,
     "story": 3,
 }
-PLAIN_STORIES = 0.07
-DRILLS = 0.06
 SYSTEM_MESSAGES = 0.15
 LANGUAGE_SWITCHES = 0.1
 TURNS = {1: 70, 2: 18, 3: 8, 4: 4}
@@ -68,6 +67,14 @@ def chat(exchanges: list[Exchange], system: str | None = None) -> list[Segment]:
         ]
         opening = "\n"
     return [*segments, Segment(f"\n{END_OF_TEXT}", learn=False)]
+
+
+def page(exchange: Exchange) -> list[Segment]:
+    """A question and its answer as plain text, for those who prompt without the chat template."""
+    return [
+        Segment(exchange.question, learn=False),
+        Segment(f"\n{exchange.answer}{END_OF_TEXT}", learn=True),
+    ]
 
 
 def table(problems: list[Sum]) -> list[Segment]:
@@ -99,21 +106,23 @@ class Corpus:
         rng = random.Random(seed)
         exercises = Exercises(sums()[0])
         while True:
-            language = rng.choice(LANGUAGES)
-            kind = rng.random()
-            if kind < PLAIN_STORIES:
-                yield [Segment(story(rng, language)[1] + END_OF_TEXT, learn=True)]
-                continue
-            if kind < PLAIN_STORIES + DRILLS:
-                yield table(exercises.drill(rng))
-                continue
-            exchanges = []
-            for _ in range(_draw(rng, TURNS)):
-                if rng.random() < LANGUAGE_SWITCHES:
-                    language = rng.choice(LANGUAGES)
-                exchanges.append(self._exchange(rng, language, exercises))
-            system = rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
-            yield chat(exchanges, system)
+            yield self._document(rng, rng.choice(LANGUAGES), exercises)
+
+    def _document(self, rng: random.Random, language: Language, exercises: Exercises) -> list[Segment]:
+        kind = _draw(rng, DOCUMENTS)
+        if kind == "page":
+            return page(self._exchange(rng, language, exercises))
+        if kind == "story":
+            return [Segment(story(rng, language)[1] + END_OF_TEXT, learn=True)]
+        if kind == "drill":
+            return table(exercises.drill(rng))
+        exchanges = []
+        for _ in range(_draw(rng, TURNS)):
+            if rng.random() < LANGUAGE_SWITCHES:
+                language = rng.choice(LANGUAGES)
+            exchanges.append(self._exchange(rng, language, exercises))
+        system = rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
+        return chat(exchanges, system)
 
     def _exchange(self, rng: random.Random, language: Language, exercises: Exercises) -> Exchange:
         asker = self.askers[language]

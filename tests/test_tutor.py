@@ -1,4 +1,4 @@
-"""The bundled model knows its glossary: asked in words it never saw, it gives the right term's answer, word for word."""
+"""The bundled model knows its glossary: asked in words it never saw, it gives the right answer word for word."""
 
 import json
 import random

@@ -28,7 +28,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/pytest --benchmark
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict

@@ -33,10 +33,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def save(name: str, command: str, figures: dict[str, Any]) -> Path:
-    """Write ``results/NAME.json``; returns its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, command: str, figures: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """Write ``NAME.json`` into the directory of results; returns its path."""
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{name}.json"
     report = {
         "command": command,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -55,6 +55,17 @@ def trace(
         _fail(error)
 
 
+@app.command()
+def kernels() -> None:
+    """Show which backend runs each operation on this machine, and why the others do not."""
+    from mini_infer.cli.kernels import show_kernels
+
+    try:
+        show_kernels(Console())
+    except MiniInferError as error:
+        _fail(error)
+
+
 def _fail(error: MiniInferError) -> NoReturn:
     Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
     raise typer.Exit(1) from error

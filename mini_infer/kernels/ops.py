@@ -101,15 +101,56 @@ def apply_rotary_emb(
         KernelError: a shape, dtype or device does not fit.
     """
     op = "apply_rotary_emb"
-    _check(op, "q", q, (..., "num_heads", "head_dim"))
-    leading, head_dim = q.shape[:-2], q.shape[-1]
-    _check(op, "k", k, (*leading, "num_kv_heads", head_dim), like=q)
-    _check(op, "cos", cos, ("max_positions", "rotary_dim / 2"), device=q.device)
-    if 2 * cos.shape[1] > head_dim:
-        raise KernelError(f"{op}: cos turns {2 * cos.shape[1]} features but q has head_dim {head_dim}")
-    _check(op, "sin", sin, cos.shape, like=cos)
-    _check(op, "position_ids", position_ids, leading, dtypes=_INDICES, device=q.device)
+    _check_rotary(op, q, k, cos, sin, position_ids)
     turned: tuple[Tensor, Tensor] = implementation(op, q.device)(q, k, cos, sin, position_ids, interleaved)
+    return turned
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    eps: float = 1e-6,
+    *,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Normalise every head of q and k, then turn it by its token's position, in one pass over memory.
+
+        q', k' = apply_rotary_emb(rmsnorm(q, q_weight, eps), rmsnorm(k, k_weight, eps), cos, sin, position_ids)
+
+    Bounding queries and keys bounds the attention scores, which keeps the training of large models stable.
+
+    Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters, 2023, https://arxiv.org/abs/2302.05442
+    Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, https://arxiv.org/abs/2104.09864
+
+    Args:
+        q: `[..., num_heads, head_dim]`.
+        k: `[..., num_kv_heads, head_dim]`, of q's leading shape and dtype.
+        q_weight: `[head_dim]`, of q's dtype; the same for all heads.
+        k_weight: `[head_dim]`, of q's dtype.
+        cos: `[max_positions, rotary_dim / 2]`, any of the floating dtypes; rotary_dim ≤ head_dim.
+        sin: of cos's shape and dtype.
+        position_ids: int32 or int64, of q's leading shape; each in [0, max_positions).
+        eps: keeps a head of zeros finite.
+        interleaved: which features form a pair, as in `apply_rotary_emb`.
+
+    Returns:
+        The normalised and turned q and k, as new tensors.
+
+    Raises:
+        KernelError: a shape, dtype or device does not fit.
+    """
+    op = "qk_norm_rope"
+    _check_rotary(op, q, k, cos, sin, position_ids)
+    _check(op, "q_weight", q_weight, (q.shape[-1],), like=q)
+    _check(op, "k_weight", k_weight, (q.shape[-1],), like=q)
+    turned: tuple[Tensor, Tensor] = implementation(op, q.device)(
+        q, k, q_weight, k_weight, cos, sin, position_ids, eps, interleaved
+    )
     return turned
 
 
@@ -313,6 +354,17 @@ def paged_prefill_attention(
         query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window
     )
     return out
+
+
+def _check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
+    _check(op, "q", q, (..., "num_heads", "head_dim"))
+    leading, head_dim = q.shape[:-2], q.shape[-1]
+    _check(op, "k", k, (*leading, "num_kv_heads", head_dim), like=q)
+    _check(op, "cos", cos, ("max_positions", "rotary_dim / 2"), device=q.device)
+    if 2 * cos.shape[1] > head_dim:
+        raise KernelError(f"{op}: cos turns {2 * cos.shape[1]} features but q has head_dim {head_dim}")
+    _check(op, "sin", sin, cos.shape, like=cos)
+    _check(op, "position_ids", position_ids, leading, dtypes=_INDICES, device=q.device)
 
 
 def _check_paged(

@@ -7,8 +7,9 @@ A *backend* is a name under which implementations of some operations are registe
 3. the highest priority among the implementations that serve the tensor's device.
 
 A named backend that has no implementation of an operation for that device leaves it to the reference, which has them
-all. Packages add backends through the entry-point group `mini_infer.kernels`: the entry point's name is the backend's
-name, its value the module whose import registers it.
+all. Backends other than the reference are imported when an implementation is first looked up: ours as far as what they
+need is installed, and those that packages add through the entry-point group `mini_infer.kernels` (the entry point's
+name is the backend's name, its value the module whose import registers it).
 """
 
 import logging
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ OPS = (
     "rmsnorm",
     "add_rmsnorm",
     "apply_rotary_emb",
+    "qk_norm_rope",
     "silu_and_mul",
     "allocate_kv_cache",
     "write_kv",
@@ -38,6 +40,8 @@ OPS = (
 REFERENCE = "reference"
 ENTRY_POINT_GROUP = "mini_infer.kernels"
 ENVIRONMENT_VARIABLE = "MINI_INFER_KERNELS"
+
+_OPTIONAL = (EntryPoint("triton", "mini_infer.kernels.triton", ENTRY_POINT_GROUP),)
 
 _ANY_DEVICE = "any"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -143,7 +147,7 @@ def _resolve(op: str, device: str, wanted: str | None) -> Implementation:
 
 
 def _best_first(op: str | None, device: str | None) -> list[Implementation]:
-    _broken_entry_points()
+    _broken_backends()
     rows = [
         row
         for row in _table.values()
@@ -153,17 +157,19 @@ def _best_first(op: str | None, device: str | None) -> list[Implementation]:
 
 
 @cache
-def _broken_entry_points() -> dict[str, str]:
-    """Import the installed packages' backends, once; return why those that gave no backend did not.
+def _broken_backends() -> dict[str, str]:
+    """Import our optional backends and the installed packages', once; return why those that gave no backend did not.
 
     A broken package is reported and left out rather than raised: it must not stop who never asked for it.
     """
     broken = {}
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+    for entry_point in (*_OPTIONAL, *entry_points(group=ENTRY_POINT_GROUP)):
         try:
             entry_point.load()
         except Exception as error:
             broken[entry_point.name] = f"{entry_point.value} failed to load: {type(error).__name__}: {error}"
+            if entry_point in _OPTIONAL and isinstance(error, ModuleNotFoundError):
+                continue  # not installed, which is nobody's mistake
             logger.exception("kernel backend %r (%s) failed to load", entry_point.name, entry_point.value)
             continue
         if all(row.backend != entry_point.name for row in _table.values()):
@@ -180,7 +186,7 @@ def _check_op(op: str) -> None:
 def _check_backend(name: str) -> None:
     known = available_backends()
     if name not in known:
-        reason = _broken_entry_points().get(name)
+        reason = _broken_backends().get(name)
         raise KernelError(
             f"unknown kernel backend {name!r}" + (f" ({reason})" if reason else "") + f"; available: {', '.join(known)}"
         )

@@ -131,10 +131,11 @@ class Attention(nn.Module):
         """``[T, hidden_size]`` to ``[T, hidden_size]``."""
         heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         query, key, value = heads.split(self.head_counts, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
-        if self.qk_norms is not None:
-            query = kernels.rmsnorm(query, self.qk_norms[0], self.eps)
-            key = kernels.rmsnorm(key, self.qk_norms[1], self.eps)
-        query, key = kernels.apply_rotary_emb(query, key, *rotary, batch.positions)
+        if self.qk_norms is None:
+            query, key = kernels.apply_rotary_emb(query, key, *rotary, batch.positions)
+        else:
+            q_norm, k_norm = self.qk_norms
+            query, key = kernels.qk_norm_rope(query, key, q_norm, k_norm, *rotary, batch.positions, self.eps)
         kernels.write_kv(key, value, *kv_cache, batch.slot_mapping)
 
         n = batch.num_decodes  # one token each, so the first n sequences are also the first n tokens

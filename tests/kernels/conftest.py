@@ -1,11 +1,51 @@
-"""Every parity test names an operation and runs once on each backend that implements it on this machine's CPU."""
+"""Every parity test names an operation and runs on each backend that has it, on each device of this machine.
+
+`pytest tests/kernels --kernel-backend NAME` runs these tests, and only these, on backend NAME.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from mini_infer import kernels
+
+from . import truth
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel(op): run the test on each backend that has the operation")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("kernel")
+    if mark is not None:
+        wanted = metafunc.config.option.kernel_backend
+        choices = [
+            (backend, device)
+            for device in truth.DEVICES
+            for backend in kernels.available_backends(*mark.args, device)
+            if not wanted or backend in wanted
+        ]
+        metafunc.parametrize("backend", choices, ids="-".join, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    deselected = {item for item in items if here in item.path.parents and not _concerns(config, item)}
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
+
+
+def _concerns(config: pytest.Config, item: pytest.Item) -> bool:
+    """Whether to run the test at all: skipping what a backend does not have would drown the result."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if config.option.kernel_backend and not isinstance(parameters.get("backend"), tuple):
+        return False
+    if "case" in parameters:
+        return parameters["case"].runs_on(parameters["backend"][1], parameters["dtype"])
+    return True
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -17,6 +57,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_backend(request.param):
-        yield request.param
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the backend under test runs."""
+    return request.node.callspec.params["backend"][1]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The backend that every operation of `kernels` runs on; calls go through `truth.on_device`."""
+    name, device = request.param
+    for op in kernels.OPS:
+        monkeypatch.setattr(kernels, op, truth.on_device(op, name, device))
+    with kernels.use_backend(name):
+        yield name

@@ -6,7 +6,7 @@ from torch.nn.functional import rms_norm
 
 from mini_infer import kernels
 
-from .truth import DTYPES, PagedCase, check, draw, on_backends, rotate, strided
+from .truth import DTYPES, INTERPRETED, PagedCase, check, check_sum, draw, on_backends, rotate, strided
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the shapes of these tests")
 
@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 # The backend fixture is a choice that all examples share, so it needs no reset between them.
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=8 if INTERPRETED else 60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 seeds = st.integers(0, 10**6)
 dtypes = st.sampled_from(DTYPES)
 
@@ -113,3 +115,59 @@ def test_rotary(
     out_q, out_k = kernels.apply_rotary_emb(q, k, angles.cos(), angles.sin(), positions, interleaved=interleaved)
     check(out_q, rotate(q, angles.cos(), angles.sin(), positions, interleaved), dtype)
     check(out_k, rotate(k, angles.cos(), angles.sin(), positions, interleaved), dtype)
+
+
+@given(leading=st.lists(st.integers(0, 5), max_size=3), size=st.integers(1, 300), dtype=dtypes, seed=seeds)
+@few
+@on_backends("add_rmsnorm")
+def test_add_rmsnorm(backend: str, leading: list[int], size: int, dtype: torch.dtype, seed: int) -> None:
+    x, residual = draw(seed, *leading, size, dtype=dtype), draw(seed + 1, *leading, size, dtype=dtype)
+    weight = draw(seed + 2, size, dtype=dtype)
+    normed, total = kernels.add_rmsnorm(x, strided(residual), weight)
+    check_sum(total, x.double() + residual.double(), dtype)
+    check(normed, rms_norm(total.double(), (size,), weight.double(), 1e-6), dtype)
+
+
+@given(leading=st.lists(st.integers(0, 5), max_size=3), half=st.integers(1, 200), dtype=dtypes, seed=seeds)
+@few
+@on_backends("silu_and_mul")
+def test_silu_and_mul(backend: str, leading: list[int], half: int, dtype: torch.dtype, seed: int) -> None:
+    x = draw(seed, *leading, 2 * half, dtype=dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    check(kernels.silu_and_mul(strided(x)), gate * gate.sigmoid() * up, dtype)
+
+
+@given(
+    num_blocks=st.integers(1, 6),
+    block_size=st.sampled_from([*range(1, 18), 64]),
+    num_kv_heads=st.integers(1, 4),
+    head_dim=st.integers(1, 40),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+    dtype=dtypes,
+    seed=seeds,
+)
+@few
+@on_backends("write_kv")
+def test_write_kv(
+    backend: str,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    index_dtype: torch.dtype,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    slots = torch.randperm(num_blocks * block_size, generator=torch.Generator().manual_seed(seed))[::2]
+    slots[1::3] = -1
+    shape = (len(slots), num_kv_heads, head_dim)
+    key, value = draw(seed, *shape, dtype=dtype), draw(seed + 1, *shape, dtype=dtype)
+    key_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), 7.0, dtype=dtype)
+    value_cache = key_cache + 1
+    expected = key_cache.clone(), value_cache.clone()
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[0][slot // block_size, slot % block_size] = key[t]
+            expected[1][slot // block_size, slot % block_size] = value[t]
+    kernels.write_kv(strided(key), value, key_cache, value_cache, slots.to(index_dtype))
+    assert torch.equal(key_cache, expected[0]) and torch.equal(value_cache, expected[1])

@@ -20,7 +20,10 @@ from mini_infer.kernels import registry
 @pytest.fixture(autouse=True)
 def a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MINI_INFER_KERNELS", raising=False)
-    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    kernels.available_backends()  # ours and the installed packages' are imported now or never
+    only_the_reference = {key: row for key, row in registry._table.items() if row.backend == registry.REFERENCE}
+    monkeypatch.setattr(registry, "_table", only_the_reference)
+    registry._resolve.cache_clear()
     yield
     registry._resolve.cache_clear()
 

@@ -4,8 +4,13 @@ Nothing here is vectorised, paged or shared with the package, so that a mistake 
 """
 
 import math
+import os
 import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,33 +18,121 @@ from torch import Tensor
 
 from mini_infer import kernels
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 DTYPES = list(TOLERANCE)
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
+HEADS = ("apply_rotary_emb", "qk_norm_rope", "paged_attention", "paged_prefill_attention")
+"""Operations whose rows are heads of tokens."""
+
+_last_call = "nothing"
 
 
 def on_backends(op: str) -> pytest.MarkDecorator:
-    """Run the test once on each backend that has `op` on the CPU; the test takes the `backend` fixture."""
-    return pytest.mark.parametrize("backend", kernels.available_backends(op, "cpu"), indirect=True)
+    """Run the test once on each backend that has `op`, on each device; the test takes the `backend` fixture."""
+    return pytest.mark.kernel(op)
 
 
-def worst_error(out: Tensor, truth: Tensor) -> float:
-    """‖out - truth‖ / ‖truth‖ of the worst row (the last dimension is a row); rows of zeros must be exact."""
-    assert out.shape == truth.shape
-    if out.numel() == 0:
-        return 0.0
-    assert bool(out.isfinite().all()), "NaN or inf in the output"
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor that is allocated without a value holds NaN (integers: their maximum), for all backends alike."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some other operation is not deterministic is of no interest here
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def on_device(op: str, backend: str, device: str) -> Callable[..., Any]:
+    """The public operation, in poisoned memory, with arguments from the CPU taken to `device` and results back.
+
+    Strides, gaps and shared storage travel along; what the operation wrote into its arguments comes back, too.
+    """
+    function = getattr(kernels, op)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _last_call
+        _last_call = f"{op} on backend {backend!r} ({device})"
+        with poisoned_memory():
+            if device == "cpu":
+                return function(*args, **kwargs)
+            there: dict[int, torch.UntypedStorage] = {}
+            here: dict[int, torch.UntypedStorage] = {}
+
+            def send(x: Any) -> Any:
+                if isinstance(x, Tensor) and x.device.type == "cpu":
+                    storage = x.untyped_storage()
+                    here[storage.data_ptr()] = storage
+                    there.setdefault(storage.data_ptr(), storage.to(device=device))
+                    return _view(x, there[storage.data_ptr()], device)
+                return torch.device(device) if x == "cpu" or x == torch.device("cpu") else x
+
+            result = function(*[send(x) for x in args], **{name: send(x) for name, x in kwargs.items()})
+            for key, storage in here.items():
+                storage.copy_(there[key])
+            if isinstance(result, tuple):
+                return tuple(_view(x, x.untyped_storage().cpu(), "cpu") for x in result)
+            return None if result is None else _view(result, result.untyped_storage().cpu(), "cpu")
+
+    return call
+
+
+def _view(like: Tensor, storage: torch.UntypedStorage, device: str) -> Tensor:
+    empty = torch.empty(0, dtype=like.dtype, device=device)
+    return empty.set_(storage, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
+
+
+def check_sum(out: Tensor, truth: Tensor, dtype: torch.dtype, case: object = None) -> None:
+    """A sum of two numbers has one right answer."""
+    assert torch.equal(out, truth.to(dtype)), f"{_last_call}: the sum is not exact; case: {case or _this_test()}"
+
+
+def row_errors(out: Tensor, truth: Tensor) -> Tensor:
+    """‖out - truth‖ / ‖truth‖ of each row (the last dimension is a row); rows of zeros must be exact."""
+    assert out.shape == truth.shape, f"{_last_call}: shape {list(out.shape)}, not {list(truth.shape)}"
     difference = (out.double() - truth.double()).norm(dim=-1)
     size = truth.double().norm(dim=-1)
-    return float(
-        torch.where(size == 0, difference.sign() * math.inf, difference / size).nan_to_num(0.0, math.inf).max()
+    errors = torch.where(size == 0, difference.sign() * math.inf, difference / size).nan_to_num(0.0, math.inf)
+    return torch.where(out.isfinite().all(-1), errors, math.inf)
+
+
+def check(out: Tensor, truth: Tensor, dtype: torch.dtype, slack: float = 1.0, case: object = None) -> None:
+    """`slack` widens the tolerance where the formula itself amplifies a rounding of its inputs."""
+    assert out.dtype == dtype, f"{_last_call}: {out.dtype}, not {dtype}"
+    if out.numel() == 0:
+        assert out.shape == truth.shape, f"{_last_call}: shape {list(out.shape)}, not {list(truth.shape)}"
+        return
+    errors = row_errors(out, truth)
+    error, tolerance = float(errors.max()), slack * TOLERANCE[dtype]
+    if error < tolerance:
+        return
+    place = [int(i) for i in torch.unravel_index(errors.argmax(), errors.shape)]
+    *row, head = place if _last_call.startswith(HEADS) else (*place, None)
+    where = f"row {row}" + ("" if head is None else f", head {head}")
+    result, wanted = out[tuple(place)], truth[tuple(place)]
+    pytest.fail(
+        f"{_last_call}: {where} has relative error {error:.2e} in {dtype}, tolerance {tolerance:.0e}; "
+        f"{int((errors >= tolerance).sum())} of {errors.numel()} rows are wrong\n"
+        f"  case: {case or _this_test()}\n"
+        f"  got:    {_begin(result)}\n"
+        f"  wanted: {_begin(wanted)}",
+        pytrace=False,
     )
 
 
-def check(out: Tensor, truth: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
-    """`slack` widens the tolerance where the formula itself amplifies a rounding of its inputs."""
-    assert out.dtype == dtype
-    error = worst_error(out, truth)
-    assert error < slack * TOLERANCE[dtype], f"relative error {error:.2e} in {dtype}"
+def _this_test() -> str:
+    return os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+
+
+def _begin(row: Tensor) -> str:
+    numbers = ", ".join(f"{x:.6g}" for x in row[:6].tolist())
+    return f"[{numbers}{', ...' if row.numel() > 6 else ''}]"
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,8 +1,9 @@
-"""Rotary position embedding."""
+"""Rotary position embedding, alone and after the normalisation of queries and keys."""
 
 import torch
 from torch import Tensor
 
+from mini_infer.kernels.reference.norm import rmsnorm
 from mini_infer.kernels.registry import REFERENCE, register
 
 
@@ -12,6 +13,22 @@ def apply_rotary_emb(
 ) -> tuple[Tensor, Tensor]:
     cos, sin = cos[position_ids].unsqueeze(-2), sin[position_ids].unsqueeze(-2)  # the same for every head
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+@register("qk_norm_rope", backend=REFERENCE)
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    q, k = rmsnorm(q, q_weight, eps), rmsnorm(k, k_weight, eps)
+    return apply_rotary_emb(q, k, cos, sin, position_ids, interleaved)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

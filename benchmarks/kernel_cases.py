@@ -1,0 +1,173 @@
+"""What is timed: each operation in the shapes that models give it, with the work that it cannot avoid.
+
+`bytes_moved` counts every input read once and every output written once; `flops` the multiplications and additions of
+the formula. They are floors: a kernel that moves more takes longer and shows a lower percentage.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.measure import DEVICE
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`compute`: matrix products dominate, so that FLOP/s tell more than bytes."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    make: Callable[[], Arguments]
+    bytes_moved: int
+    flops: int
+    compute: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.op}, {self.shape}, {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+
+
+LLAMA = Model("Llama-3-8B", 4096, 32, 8, 128, 14336)
+QWEN = Model("Qwen3-0.6B", 1024, 16, 8, 128, 3072)
+TUTOR = Model("tutor", 256, 8, 4, 32, 768)
+
+# On a GPU 16384 tokens, so that the tensors are larger than the caches; a CPU has less time.
+ROWS = ((LLAMA, 16384), (QWEN, 16384), (LLAMA, 64)) if DEVICE == "cuda" else ((QWEN, 512), (TUTOR, 64))
+DECODES = (
+    ((LLAMA, 32, 4096), (QWEN, 32, 4096), (LLAMA, 1, 32768)) if DEVICE == "cuda" else ((QWEN, 8, 512), (TUTOR, 64, 256))
+)
+PROMPTS = (
+    ((LLAMA, 4096, 4096), (LLAMA, 2048, 4096), (QWEN, 4096, 4096))
+    if DEVICE == "cuda"
+    else ((QWEN, 256, 512), (TUTOR, 512, 512))
+)
+DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.bfloat16)
+BLOCK_SIZE = 16
+
+
+def normal(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def kernel_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for model, tokens in ROWS:
+            yield from _rows(model, tokens, dtype)
+        for model, num_seqs, context in DECODES:
+            yield _attention("paged_attention", model, num_seqs, 1, context, dtype)
+        for model, new, context in PROMPTS:
+            yield _attention("paged_prefill_attention", model, 1, new, context, dtype)
+
+
+def _rows(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+    b, heads, kv_heads, dim = dtype.itemsize, model.heads, model.kv_heads, model.head_dim
+    n, shape = tokens * model.hidden, f"{model.name}, {tokens} tokens"
+
+    def norm() -> Arguments:
+        return {"x": normal(dtype, tokens, model.hidden), "weight": normal(dtype, model.hidden)}
+
+    yield Case("rmsnorm", shape, dtype, norm, 2 * n * b, 4 * n)
+    yield Case(
+        "add_rmsnorm",
+        shape,
+        dtype,
+        lambda: norm() | {"residual": normal(dtype, tokens, model.hidden)},
+        4 * n * b,
+        5 * n,
+    )
+
+    turned = tokens * (heads + kv_heads) * dim
+
+    def rotary() -> Arguments:
+        angles = torch.rand(tokens, dim // 2, device=DEVICE)
+        return {
+            "q": normal(dtype, tokens, heads, dim),
+            "k": normal(dtype, tokens, kv_heads, dim),
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "position_ids": torch.arange(tokens, device=DEVICE),
+        }
+
+    tables = tokens * (dim * 4 + 8)
+    yield Case("apply_rotary_emb", shape, dtype, rotary, 2 * turned * b + tables, 3 * turned)
+    if model is not LLAMA:  # which has no norms of queries and keys
+        yield Case(
+            "qk_norm_rope",
+            shape,
+            dtype,
+            lambda: rotary() | {"q_weight": normal(dtype, dim), "k_weight": normal(dtype, dim)},
+            2 * turned * b + tables,
+            7 * turned,
+        )
+
+    gates = tokens * model.intermediate
+    yield Case(
+        "silu_and_mul",
+        shape,
+        dtype,
+        lambda: {"x": normal(dtype, tokens, 2 * model.intermediate)},
+        3 * gates * b,
+        5 * gates,
+    )
+
+    stored = tokens * kv_heads * dim
+
+    def write() -> Arguments:
+        caches = [
+            torch.zeros(2 * tokens // BLOCK_SIZE, BLOCK_SIZE, kv_heads, dim, dtype=dtype, device=DEVICE) for _ in "kv"
+        ]
+        return {
+            "key": normal(dtype, tokens, kv_heads, dim),
+            "value": normal(dtype, tokens, kv_heads, dim),
+            "key_cache": caches[0],
+            "value_cache": caches[1],
+            "slot_mapping": torch.randperm(2 * tokens, device=DEVICE)[:tokens],
+        }
+
+    yield Case("write_kv", shape, dtype, write, 4 * stored * b + 8 * tokens, 0)
+
+
+def _attention(op: str, model: Model, num_seqs: int, new: int, context: int, dtype: torch.dtype) -> Case:
+    b, heads, kv_heads, dim = dtype.itemsize, model.heads, model.kv_heads, model.head_dim
+    blocks = -(-context // BLOCK_SIZE)
+
+    def make() -> Arguments:
+        arguments = {
+            "query": normal(dtype, num_seqs * new, heads, dim),
+            "key_cache": normal(dtype, num_seqs * blocks, BLOCK_SIZE, kv_heads, dim),
+            "value_cache": normal(dtype, num_seqs * blocks, BLOCK_SIZE, kv_heads, dim),
+            "block_tables": torch.randperm(num_seqs * blocks, device=DEVICE).view(num_seqs, blocks).int(),
+            "context_lens": torch.full((num_seqs,), context, device=DEVICE).int(),
+        }
+        if op == "paged_prefill_attention":
+            arguments["query_start"] = torch.arange(num_seqs + 1, device=DEVICE).int() * new
+        return arguments
+
+    seen = new * context - new * (new - 1) // 2  # pairs of a query and a key, causal
+    shape = (
+        f"{model.name}, {num_seqs} x {context} tokens" if new == 1 else f"{model.name}, {new} of {context} tokens new"
+    )
+    return Case(
+        op,
+        shape,
+        dtype,
+        make,
+        num_seqs * b * (2 * context * kv_heads * dim + 2 * new * heads * dim),
+        4 * num_seqs * seen * heads * dim,
+        compute=new > 1,
+    )

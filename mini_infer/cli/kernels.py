@@ -1,0 +1,54 @@
+"""``mini-infer kernels``: operations and backends, what runs where, and why."""
+
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mini_infer import kernels
+from mini_infer.kernels import registry
+from mini_infer.kernels.registry import ENVIRONMENT_VARIABLE, OPS
+
+CHOSEN, AVAILABLE, ABSENT = "[bold green]chosen[/]", "available", "[bright_black]-[/]"
+OURS = ("reference", "triton", "cpu")
+
+
+def show_kernels(console: Console) -> None:
+    """One table for each device of this machine, and the reasons below."""
+    backends = list(dict.fromkeys((*OURS, *kernels.available_backends())))
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        table = Table(title=f"Kernels on {device} · {device} 上的算子", title_justify="left")
+        table.add_column("operation · 算子", no_wrap=True)
+        for backend in backends:
+            table.add_column(backend)
+        for op in OPS:
+            able, chosen = kernels.available_backends(op, device), kernels.backend_of(op, device)
+            marks = [CHOSEN if name == chosen else AVAILABLE if name in able else ABSENT for name in backends]
+            table.add_row(op, *marks)
+        console.print(table)
+    console.print("chosen 选用   available 可用   - not for this device 不适用于此设备")
+
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE)
+    reason = (
+        f"{ENVIRONMENT_VARIABLE}={wanted}" if wanted else "the highest priority for the device · 该设备上优先级最高者"
+    )
+    console.print(f"\n[bold]Why · 原因[/bold]\n  chosen 选用: {reason}", highlight=False)
+    for backend in backends:
+        where = [device for device in devices if any(backend in kernels.available_backends(op, device) for op in OPS)]
+        if not where:
+            console.print(f"  {backend}: {_why_not(backend)}", highlight=False, markup=False)
+
+
+def _why_not(backend: str) -> str:
+    """Why a backend does nothing on this machine."""
+    if backend in kernels.available_backends():
+        hint = (
+            "; TRITON_INTERPRET=1 runs it on the CPU, slowly · 可在 CPU 上慢速解释执行" if backend == "triton" else ""
+        )
+        return f"no such device here (no GPU) · 本机没有它所需的设备（无 GPU）{hint}"
+    reason = registry._broken_backends().get(backend)
+    if reason is None:
+        return "not registered · 未注册"
+    return f"{'not installed · 未安装' if 'ModuleNotFoundError' in reason else 'broken · 加载失败'}: {reason}"

@@ -135,10 +135,10 @@ def prefix_reuse(shape: str, num_clients: int, num_prefix: int, num_suffix: int,
 
 def main(
     prefix: Annotated[bool, typer.Option(help="Measure prefix reuse instead.")] = False,
-    requests: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
+    requests: Annotated[int, typer.Option(help="Requests of the workload.")] = 96,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 16,
     shape: Annotated[str, typer.Option(help=f"Random model for --prefix: {', '.join(SHAPES)}.")] = "qwen3-0.6b",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 1,
 ) -> None:
     name = "prefix_reuse" if prefix else "continuous_batching"
     figures = prefix_reuse(shape, 16, 512, 64, rounds) if prefix else batching(requests, batch_size, rounds)

@@ -48,7 +48,7 @@ def _why_not(backend: str) -> str:
             "; TRITON_INTERPRET=1 runs it on the CPU, slowly · 可在 CPU 上慢速解释执行" if backend == "triton" else ""
         )
         return f"no such device here (no GPU) · 本机没有它所需的设备（无 GPU）{hint}"
-    reason = registry._broken_backends().get(backend)
+    reason = registry.broken_backends().get(backend)
     if reason is None:
         return "not registered · 未注册"
     return f"{'not installed · 未安装' if 'ModuleNotFoundError' in reason else 'broken · 加载失败'}: {reason}"

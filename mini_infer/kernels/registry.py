@@ -147,7 +147,7 @@ def _resolve(op: str, device: str, wanted: str | None) -> Implementation:
 
 
 def _best_first(op: str | None, device: str | None) -> list[Implementation]:
-    _broken_backends()
+    broken_backends()
     rows = [
         row
         for row in _table.values()
@@ -157,7 +157,7 @@ def _best_first(op: str | None, device: str | None) -> list[Implementation]:
 
 
 @cache
-def _broken_backends() -> dict[str, str]:
+def broken_backends() -> dict[str, str]:
     """Import our optional backends and the installed packages', once; return why those that gave no backend did not.
 
     A broken package is reported and left out rather than raised: it must not stop who never asked for it.
@@ -186,7 +186,7 @@ def _check_op(op: str) -> None:
 def _check_backend(name: str) -> None:
     known = available_backends()
     if name not in known:
-        reason = _broken_backends().get(name)
+        reason = broken_backends().get(name)
         raise KernelError(
             f"unknown kernel backend {name!r}" + (f" ({reason})" if reason else "") + f"; available: {', '.join(known)}"
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,15 @@ class TestGenerate:
 
     def test_they_share_steps(self, engine: AsyncLLMEngine) -> None:
         async def main() -> None:
-            first = engine.generate("One", ENDLESS)
-            await anext(first)
-            second = engine.generate("Two", GREEDY)
-            await anext(second)
-            assert engine.engine.stats().num_running == 2
-            await first.aclose()
-            await collect(second)
+            gate = threading.Event()
+            engine._inbox.put(gate.wait)  # holds the engine's thread back until both requests are there
+            await until(engine._inbox.empty)
+            before = engine.engine.stats().num_steps
+            tasks = [asyncio.create_task(complete(engine, prompt)) for prompt in ("One", "Two")]
+            await until(lambda: engine._inbox.qsize() == 2)
+            gate.set()
+            outputs = await asyncio.gather(*tasks)
+            assert engine.engine.stats().num_steps - before == max(len(output.token_ids) for output in outputs)
 
         run(main)
 

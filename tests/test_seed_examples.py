@@ -4,7 +4,7 @@ Each block is the document's own text; only the import name and the model's name
 blocks of a document share one namespace, in order, because later ones use what earlier ones define.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,6 @@ from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, Model
 from tests.engine.checkpoints import make_engine_checkpoint
 
 Run = Callable[[str], dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is tiny: more threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

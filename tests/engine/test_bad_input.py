@@ -36,14 +36,6 @@ USER = {"role": "user", "content": "Hello"}
 Call = Callable[[LLM], Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is tiny: more threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_engine_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=1)

@@ -3,12 +3,11 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.engine.random import derived_seed
@@ -19,14 +18,6 @@ PROMPT = "Once upon a time"
 MAX_MODEL_LEN = 256
 
 MakeLLM = Callable[..., LLM]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is tiny: more threads would only wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

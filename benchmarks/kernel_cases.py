@@ -6,6 +6,7 @@ the formula. They are floors: a kernel that moves more takes longer and shows a 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,16 +66,18 @@ def normal(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def kernel_cases() -> Iterator[Case]:
+    """What `pytest --benchmark` times."""
     for dtype in DTYPES:
         for model, tokens in ROWS:
-            yield from _rows(model, tokens, dtype)
+            yield from row_cases(model, tokens, dtype)
         for model, num_seqs, context in DECODES:
-            yield _attention("paged_attention", model, num_seqs, 1, context, dtype)
+            yield decode_case(model, [context] * num_seqs, dtype)
         for model, new, context in PROMPTS:
-            yield _attention("paged_prefill_attention", model, 1, new, context, dtype)
+            yield prompt_case(model, new, context, dtype)
 
 
-def _rows(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+def row_cases(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The operations that go through a batch token by token."""
     b, heads, kv_heads, dim = dtype.itemsize, model.heads, model.kv_heads, model.head_dim
     n, shape = tokens * model.hidden, f"{model.name}, {tokens} tokens"
 
@@ -142,32 +145,47 @@ def _rows(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("write_kv", shape, dtype, write, 4 * stored * b + 8 * tokens, 0)
 
 
-def _attention(op: str, model: Model, num_seqs: int, new: int, context: int, dtype: torch.dtype) -> Case:
+def decode_case(model: Model, contexts: list[int], dtype: torch.dtype) -> Case:
+    """One new token for each sequence, whose blocks lie scattered over the cache."""
+    same = len(set(contexts)) == 1
+    shape = f"{model.name}, {len(contexts)} x {contexts[0]} tokens"
+    if not same:
+        shape = f"{model.name}, {len(contexts)} x {min(contexts)} to {max(contexts)} tokens"
+    return _attention("paged_attention", shape, model, [1] * len(contexts), contexts, dtype)
+
+
+def prompt_case(model: Model, new: int, context: int, dtype: torch.dtype) -> Case:
+    """A chunk of a prompt, the tokens before it in the cache."""
+    shape = f"{model.name}, {new} of {context} tokens new"
+    return _attention("paged_prefill_attention", shape, model, [new], [context], dtype)
+
+
+def _attention(op: str, shape: str, model: Model, new: list[int], contexts: list[int], dtype: torch.dtype) -> Case:
     b, heads, kv_heads, dim = dtype.itemsize, model.heads, model.kv_heads, model.head_dim
-    blocks = -(-context // BLOCK_SIZE)
+    blocks = [-(-context // BLOCK_SIZE) for context in contexts]
 
     def make() -> Arguments:
+        tables = torch.zeros(len(contexts), max(blocks), dtype=torch.int32, device=DEVICE)
+        for table, ids in zip(tables, torch.randperm(sum(blocks), device=DEVICE).split(blocks), strict=True):
+            table[: len(ids)] = ids
         arguments = {
-            "query": normal(dtype, num_seqs * new, heads, dim),
-            "key_cache": normal(dtype, num_seqs * blocks, BLOCK_SIZE, kv_heads, dim),
-            "value_cache": normal(dtype, num_seqs * blocks, BLOCK_SIZE, kv_heads, dim),
-            "block_tables": torch.randperm(num_seqs * blocks, device=DEVICE).view(num_seqs, blocks).int(),
-            "context_lens": torch.full((num_seqs,), context, device=DEVICE).int(),
+            "query": normal(dtype, sum(new), heads, dim),
+            "key_cache": normal(dtype, sum(blocks), BLOCK_SIZE, kv_heads, dim),
+            "value_cache": normal(dtype, sum(blocks), BLOCK_SIZE, kv_heads, dim),
+            "block_tables": tables,
+            "context_lens": torch.tensor(contexts, device=DEVICE).int(),
         }
         if op == "paged_prefill_attention":
-            arguments["query_start"] = torch.arange(num_seqs + 1, device=DEVICE).int() * new
+            arguments["query_start"] = torch.tensor([0, *accumulate(new)], device=DEVICE).int()
         return arguments
 
-    seen = new * context - new * (new - 1) // 2  # pairs of a query and a key, causal
-    shape = (
-        f"{model.name}, {num_seqs} x {context} tokens" if new == 1 else f"{model.name}, {new} of {context} tokens new"
-    )
+    seen = sum(n * context - n * (n - 1) // 2 for n, context in zip(new, contexts, strict=True))  # causal pairs
     return Case(
         op,
         shape,
         dtype,
         make,
-        num_seqs * b * (2 * context * kv_heads * dim + 2 * new * heads * dim),
-        4 * num_seqs * seen * heads * dim,
-        compute=new > 1,
+        b * (2 * sum(contexts) * kv_heads * dim + 2 * sum(new) * heads * dim),
+        4 * seen * heads * dim,
+        compute=op == "paged_prefill_attention",
     )

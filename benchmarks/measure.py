@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+
+from mini_infer.cli import roofline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLUSH_BYTES = 256 << 20
-"""More than any GPU's L2 cache and most CPUs' last-level cache."""
+FLUSH_BYTES = 1 << 30
+"""More than any GPU's L2 cache, and so much that writing it takes the GPU longer than launching takes the host."""
 
 
 class DeviceInstant:
@@ -58,6 +59,4 @@ def copy_bandwidth() -> float:
 
 def matrix_peak(dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product."""
-    n = 8192 if DEVICE == "cuda" else 1024
-    a: Tensor = torch.randn(n, n, device=DEVICE).to(dtype)
-    return 2 * n**3 / median_seconds(lambda: a @ a)
+    return roofline.matrix_peak(torch.device(DEVICE), dtype)

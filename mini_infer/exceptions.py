@@ -33,6 +33,10 @@ class QueueFullError(MiniInferError, RuntimeError):
     """``max_waiting`` requests wait already; try again once some have run."""
 
 
+class StepError(MiniInferError, RuntimeError):
+    """A step of the engine raised, so that the requests in it could not go on; the cause is chained to it."""
+
+
 class OutOfMemoryError(MiniInferError, MemoryError):
     """The weights do not fit the device, or one sequence could never fit the KV memory."""
 

@@ -1,17 +1,27 @@
-"""The command line."""
+"""The command line: what each command takes. What it does is in the module of its name, imported when it runs."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 import mini_infer
-from mini_infer.exceptions import MiniInferError
+from mini_infer.cli.flags import engine_flags, sampling_flags
+from mini_infer.cli.group import Group
+from mini_infer.config import EngineConfig
 
-app = typer.Typer(no_args_is_help=True, help="Mini-Infer: an LLM inference engine to read, to learn from, and to use.")
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    help="Mini-Infer: an LLM inference engine to read, to learn from, and to use.",
+    epilog="Start with: mini-infer demo, then mini-infer chat.\n\n"
+    "Flags may be written with - or with _. Where --name switches something on, --no-name switches it off.\n\n"
+    "Exit status: 0 done, 1 failed, 2 a flag, a configuration or a prompt cannot be used, 130 interrupted.",
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
+
+ASK, LOOK = "Ask a model", "Look inside"
 
 
 def _print_version(wanted: bool) -> None:
@@ -25,47 +35,218 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from; may stand anywhere on the line.")
+    ] = False,
 ) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console without Chinese shows ? instead
+    """Group takes care of --debug."""
 
 
-@app.command()
+@app.command(
+    rich_help_panel=ASK,
+    epilog="mini-infer chat\n\nmini-infer chat Qwen/Qwen3-0.6B --temperature 0.6 --system 'Answer in Chinese.'\n\n"
+    "printf 'Hello\\nAnd again\\n' | mini-infer chat",
+)
+@engine_flags(model_argument=True)
+@sampling_flags
+def chat(
+    config: EngineConfig,
+    sampling: dict[str, Any],
+    system: Annotated[str | None, typer.Option(help="Begin with this system message.", show_default=False)] = None,
+) -> None:
+    """Talk with a model in the terminal.
+
+    Answers appear as they are generated. Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. Where the
+    input is no terminal, each of its lines is a message.
+    """
+    from mini_infer.cli.chat import run_chat
+
+    raise typer.Exit(run_chat(config, sampling, system))
+
+
+@app.command(
+    rich_help_panel=ASK,
+    epilog="mini-infer generate 'The KV cache is' --max-tokens 40 --temperature 0\n\n"
+    "mini-infer generate --file prompts.jsonl --output answers.jsonl\n\n"
+    "cat prompts.txt | mini-infer generate --output - | jq .text",
+)
+@engine_flags
+@sampling_flags
+def generate(
+    config: EngineConfig,
+    sampling: dict[str, Any],
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to complete.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="Take the prompts from here; - is the standard input.", show_default=False),
+    ] = None,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Read objects even if the file's name does not end in .jsonl.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write an object per prompt here; - is the standard output.", show_default=False
+        ),
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Name bad prompts and go on without them.")] = False,
+) -> None:
+    """Complete prompts: arguments, the lines of a file, or whatever is piped in.
+
+    A text file holds a prompt per line; blank lines do not count. A .jsonl file holds an object per line, with
+    "prompt", "prompt_token_ids" or "messages", and sampling options of its own such as "temperature".
+
+    With --output, what is finished is kept: the same command again generates only what is missing.
+    """
+    from mini_infer.cli.generate import run_generate
+
+    raise typer.Exit(run_generate(config, sampling, prompts or [], file, jsonl, output, skip_bad))
+
+
+@app.command(
+    rich_help_panel=ASK,
+    epilog="mini-infer serve\n\nmini-infer serve Qwen/Qwen3-0.6B --port 8080 --enable-prefix-caching\n\n"
+    "curl http://127.0.0.1:8000/v1/models",
+)
+@engine_flags(model_argument=True)
+def serve(
+    config: EngineConfig,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine's.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MINI_INFER_API_KEY",
+            show_envvar=True,
+            show_default=False,
+            help="Refuse requests without this key. A variable, unlike a flag, is not seen by other users.",
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model; by default its own name.", show_default=False)
+    ] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a request is given up.", show_default=False)
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(help="Let web pages of this origin in; may be repeated, * is all.", show_default=False),
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests have after Ctrl-C or SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's endpoints, metrics, and a page for the browser."""
+    from mini_infer.serving import serve
+
+    serve(
+        config,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=served_model_name,
+        request_timeout=request_timeout,
+        cors=tuple(cors or ()),
+        drain_timeout=drain_timeout,
+    )
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="mini-infer info\n\nmini-infer info Qwen/Qwen3-0.6B --dtype bfloat16 --max-model-len 8192\n\n"
+    "mini-infer info --json | jq .memory",
+)
+@engine_flags(model_argument=True)
+def info(
+    config: EngineConfig,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a model's shape and how many tokens and sequences fit, without loading its weights."""
+    from mini_infer.cli.info import show_info
+
+    show_info(config, Console(), json)
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="mini-infer bench\n\nmini-infer bench Qwen/Qwen3-0.6B --requests 64 --output-len 128\n\n"
+    "mini-infer bench --url http://127.0.0.1:8000 --request-rate 4 --json",
+)
+@engine_flags(model_argument=True)
+def bench(
+    config: EngineConfig,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 16,
+    input_len: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of each prompt.")] = "32:256",
+    output_len: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens to generate for each.")] = "16:128",
+    temperature: Annotated[float, typer.Option(min=0, help="How tokens are chosen; 0 takes the likeliest.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest; -1 keeps all.")] = -1,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this probability.")] = 1.0,
+    url: Annotated[
+        str | None, typer.Option(help="Ask the server here instead of an engine of its own.", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MINI_INFER_API_KEY", show_default=False, help="Of the server.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="With --url: most requests on their way at once.")
+    ] = None,
+    request_rate: Annotated[
+        float | None,
+        typer.Option(show_default=False, help="With --url: requests per second, at random; else all come at once."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure throughput and latency, here or on a server, and say how close that is to this machine's limits.
+
+    Prompts are random token ids and answers have the drawn length, whatever the model would say; --seed draws others.
+    """
+    from mini_infer.cli.bench import run_bench
+    from mini_infer.cli.workload import Workload, parse_range
+    from mini_infer.sampling import SamplingParams
+
+    workload = Workload.draw(
+        requests, parse_range("input_len", input_len), parse_range("output_len", output_len), config.seed
+    )
+    run_bench(
+        config,
+        workload,
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p),
+        Console(),
+        json,
+        url=url,
+        api_key=api_key,
+        concurrency=concurrency,
+        request_rate=request_rate,
+    )
+
+
+@app.command(rich_help_panel=ASK)
 def demo() -> None:
     """Ask the bundled model in English and in Chinese, then run a batch and show what the engine did."""
-    from mini_infer.cli.demo import run_demo  # torch and transformers load only when there is work to do
+    from mini_infer.cli.demo import run_demo
 
-    try:
-        run_demo(Console())
-    except MiniInferError as error:
-        _fail(error)
+    run_demo(Console())
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
+def kernels() -> None:
+    """Show which backend runs each operation on this machine, and why the others do not."""
+    from mini_infer.cli.kernels import show_kernels
+
+    show_kernels(Console())
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="mini-infer generate --trace run.json --file prompts.txt\n\nmini-infer trace run.json",
+)
 def trace(
-    path: Annotated[Path, typer.Argument(help="What EngineConfig(trace=...) wrote.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="What --trace wrote.", show_default=False)],
     rows: Annotated[int, typer.Option(min=1, help="Most sequences in the timeline.")] = 40,
 ) -> None:
     """Draw a trace: totals, who ran when, and who held which KV block. Perfetto opens the same file."""
     from mini_infer.cli.trace import show_trace
 
-    try:
-        show_trace(path, Console(), rows)
-    except MiniInferError as error:
-        _fail(error)
-
-
-@app.command()
-def kernels() -> None:
-    """Show which backend runs each operation on this machine, and why the others do not."""
-    from mini_infer.cli.kernels import show_kernels
-
-    try:
-        show_kernels(Console())
-    except MiniInferError as error:
-        _fail(error)
-
-
-def _fail(error: MiniInferError) -> NoReturn:
-    Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
-    raise typer.Exit(1) from error
+    show_trace(path, Console(), rows)

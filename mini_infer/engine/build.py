@@ -68,7 +68,8 @@ def build(config: EngineConfig) -> Parts:
     model_config = ModelConfig.from_directory(directory)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
-    model = load_model(directory, model_config, dtype, device)
+    with kernels.use_backend(config.kernel_backend):
+        model = load_model(directory, model_config, dtype, device)
 
     bytes_per_block = block_bytes(
         config.block_size, model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, dtype.itemsize

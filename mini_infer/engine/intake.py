@@ -144,6 +144,11 @@ class Intake:
             return self._tokenizer.encode(prompt, self._max_model_len)
         self._check_room(len(prompt), least=0)
         token_ids = [_plain(token_id) for token_id in prompt]
+        self.check_token_ids(token_ids)
+        return token_ids
+
+    def check_token_ids(self, token_ids: Seq[int]) -> None:
+        """Raise ``InvalidRequestError`` unless all of them are in the vocabulary."""
         for place, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"token {place} of the prompt must be an integer, got {shown(token_id)}")
@@ -151,7 +156,6 @@ class Intake:
                 raise InvalidRequestError(
                     f"token {place} of the prompt is {token_id}, but the vocabulary is 0 to {self._vocab_size - 1}"
                 )
-        return token_ids
 
     def _max_length(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Length at which a sequence ends; refuses a prompt that leaves no room."""

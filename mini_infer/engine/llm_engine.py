@@ -1,6 +1,7 @@
 """The engine: takes requests, runs steps, gives outputs."""
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,12 @@ from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
 from mini_infer.engine.loop import EngineLoop, StepResult
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
-from mini_infer.engine.stats import EngineStats
+from mini_infer.engine.stats import EngineSnapshot, EngineStats
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import GenerateOutput, StepOutput
 from mini_infer.sampling import SamplingParams
+from mini_infer.typing import TokenIds
 
 
 class LLMEngine:
@@ -173,9 +175,26 @@ class LLMEngine:
             top_k=top_k,
         )
 
-    def render_chat(self, messages: Seq[Mapping[str, Any]], **template_kwargs: Any) -> str:
+    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
         """The prompt that the model's chat template makes of a conversation; for ``generate`` or ``stream``."""
         return self._tokenizer.render_chat(messages, **template_kwargs)
+
+    def tokenize(self, text: str) -> TokenIds:
+        """The token ids of a text, as ``generate`` sees them but of any length.
+
+        Raises:
+            InvalidRequestError: the text is no valid Unicode, or has no tokens.
+        """
+        return self._tokenizer.encode(text, max_tokens=sys.maxsize)
+
+    def detokenize(self, token_ids: Seq[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequestError: an id is not in the vocabulary.
+        """
+        self._intake.check_token_ids(token_ids)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def stream(
         self,
@@ -300,6 +319,11 @@ class LLMEngine:
         """Queue lengths, KV blocks, and totals since the start."""
         with self._lock:
             return EngineStats.of(self._loop)
+
+    def snapshot(self) -> EngineSnapshot:
+        """Who runs, who waits, and which blocks they hold."""
+        with self._lock:
+            return EngineSnapshot.of(self._loop)
 
     # ---- prepared requests, for faces that listen ----------------------------------------------------------------
 

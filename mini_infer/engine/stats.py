@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mini_infer.engine.loop import EngineLoop
+from mini_infer.scheduler import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class EngineStats:
         num_prompt_tokens: computed in prompt chunks and recomputations, without those found in the prefix cache.
         num_decode_tokens: computed one at a time.
         num_generated_tokens: sampled.
+        num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache, and found there.
         num_swap_preemptions, num_recompute_preemptions: preemptions, by what became of the sequence's KV.
     """
 
@@ -39,6 +41,8 @@ class EngineStats:
     num_prompt_tokens: int
     num_decode_tokens: int
     num_generated_tokens: int
+    num_prefix_queries: int
+    num_prefix_hits: int
     num_swap_preemptions: int
     num_recompute_preemptions: int
 
@@ -65,6 +69,8 @@ class EngineStats:
             num_prompt_tokens=counts.num_prompt_tokens,
             num_decode_tokens=counts.num_decode_tokens,
             num_generated_tokens=counts.num_generated_tokens,
+            num_prefix_queries=scheduler.counts.num_prefix_queries,
+            num_prefix_hits=scheduler.counts.num_prefix_hits,
             num_swap_preemptions=scheduler.counts.num_swapped,
             num_recompute_preemptions=scheduler.counts.num_recomputed,
         )
@@ -76,3 +82,63 @@ class EngineStats:
     @property
     def num_preemptions(self) -> int:
         return self.num_swap_preemptions + self.num_recompute_preemptions
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One sequence at one moment.
+
+    Attributes:
+        request_id: the request it belongs to.
+        num_tokens: prompt and generated tokens.
+        num_computed_tokens: how many of them have keys and values.
+        num_prompt_tokens: how many of them are the prompt.
+        blocks: ids of the KV blocks that it holds on the model's device, in order.
+        swapped: whether its KV waits in CPU memory.
+    """
+
+    request_id: str
+    num_tokens: int
+    num_computed_tokens: int
+    num_prompt_tokens: int
+    blocks: list[int]
+    swapped: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> "SequenceView":
+        return cls(
+            request_id=sequence.request_id,
+            num_tokens=len(sequence),
+            num_computed_tokens=sequence.num_computed_tokens,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            blocks=list(sequence.block_table),
+            swapped=bool(sequence.swapped_blocks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """Who holds which block, and who waits, between two steps.
+
+    Attributes:
+        running: in the order of urgency.
+        waiting: the same.
+        cached_blocks: ids of blocks that nobody holds, kept for the prefix cache.
+        stats: the numbers of the same moment.
+    """
+
+    running: list[SequenceView]
+    waiting: list[SequenceView]
+    cached_blocks: list[int]
+    stats: EngineStats
+
+    @classmethod
+    def of(cls, loop: EngineLoop) -> "EngineSnapshot":
+        """Read it off a loop."""
+        scheduler = loop.scheduler
+        return cls(
+            running=[SequenceView.of(sequence) for sequence in scheduler.running],
+            waiting=[SequenceView.of(sequence) for sequence in sorted(scheduler.waiting, key=lambda s: s.order)],
+            cached_blocks=scheduler.block_manager.cached_blocks,
+            stats=EngineStats.of(loop),
+        )

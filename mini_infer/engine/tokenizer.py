@@ -1,13 +1,20 @@
 """Text to token ids, with the checks that keep bad text from going any further."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError
+
+_TEMPLATE_OPTIONS = {
+    "messages",
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+} - {"tools", "documents"}
+"""Names that are no variables of a chat template, but say what is rendered and how."""
 
 
 class Tokenizer:
@@ -70,7 +77,7 @@ class Tokenizer:
         """The text of one token by itself; a token that is part of a character shows as a replacement character."""
         return self.decode([token_id], skip_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template_kwargs: Any) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
         """The prompt that the model's own chat template makes of a conversation, ready for its next answer.
 
         Args:
@@ -78,8 +85,12 @@ class Tokenizer:
             template_kwargs: further variables of the template, for example ``enable_thinking=False``.
 
         Raises:
-            InvalidRequestError: there are no messages, one is malformed, or the model has no chat template.
+            InvalidRequestError: there are no messages, one is malformed, or the model has no chat template; or a
+                template variable would change how the template is run, instead of what it sees.
         """
+        reserved = sorted(template_kwargs.keys() & _TEMPLATE_OPTIONS)
+        if reserved:
+            raise InvalidRequestError(f"chat template variables must not be called {', '.join(reserved)}")
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
             raise InvalidRequestError(f"messages must be a non-empty list of dicts, got {messages!r}")
         for message in messages:

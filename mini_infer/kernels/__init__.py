@@ -2,9 +2,11 @@
 
 from mini_infer.kernels import reference  # noqa: F401  (registers the implementations that every device falls back on)
 from mini_infer.kernels.ops import (
+    PackedLinear,
     add_rmsnorm,
     allocate_kv_cache,
     apply_rotary_emb,
+    pack_linear,
     paged_attention,
     paged_prefill_attention,
     qk_norm_rope,
@@ -16,11 +18,13 @@ from mini_infer.kernels.registry import OPS, available_backends, backend_of, reg
 
 __all__ = [
     "OPS",
+    "PackedLinear",
     "add_rmsnorm",
     "allocate_kv_cache",
     "apply_rotary_emb",
     "available_backends",
     "backend_of",
+    "pack_linear",
     "paged_attention",
     "paged_prefill_attention",
     "qk_norm_rope",

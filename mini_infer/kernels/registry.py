@@ -36,12 +36,16 @@ OPS = (
     "write_kv",
     "paged_attention",
     "paged_prefill_attention",
+    "pack_linear",
 )
 REFERENCE = "reference"
 ENTRY_POINT_GROUP = "mini_infer.kernels"
 ENVIRONMENT_VARIABLE = "MINI_INFER_KERNELS"
 
-_OPTIONAL = (EntryPoint("triton", "mini_infer.kernels.triton", ENTRY_POINT_GROUP),)
+_OPTIONAL = (
+    EntryPoint("triton", "mini_infer.kernels.triton", ENTRY_POINT_GROUP),
+    EntryPoint("cpu", "mini_infer.kernels.cpu", ENTRY_POINT_GROUP),
+)
 
 _ANY_DEVICE = "any"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -62,6 +66,7 @@ class Implementation:
 
 _table: dict[tuple[str, str, str], Implementation] = {}
 _requested: ContextVar[str | None] = ContextVar("mini_infer_kernel_backend", default=None)
+_BEST = ""  # requested where the environment was looked at and names no backend
 
 
 def register(
@@ -102,11 +107,12 @@ def register(
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the `with` block, run operations on backend `name`; None lifts an outer `use_backend`.
 
-    The choice belongs to the current thread or asyncio task, and threads do not inherit it.
+    The choice belongs to the current thread or asyncio task, and threads do not inherit it. The environment variable is
+    looked at once, here.
     """
     if name is not None:
         _check_backend(name)
-    token = _requested.set(name)
+    token = _requested.set(name or os.environ.get(ENVIRONMENT_VARIABLE, _BEST))
     try:
         yield
     finally:
@@ -131,17 +137,17 @@ def implementation(op: str, device: torch.device) -> Callable[..., Any]:
     return _resolve(op, device.type, _wanted()).function
 
 
-def _wanted() -> str | None:
-    return _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+def _wanted() -> str:
+    requested = _requested.get()
+    return os.environ.get(ENVIRONMENT_VARIABLE, _BEST) if requested is None else requested
 
 
 @cache
-def _resolve(op: str, device: str, wanted: str | None) -> Implementation:
-    if wanted is not None:
-        _check_backend(wanted)
+def _resolve(op: str, device: str, wanted: str) -> Implementation:
     rows = _best_first(op, device)
-    if wanted is None:
+    if wanted == _BEST:
         return rows[0]
+    _check_backend(wanted)
     by_backend = {row.backend: row for row in reversed(rows)}
     return by_backend.get(wanted, by_backend[REFERENCE])
 

@@ -70,6 +70,11 @@ class BlockManager:
         return len(self._unused)
 
     @property
+    def cached_blocks(self) -> list[int]:
+        """Ids of the cached blocks, least recently used first."""
+        return list(self._unused)
+
+    @property
     def num_available_blocks(self) -> int:
         """Blocks that ``allocate`` could hand out now: the free and the cached ones."""
         return len(self._free) + len(self._unused)

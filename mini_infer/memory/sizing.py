@@ -11,6 +11,27 @@ def block_bytes(block_size: int, num_layers: int, num_kv_heads: int, head_dim: i
     return 2 * block_size * num_layers * num_kv_heads * head_dim * itemsize
 
 
+def open_num_blocks(memory: int, bytes_per_block: int, max_num_seqs: int, longest: int, block_size: int) -> int:
+    """KV blocks when the configuration leaves the number open: what fits into ``memory`` bytes, at least 0.
+
+    Never more than ``max_num_seqs`` sequences of ``longest`` tokens could fill.
+    """
+    return max(0, min(max_num_seqs * -(-longest // block_size), memory // bytes_per_block))
+
+
+def step_bytes(
+    num_tokens: int, num_sequences: int, hidden_size: int, intermediate_size: int, vocab_size: int, itemsize: int
+) -> int:
+    """About what the largest step takes beside weights and KV blocks; an engine on a GPU measures it instead.
+
+    The wider of a feed-forward layer for every token (two streams, gate, up and their product) and of sampling (the
+    logits, and in float32 copied, as probabilities and sorted, with their indices).
+    """
+    feed_forward = num_tokens * (2 * hidden_size + 3 * intermediate_size) * itemsize
+    sampling = num_sequences * vocab_size * (itemsize + 4 + 4 + 4 + 8)
+    return max(feed_forward, sampling)
+
+
 def fit_max_model_len(asked: int | None, model_limit: int, num_blocks: int, block_size: int) -> tuple[int, str | None]:
     """The longest sequence to admit, and a warning when that is less than was asked for.
 

@@ -25,7 +25,7 @@ KVCache = tuple[Tensor, Tensor]
 class Decoder(nn.Module):
     """Embedding, layers, final norm and output projection.
 
-    Parameters are allocated but hold arbitrary values until `load_model` fills them.
+    Parameters have a shape and a dtype but no memory until `load_model` fills them.
 
     Attributes:
         config: what the model was built from.
@@ -37,14 +37,12 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
         super().__init__()
         self.config = config
-        self.embedding = _parameter((config.vocab_size, config.hidden_size), dtype, device)
-        self.layers = nn.ModuleList(Layer(config, window, dtype, device) for window in config.sliding_windows)
-        self.norm = _parameter((config.hidden_size,), dtype, device)
-        self.output = (
-            self.embedding
-            if config.tie_word_embeddings
-            else _parameter((config.vocab_size, config.hidden_size), dtype, device)
-        )
+        self.embedding = _parameter((config.vocab_size, config.hidden_size), dtype)
+        self.layers = nn.ModuleList(Layer(config, window, dtype) for window in config.sliding_windows)
+        self.norm = _parameter((config.hidden_size,), dtype)
+        self.output = Linear(config.hidden_size, config.vocab_size, False, dtype)
+        if config.tie_word_embeddings:
+            self.output.weight = self.embedding
         cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
@@ -70,7 +68,8 @@ class Decoder(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, ``[N, vocab_size]``, for the rows ``[N, hidden_size]`` of `forward`'s result."""
-        return functional.linear(hidden, self.output)
+        logits: Tensor = self.output(hidden)
+        return logits
 
 
 class Layer(nn.Module):
@@ -79,15 +78,13 @@ class Layer(nn.Module):
     The addition is left to the next norm, which does both in one pass over memory.
     """
 
-    def __init__(
-        self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype, device: str | torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.attention_norm = _parameter((config.hidden_size,), dtype, device)
-        self.attention = Attention(config, sliding_window, dtype, device)
-        self.feed_forward_norm = _parameter((config.hidden_size,), dtype, device)
-        self.feed_forward = FeedForward(config, dtype, device)
+        self.attention_norm = _parameter((config.hidden_size,), dtype)
+        self.attention = Attention(config, sliding_window, dtype)
+        self.feed_forward_norm = _parameter((config.hidden_size,), dtype)
+        self.feed_forward = FeedForward(config, dtype)
 
     def forward(
         self,
@@ -109,21 +106,17 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the paged cache, with one projection for queries, keys and values."""
 
-    def __init__(
-        self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype, device: str | torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
         self.sliding_window = sliding_window
         self.eps = config.rms_norm_eps
-        self.qkv_proj = _linear(
-            config.hidden_size, sum(self.head_counts) * config.head_dim, config.qkv_bias, dtype, device
-        )
+        self.qkv_proj = Linear(config.hidden_size, sum(self.head_counts) * config.head_dim, config.qkv_bias, dtype)
         self.qk_norms = (
-            nn.ParameterList(_parameter((config.head_dim,), dtype, device) for _ in "qk") if config.qk_norm else None
+            nn.ParameterList(_parameter((config.head_dim,), dtype) for _ in "qk") if config.qk_norm else None
         )
-        self.o_proj = _linear(config.num_heads * config.head_dim, config.hidden_size, config.output_bias, dtype, device)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.output_bias, dtype)
 
     def forward(
         self, hidden: Tensor, batch: Batch, prompt_start: Tensor, kv_cache: KVCache, rotary: tuple[Tensor, Tensor]
@@ -169,10 +162,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU, with one projection for the gate and what it gates."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = _linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, dtype, device)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.mlp_bias, dtype, device)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, dtype)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[T, hidden_size]`` to ``[T, hidden_size]``."""
@@ -180,11 +173,29 @@ class FeedForward(nn.Module):
         return output
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+class Linear(nn.Module):
+    """x Wᵀ + b, by way of `kernels.pack_linear`.
+
+    Attributes:
+        weight: ``[outputs, inputs]``; gone once it is packed.
+        bias: ``[outputs]``, or None.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = _parameter((outputs, inputs), dtype)
+        self.bias = _parameter((outputs,), dtype) if bias else None
+
+    def pack(self) -> None:
+        """Hand the weight to the kernels, which may keep it in another order."""
+        assert self.weight is not None
+        self._product = kernels.pack_linear(self.weight, self.bias)
+        self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., inputs]`` to ``[..., outputs]``."""
+        return self._product(x)
 
 
-def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: str | torch.device) -> nn.Linear:
-    # By way of the meta device: made directly, every weight would first be filled with random numbers.
-    linear = nn.Linear(inputs, outputs, bias, dtype=dtype, device="meta").to_empty(device=device)
-    return linear.requires_grad_(False)
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

@@ -1,22 +1,24 @@
 """Filling a decoder from safetensors files; the one place that knows how checkpoints name their tensors.
 
 Each tensor is mapped from its file and copied straight to where it belongs, which may be a slice of a fused
-parameter, changing dtype and device on the way. So loading needs the model's own memory plus one tensor's.
+parameter, changing dtype and device on the way; a weight is then packed as the kernels want it, and let go of. Files
+are mapped for one layer at a time. So loading needs the model's own memory plus one layer's.
 """
 
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
 from mini_infer.models.config import DTYPES, ModelConfig
-from mini_infer.models.decoder import Decoder, Layer
+from mini_infer.models.decoder import Decoder, Layer, Linear
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,16 +39,22 @@ def load_model(directory: str | Path, config: ModelConfig, dtype: torch.dtype, d
     """
     directory = Path(directory)
     files = weight_files(directory)
-    names = _tensor_names(files)
+    where = _tensor_names(files)
     with _explaining_memory(directory, config, dtype, device):
         model = Decoder(config, dtype, device)
-        destinations = _destinations(model)
-        _check_names(names, destinations.keys(), config, directory)
-        for path in files:
-            with _reading(path) as reader:
-                for name in reader.keys():  # noqa: SIM118  (a reader is no dictionary)
-                    if name in destinations:
-                        _copy(reader, name, destinations[name], path)
+        groups = _groups(model)
+        _check_names(
+            where.keys(), [part.name for group in groups for fill in group for part in fill.parts], config, directory
+        )
+        for group in groups:
+            with ExitStack() as stack:
+                needed = {where[part.name] for fill in group for part in fill.parts}
+                readers = {path: stack.enter_context(_reading(path)) for path in needed}
+                for fill in group:
+                    _fill(fill, where, readers, dtype, device)
+        if config.tie_word_embeddings:
+            model.output.weight = model.embedding
+            model.output.pack()
     return model
 
 
@@ -103,53 +111,86 @@ def _reading(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _tensor_names(files: list[Path]) -> set[str]:
-    names: set[str] = set()
+def _tensor_names(files: list[Path]) -> dict[str, Path]:
+    """Every tensor of the checkpoint, and the file that holds it."""
+    where: dict[str, Path] = {}
     for path in files:
         with _reading(path) as reader:
             found = set(reader.keys())
-        twice = names & found
+        twice = where.keys() & found
         if twice:
             raise InvalidCheckpointError(f"{path} repeats {_few(twice)} of another file; keep one copy of each tensor")
-        names |= found
-    return names
+        where |= dict.fromkeys(found, path)
+    return where
 
 
-def _destinations(model: Decoder) -> dict[str, Tensor]:
-    """Where in the model each tensor of a checkpoint goes, as a view of a parameter."""
-    destinations: dict[str, Tensor] = {
-        "model.embed_tokens.weight": model.embedding,
-        "model.norm.weight": model.norm,
-    }
-    if not model.config.tie_word_embeddings:
-        destinations["lm_head.weight"] = model.output
-    for index, layer in enumerate(model.layers):
-        assert isinstance(layer, Layer)
-        attention, feed_forward = layer.attention, layer.feed_forward
-        head_rows = [heads * attention.head_dim for heads in attention.head_counts]
-        prefix = f"model.layers.{index}."
-        destinations[prefix + "input_layernorm.weight"] = layer.attention_norm
-        destinations[prefix + "post_attention_layernorm.weight"] = layer.feed_forward_norm
-        if attention.qk_norms is not None:
-            destinations[prefix + "self_attn.q_norm.weight"] = attention.qk_norms[0]
-            destinations[prefix + "self_attn.k_norm.weight"] = attention.qk_norms[1]
-        for kind in ("weight", "bias"):
-            qkv, gate_up = getattr(attention.qkv_proj, kind), getattr(feed_forward.gate_up_proj, kind)
-            o, down = getattr(attention.o_proj, kind), getattr(feed_forward.down_proj, kind)
-            if qkv is not None:
-                for name, rows in zip("qkv", qkv.split(head_rows), strict=True):
-                    destinations[f"{prefix}self_attn.{name}_proj.{kind}"] = rows
-            if o is not None:
-                destinations[f"{prefix}self_attn.o_proj.{kind}"] = o
-            if gate_up is not None:
-                for name, rows in zip(("gate", "up"), gate_up.chunk(2), strict=True):
-                    destinations[f"{prefix}mlp.{name}_proj.{kind}"] = rows
-            if down is not None:
-                destinations[f"{prefix}mlp.down_proj.{kind}"] = down
-    return destinations
+class _Part(NamedTuple):
+    """A tensor of the checkpoint, and how many rows it has."""
+
+    name: str
+    rows: int
 
 
-def _check_names(found: set[str], wanted: Collection[str], config: ModelConfig, directory: Path) -> None:
+class _Fill(NamedTuple):
+    """A parameter, and the tensors that it is made of, one below the other."""
+
+    module: nn.Module
+    parameter: str
+    parts: list[_Part]
+
+
+def _groups(model: Decoder) -> list[list[_Fill]]:
+    """What to fill, in groups that are read together: the ends of the model, then each layer."""
+    shape = model.config
+    ends = [
+        _Fill(model, "embedding", [_Part("model.embed_tokens.weight", shape.vocab_size)]),
+        _Fill(model, "norm", [_Part("model.norm.weight", shape.hidden_size)]),
+    ]
+    if not shape.tie_word_embeddings:
+        ends.append(_Fill(model.output, "weight", [_Part("lm_head.weight", shape.vocab_size)]))
+    return [ends, *(_layer(layer, f"model.layers.{i}.", shape) for i, layer in enumerate(model.layers))]
+
+
+def _layer(layer: nn.Module, prefix: str, shape: ModelConfig) -> list[_Fill]:
+    assert isinstance(layer, Layer)
+    attention, feed_forward = layer.attention, layer.feed_forward
+    hidden_size, intermediate_size = shape.hidden_size, shape.intermediate_size
+    fills = [
+        _Fill(layer, "attention_norm", [_Part(prefix + "input_layernorm.weight", hidden_size)]),
+        _Fill(layer, "feed_forward_norm", [_Part(prefix + "post_attention_layernorm.weight", hidden_size)]),
+    ]
+    if attention.qk_norms is not None:
+        for place, which in enumerate("qk"):
+            name = f"{prefix}self_attn.{which}_norm.weight"
+            fills.append(_Fill(attention.qk_norms, str(place), [_Part(name, shape.head_dim)]))
+    heads = zip("qkv", attention.head_counts, strict=True)
+    linears = [
+        (attention.qkv_proj, [(f"self_attn.{which}_proj", n * shape.head_dim) for which, n in heads]),
+        (attention.o_proj, [("self_attn.o_proj", hidden_size)]),
+        (feed_forward.gate_up_proj, [("mlp.gate_proj", intermediate_size), ("mlp.up_proj", intermediate_size)]),
+        (feed_forward.down_proj, [("mlp.down_proj", hidden_size)]),
+    ]
+    for linear, parts in linears:
+        for kind in ("bias", "weight"):  # the weight last: with it the product is complete
+            if getattr(linear, kind) is not None:
+                fills.append(_Fill(linear, kind, [_Part(f"{prefix}{name}.{kind}", rows) for name, rows in parts]))
+    return fills
+
+
+def _fill(
+    fill: _Fill, where: Mapping[str, Path], readers: Mapping[Path, Any], dtype: torch.dtype, device: str | torch.device
+) -> None:
+    """Give a parameter its memory and its values; pack it if that completes a product."""
+    module, name, parts = fill
+    filled = torch.empty(getattr(module, name).shape, dtype=dtype, device=device)
+    for part, destination in zip(parts, filled.split([part.rows for part in parts]), strict=True):
+        _copy(readers[where[part.name]], part.name, destination, where[part.name])
+    setattr(module, name, nn.Parameter(filled, requires_grad=False))
+    if isinstance(module, Linear) and name == "weight":
+        module.pack()
+
+
+def _check_names(found: AbstractSet[str], wanted: Collection[str], config: ModelConfig, directory: Path) -> None:
     missing = set(wanted) - found
     # Old checkpoints store RoPE's frequencies, which follow from the config; tied ones may repeat the embedding.
     extra = {name for name in found - set(wanted) if not name.endswith(".rotary_emb.inv_freq")}

@@ -6,13 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import mini_infer
 from mini_infer import kernels
+from mini_infer.cli import app
 from mini_infer.config import BUNDLED_MODEL
 
 ENTRY = "from mini_infer.cli import app; app(prog_name='mini-infer')"
 ROOT = Path(mini_infer.__file__).parents[1]
+
+COMMANDS = ("chat", "generate", "serve", "demo", "info", "bench", "kernels", "trace")
 
 needs_the_model = pytest.mark.skipif(
     not (Path(BUNDLED_MODEL) / "model.safetensors").exists(), reason="the bundled model is not there yet"
@@ -71,6 +76,58 @@ def test_looking_at_the_help_loads_no_torch() -> None:
     code = "import sys, mini_infer.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mini_infer", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == f"mini-infer {mini_infer.__version__}\n"
+
+
+def test_every_command_is_in_the_help() -> None:
+    shown = run("--help").stdout
+    assert [name for name in COMMANDS if f"│ {name} " not in shown] == []
+    assert "mini-infer demo" in shown and "Exit status" in shown
+
+
+@pytest.mark.parametrize("flag", ["--debug trace no/such/file", "trace --debug no/such/file"])
+def test_an_error_is_one_line_unless_debugged(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    group = typer.main.get_command(app)
+    words = flag.split()
+    assert group.main([word for word in words if word != "--debug"], standalone_mode=False) == 1
+    plain = capsys.readouterr().err
+    assert group.main(words, standalone_mode=False) == 1
+    debugged = capsys.readouterr().err
+    assert plain == "error: cannot read 'no/such/file': No such file or directory; " + plain.split("; ")[1]
+    assert debugged.startswith("Traceback") and debugged.endswith(plain) and "in load_trace" in debugged
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(console: object) -> None:
+        raise ZeroDivisionError("so much\nfor that")
+
+    monkeypatch.setattr("mini_infer.cli.kernels.show_kernels", broken)
+    done = CliRunner().invoke(app, ["kernels"])
+    assert (done.exit_code, done.stderr) == (1, "error: ZeroDivisionError: so much for that; --debug shows where\n")
+
+
+def test_serving_without_its_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("mini_infer.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    done = CliRunner().invoke(app, ["serve"])
+    assert done.exit_code == 1
+    assert "fastapi" in done.stderr and "pip install 'mini-infer[serve]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_shell_can_complete_it() -> None:
+    asked = {"_MINI_INFER_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    flags = run(COMP_WORDS="mini-infer chat --max-", **asked).stdout.split()
+    assert {"--max-model-len", "--max-tokens", "--max-num-seqs"} <= set(flags)
+    commands = run(COMP_WORDS="mini-infer ", **{**asked, "COMP_CWORD": "1"}).stdout.split()
+    assert set(COMMANDS) <= set(commands)
 
 
 @pytest.fixture(scope="module")

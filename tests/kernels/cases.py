@@ -8,6 +8,7 @@ does in a millisecond); "large" on GPUs only; "huge", where 32-bit offsets overf
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .truth import INTERPRETED
-
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HUGE_NEEDS = 70 << 30
 Arguments = dict[str, Any]

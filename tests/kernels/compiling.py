@@ -1,5 +1,6 @@
 """Compile Triton kernels for GPUs that are not there, and read from the result what they would take of them."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -8,11 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from inspect import signature as parameters_of
 from multiprocessing import get_context
-from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, NamedTuple
+from typing import Any
 
 PACKAGE = "mini_infer.kernels.triton"
 KB = 1024
@@ -27,19 +26,9 @@ SHARED_MEMORY = {  # of each target: what one program may use
 }
 
 
-class Case(NamedTuple):
-    """What one launch compiles. `signature` gives each argument's type, `options` num_warps and the like."""
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Compiled:
-    """`spilled` counts the bytes (AMD: the registers) per thread that did not fit the registers."""
+    """`spilled` counts the bytes of memory per thread that took what did not fit the registers."""
 
     target: str
     kernel: str
@@ -57,28 +46,26 @@ def gpu(target: str) -> Any:
 
 
 @cache
-def cases(target: str) -> dict[str, Case]:
-    """Everything that the modules of the package declare for a target, by label."""
-    found = {}
+def cases(target: str) -> dict[str, Any]:
+    """What the modules of the package declare for a target, by label; what compiles to the same thing only once."""
+    from mini_infer.kernels.triton.launch import Device
+
+    device = Device(SHARED_MEMORY[target], num_sms=132, tensor_cores=target != "sm_75")  # SMs compile into nothing
+    found, labels = {}, set()
     for module in iter_modules(import_module(PACKAGE).__path__):
         declared = getattr(import_module(f"{PACKAGE}.{module.name}"), "compile_cases", None)
-        if declared is None:
-            continue
-        for case in declared(gpu(target)) if parameters_of(declared).parameters else declared():
-            if hasattr(case, "num_warps"):
-                case = Case(case.label, case.kernel, case.signature, case.constexprs, {"num_warps": case.num_warps})
-            else:
-                case = Case(*case)
+        for case in declared(device) if declared else ():
             if target == "sm_75" and "*bf16" in case.signature.values():
                 continue  # Turing has no bfloat16
-            assert case.label not in found, f"two compile cases are called {case.label!r}"
-            found[case.label] = case
-    return found
+            assert case.label not in labels, f"two compile cases are called {case.label!r}"
+            labels.add(case.label)
+            found.setdefault(repr((case.kernel.fn.__name__, case.signature, case.constexprs, case.options)), case)
+    return {case.label: case for case in found.values()}
 
 
-def compile_all(work: Iterable[tuple[str, str]], processes: int = 2) -> Iterator[Compiled]:
-    """Compile (target, label) pairs; Triton's cache on disk makes a second time cheap."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+def compile_all(work: Iterable[tuple[str, str]]) -> Iterator[Compiled]:
+    """Compile (target, label) pairs on all cores; Triton's cache on disk makes a second time cheap."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_one, *zip(*work, strict=True), chunksize=4)
 
 
@@ -86,6 +73,7 @@ def compile_one(target: str, label: str) -> Compiled:
     import triton
     from triton.compiler import ASTSource
 
+    triton.knobs.compilation.disable_line_info = True  # a quarter of the time, for debuggers that nobody attaches
     case = cases(target)[label]
     name = case.kernel.fn.__name__
     # A launch tells the compiler which pointers and sizes are multiples of 16; ours all are, unless they are exempt.
@@ -97,24 +85,23 @@ def compile_one(target: str, label: str) -> Compiled:
     try:
         source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
         compiled = triton.compile(source, target=gpu(target), options=case.options)
-        spilled = _spilled_amd(compiled.asm["amdgcn"]) if "gfx" in target else _spilled_nvidia(compiled.asm["ptx"])
+        spilled = _spilled_amd(compiled.asm["amdgcn"]) if "gfx" in target else _spilled_nvidia(compiled.asm["cubin"])
     except Exception as error:  # the compiler's failure is the result
         return Compiled(target, name, label, error=f"{type(error).__name__}: {error}")
     return Compiled(target, name, label, compiled.metadata.shared, spilled)
 
 
-def _spilled_nvidia(ptx: str) -> int:
-    from triton.backends.nvidia.compiler import get_ptxas
+def _spilled_nvidia(cubin: bytes) -> int:
+    from triton import knobs
 
-    target = re.search(r"\.target\s+(sm_(\d+)\w*)", ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory, "kernel.ptx")
-        source.write_text(ptx)
-        command = [get_ptxas(int(target[2])).path, "-v", f"--gpu-name={target[1]}", source, "-o", f"{source}.cubin"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
 def _spilled_amd(assembly: str) -> int:
-    return sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+    """Scalar registers spill into vector registers, which costs no memory and does not count."""
+    return sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly))

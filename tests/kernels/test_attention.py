@@ -77,6 +77,17 @@ def test_prefill_is_the_formula(backend: str, shape: tuple[int, int, int, int], 
     check(prefill(case), case.truth(), dtype)
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1, 300), (4, 1, 70, 8), (4, 1, 130, 128)], ids=str)
+@on_backends("paged_attention")
+def test_heads_and_groups_beyond_any_tile(backend: str, shape: tuple[int, int, int, int]) -> None:
+    block_size, num_kv_heads, group, head_dim = shape
+    sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim}
+    case = PagedCase.make(21, [(9, 1), (2, 1)], **sizes)
+    check(decode(case), case.truth(), torch.float32)
+    case = PagedCase.make(22, [(9, 4), (2, 2)], **sizes)
+    check(prefill(case), case.truth(), torch.float32)
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 16, 36, 37, 1000])
 @on_backends("paged_attention")
 def test_decode_in_a_sliding_window(backend: str, window: int) -> None:

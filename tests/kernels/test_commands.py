@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .truth import INTERPRETED
+from .cases import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "my_rmsnorm.py"

@@ -6,7 +6,8 @@ from torch.nn.functional import rms_norm
 
 from mini_infer import kernels
 
-from .truth import DTYPES, INTERPRETED, PagedCase, check, check_sum, draw, on_backends, rotate, strided
+from .cases import INTERPRETED
+from .truth import DTYPES, PagedCase, check, check_sum, draw, on_backends, rotate, strided
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the shapes of these tests")
 

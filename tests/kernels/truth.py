@@ -6,7 +6,6 @@ Nothing here is vectorised, paged or shared with the package, so that a mistake 
 import math
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from mini_infer import kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-DTYPES = list(TOLERANCE)
+from . import parity
+from .cases import INTERPRETED
+from .parity import Mismatch, poisoned_memory
+
+DTYPES = list(parity.TOLERANCE)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]
-HEADS = ("apply_rotary_emb", "qk_norm_rope", "paged_attention", "paged_prefill_attention")
-"""Operations whose rows are heads of tokens."""
 
 _last_call = "nothing"
 
@@ -31,22 +30,6 @@ _last_call = "nothing"
 def on_backends(op: str) -> pytest.MarkDecorator:
     """Run the test once on each backend that has `op`, on each device; the test takes the `backend` fixture."""
     return pytest.mark.kernel(op)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Every tensor that is allocated without a value holds NaN (integers: their maximum), for all backends alike."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that some other operation is not deterministic is of no interest here
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def on_device(op: str, backend: str, device: str) -> Callable[..., Any]:
@@ -88,51 +71,32 @@ def _view(like: Tensor, storage: torch.UntypedStorage, device: str) -> Tensor:
     return empty.set_(storage, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
 
 
-def check_sum(out: Tensor, truth: Tensor, dtype: torch.dtype, case: object = None) -> None:
+def check_sum(out: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     """A sum of two numbers has one right answer."""
-    assert torch.equal(out, truth.to(dtype)), f"{_last_call}: the sum is not exact; case: {case or _this_test()}"
+    with failing_plainly():
+        parity.check_sum(out, truth, dtype, _last_call, _this_test())
 
 
-def row_errors(out: Tensor, truth: Tensor) -> Tensor:
-    """‖out - truth‖ / ‖truth‖ of each row (the last dimension is a row); rows of zeros must be exact."""
-    assert out.shape == truth.shape, f"{_last_call}: shape {list(out.shape)}, not {list(truth.shape)}"
-    difference = (out.double() - truth.double()).norm(dim=-1)
-    size = truth.double().norm(dim=-1)
-    errors = torch.where(size == 0, difference.sign() * math.inf, difference / size).nan_to_num(0.0, math.inf)
-    return torch.where(out.isfinite().all(-1), errors, math.inf)
-
-
-def check(out: Tensor, truth: Tensor, dtype: torch.dtype, slack: float = 1.0, case: object = None) -> None:
+def check(out: Tensor, truth: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
     """`slack` widens the tolerance where the formula itself amplifies a rounding of its inputs."""
-    assert out.dtype == dtype, f"{_last_call}: {out.dtype}, not {dtype}"
-    if out.numel() == 0:
-        assert out.shape == truth.shape, f"{_last_call}: shape {list(out.shape)}, not {list(truth.shape)}"
-        return
-    errors = row_errors(out, truth)
-    error, tolerance = float(errors.max()), slack * TOLERANCE[dtype]
-    if error < tolerance:
-        return
-    place = [int(i) for i in torch.unravel_index(errors.argmax(), errors.shape)]
-    *row, head = place if _last_call.startswith(HEADS) else (*place, None)
-    where = f"row {row}" + ("" if head is None else f", head {head}")
-    result, wanted = out[tuple(place)], truth[tuple(place)]
-    pytest.fail(
-        f"{_last_call}: {where} has relative error {error:.2e} in {dtype}, tolerance {tolerance:.0e}; "
-        f"{int((errors >= tolerance).sum())} of {errors.numel()} rows are wrong\n"
-        f"  case: {case or _this_test()}\n"
-        f"  got:    {_begin(result)}\n"
-        f"  wanted: {_begin(wanted)}",
-        pytrace=False,
-    )
+    with failing_plainly():
+        parity.check(out, truth, dtype, _last_call, _this_test(), slack)
+
+
+@contextmanager
+def failing_plainly() -> Iterator[None]:
+    """A mismatch says it all: without a traceback."""
+    message = None
+    try:
+        yield
+    except Mismatch as mismatch:
+        message = str(mismatch)
+    if message is not None:  # outside of the handler, which would show the mismatch a second time
+        pytest.fail(message, pytrace=False)
 
 
 def _this_test() -> str:
     return os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
-
-
-def _begin(row: Tensor) -> str:
-    numbers = ", ".join(f"{x:.6g}" for x in row[:6].tolist())
-    return f"[{numbers}{', ...' if row.numel() > 6 else ''}]"
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -235,6 +199,9 @@ class PagedCase:
             for j in range(context):
                 key_cache[blocks[j // block_size], j % block_size] = keys[s][j]
                 value_cache[blocks[j // block_size], j % block_size] = values[s][j]
+        if rng.random() < 0.5:  # a backend is at its fastest on the layout that it allocates itself
+            own = kernels.allocate_kv_cache(*shape, dtype, "cpu")
+            key_cache, value_cache = own[0].copy_(key_cache), own[1].copy_(value_cache)
         starts = [0]
         for _, new in lengths:
             starts.append(starts[-1] + new)

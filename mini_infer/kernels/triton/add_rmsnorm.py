@@ -30,7 +30,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, compile_case, launches, models_and_dtypes, rows
+from mini_infer.kernels.triton.launch import (
+    DTYPES,
+    CompileCase,
+    Device,
+    compile_case,
+    launches,
+    models_and_dtypes,
+    rows,
+)
 from mini_infer.kernels.triton.rmsnorm import config
 
 
@@ -130,14 +138,13 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     return y, total
 
 
-def compile_cases() -> Iterator[CompileCase]:
-    types = dict.fromkeys(("x", "residual", "weight", "y", "total"), "*")
-    types |= dict.fromkeys(("num_rows", "hidden_size", "x_stride", "residual_stride"), "i32") | {"eps": "fp32"}
+def compile_cases(device: Device) -> Iterator[CompileCase]:
+    types = dict.fromkeys(("x", "residual", "weight", "y", "total"), "*") | {"eps": "fp32"}
     for label, shapes in models_and_dtypes():
         tile = config(shapes.hidden_size)
         constexprs = {"ROWS": tile.rows, "BLOCK": tile.block}
-        yield compile_case(add_rmsnorm_kernel, types, constexprs, tile.num_warps, f"add_rmsnorm {label}")
-    for dtype in ("bf16", "fp16", "fp32"):
-        tile = config(20480)
+        yield compile_case(f"add_rmsnorm {label}", add_rmsnorm_kernel, types, constexprs, num_warps=tile.num_warps)
+    tile = config(20480)
+    for dtype in DTYPES:
         label = f"add_rmsnorm hidden_size 20480 {dtype}"
-        yield compile_case(add_rmsnorm_long_kernel, types, {"BLOCK": tile.block}, tile.num_warps, label)
+        yield compile_case(label, add_rmsnorm_long_kernel, types, {"BLOCK": tile.block}, num_warps=tile.num_warps)

@@ -1,4 +1,4 @@
-"""What both attention kernels share: the walk along a block table, and what they ask of the device.
+"""What both attention kernels share: the walk along a block table, and how they are launched.
 
 A sequence's keys and values lie scattered over the cache in blocks of BLOCK_SIZE tokens; its row of the block table
 says where. The kernels walk along the sequence in tiles of TILE tokens, starting at multiples of TILE:
@@ -23,10 +23,9 @@ maximum) and out of the values (a weight of 0 does not silence them: 0 * NaN is 
 Block ids and offsets are widened to 64 bits before they meet a stride: caches have more than 2³¹ elements.
 """
 
-from functools import cache
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,60 +56,53 @@ def product(a, b, accumulator=None):
     return tl.dot(a, b, acc=accumulator, input_precision="ieee")
 
 
-class Device(NamedTuple):
-    """What of a device decides how attention is cut into programs."""
-
-    shared_memory: int  # bytes that one program may use
-    num_sms: int
-    tensor_cores: bool  # whether Triton multiplies 16-bit numbers on them; Turing's it leaves idle
+def fits(query: Tensor, key_cache: Tensor, *_: Any) -> bool:
+    """Whether the query heads that share a KV head are few and small enough for a program's tile."""
+    group, head_dim = query.shape[1] // key_cache.shape[2], query.shape[2]
+    return head_dim <= 256 and triton.next_power_of_2(group) * triton.next_power_of_2(head_dim) <= 8192
 
 
-# A modest one for the interpreter: few programs, yet it does split contexts.
-NO_GPU = Device(shared_memory=99 * 1024, num_sms=4, tensor_cores=True)
-SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB by architecture
+def arguments(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> dict[str, Any]:
+    """Both attention kernels' arguments for these tensors; a copy is made only of what no engine would make."""
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    if block_tables.stride(1) != 1:
+        block_tables = block_tables.contiguous()
+    strides = {
+        f"{name}_stride_{dim}": stride
+        for name, cache in (("key", key_cache), ("value", value_cache))
+        for dim, stride in zip(("block", "token", "head", "dim"), cache.stride(), strict=True)
+    }
+    return {
+        "query": query,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_tables": block_tables,
+        "context_lens": context_lens.contiguous(),
+        "scale": scale * math.log2(math.e),
+        "window": NO_WINDOW if sliding_window is None else sliding_window,
+        "table_stride": block_tables.stride(0),
+        "query_stride_token": query.stride(0),
+        "query_stride_head": query.stride(1),
+        **strides,
+    }
 
 
-def device_of(tensor: Tensor) -> Device:
-    return _query(tensor.device.index) if tensor.is_cuda else NO_GPU
-
-
-@cache
-def _query(index: int) -> Device:
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    turing = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
-    return Device(properties["max_shared_mem"], properties["multiprocessor_count"], tensor_cores=not turing)
-
-
-def compiled_device(target: Any) -> Device:
-    """The device that a compile check for `target` should imagine; the number of SMs compiles into nothing."""
-    return Device(SHARED_MEMORY[target.arch] * 1024, num_sms=132, tensor_cores=target.arch != 75)
-
-
-def table_rows(block_tables: Tensor) -> Tensor:
-    """Rows whose entries lie side by side, as the walk expects; a copy only for a table that no engine makes."""
-    return block_tables if block_tables.stride(1) == 1 else block_tables.contiguous()
-
-
-def compiled_dtypes(target: Any) -> dict[str, torch.dtype]:
-    """By Triton's names, the dtypes that `target` computes in."""
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if target.arch == 75:
-        del names["bf16"]
-    return names
-
-
-def signature(kernel: Any, dtype: str, out: str, constexprs: dict[str, Any]) -> dict[str, str]:
-    """The types of an attention kernel's arguments for the compile check; sizes and strides are the i32."""
-    known = {
+def types_of_arguments(dtype: str, out: str) -> dict[str, str]:
+    """What `arguments` and the outputs are to the compiler, for the compile check; what is missing is a plain size."""
+    return {
         "out": f"*{out}",
         "partial": "*fp32",
         "log_sums": "*fp32",
-        "query": f"*{dtype}",
-        "key_cache": f"*{dtype}",
-        "value_cache": f"*{dtype}",
-        "block_tables": "*i32",
-        "context_lens": "*i32",
-        "query_start": "*i32",
+        **dict.fromkeys(("query", "key_cache", "value_cache"), f"*{dtype}"),
+        **dict.fromkeys(("block_tables", "context_lens", "query_start"), "*i32"),
         "scale": "fp32",
     }
-    return {name: "constexpr" if name in constexprs else known.get(name, "i32") for name in kernel.arg_names}

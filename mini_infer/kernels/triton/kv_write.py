@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, compile_case, launches, models_and_dtypes
+from mini_infer.kernels.triton.launch import CompileCase, Device, compile_case, launches, models_and_dtypes
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def config(num_kv_heads: int, head_dim: int) -> Config:
     return Config(heads, dim, triton.cdiv(num_kv_heads, heads), num_warps)
 
 
-@launches("write_kv", reference.kv_cache.write_kv)
+@launches("write_kv", reference.kv_cache.write_kv, fits=lambda key, *_: key.shape[2] <= 8192)
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     if key.numel() == 0:
         return
@@ -103,11 +103,11 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     )
 
 
-def compile_cases() -> Iterator[CompileCase]:
+def compile_cases(device: Device) -> Iterator[CompileCase]:
     pointers = ("key", "value", "key_cache", "value_cache")
     unit_strides = dict.fromkeys(("k_dim_stride", "v_dim_stride", "kc_dim_stride", "vc_dim_stride"), 1)
-    types = dict.fromkeys(kv_write_kernel.arg_names, "i32") | dict.fromkeys(pointers, "*") | {"slots": "*i64"}
+    types = dict.fromkeys(pointers, "*") | {"slots": "*i64"}
     for label, shapes in models_and_dtypes():
         tile = config(shapes.num_kv_heads, shapes.head_dim)
         constexprs = {"head_dim": shapes.head_dim, "HEADS": tile.heads, "DIM": tile.dim, **unit_strides}
-        yield compile_case(kv_write_kernel, types, constexprs, tile.num_warps, f"kv_write {label}")
+        yield compile_case(f"kv_write {label}", kv_write_kernel, types, constexprs, num_warps=tile.num_warps)

@@ -1,8 +1,8 @@
-"""What the launchers share: registration, tensors as rows, rounding when interpreted, and what is compile-checked."""
+"""What the launchers share: registration, the device, tensors as rows, rounding when interpreted, compile cases."""
 
 import math
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,16 +16,19 @@ from mini_infer.kernels.registry import register
 _Result = TypeVar("_Result")
 
 
-def launches(op: str, reference: Callable[..., _Result]) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+def launches(
+    op: str, reference: Callable[..., _Result], fits: Callable[..., bool] = lambda *_: True
+) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
     """Register the decorated launcher as Triton's `op`: the first choice on GPUs (PyTorch calls AMD's "cuda", too).
 
-    float64 stays with the `reference`: these kernels compute in float32, and nobody needs float64 to be fast.
+    The `reference` takes what no kernel is made for: arguments for which `fits` is false, whose tiles would outgrow
+    registers and shared memory, and float64: the kernels compute in float32, and nobody needs float64 to be fast.
     """
 
     def decorate(launcher: Callable[..., _Result]) -> Callable[..., _Result]:
         @wraps(launcher)
         def launch(first: Tensor, *others: Any) -> _Result:
-            if first.dtype == torch.float64:
+            if first.dtype == torch.float64 or not fits(first, *others):
                 return reference(first, *others)
             with torch.cuda.device_of(first):  # Triton launches on the current device, which may be another
                 return launcher(first, *others)
@@ -36,6 +39,29 @@ def launches(op: str, reference: Callable[..., _Result]) -> Callable[[Callable[.
         return launch
 
     return decorate
+
+
+class Device(NamedTuple):
+    """What of a device decides how a launch is cut into programs."""
+
+    shared_memory: int  # bytes that one program may use
+    num_sms: int
+    tensor_cores: bool  # whether Triton multiplies 16-bit numbers on them; Turing's it leaves idle
+
+
+# A modest one for the interpreter: few programs, yet it does split contexts.
+NO_GPU = Device(shared_memory=99 * 1024, num_sms=4, tensor_cores=True)
+
+
+def device_of(tensor: Tensor) -> Device:
+    return _query(tensor.device.index) if tensor.is_cuda else NO_GPU
+
+
+@cache
+def _query(index: int) -> Device:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    turing = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
+    return Device(properties["max_shared_mem"], properties["multiprocessor_count"], tensor_cores=not turing)
 
 
 def rows(x: Tensor, width: int = 1) -> Tensor:
@@ -74,11 +100,11 @@ class CompileCase(NamedTuple):
     does not exempt with `do_not_specialize`: sizes and strides of models are.
     """
 
+    label: str
     kernel: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    num_warps: int
-    label: str
+    options: dict[str, int]
 
 
 class Shapes(NamedTuple):
@@ -96,22 +122,24 @@ MODELS = {
     "Qwen3-0.6B": Shapes(1024, 16, 8, 128, 3072),
     "tutor": Shapes(256, 8, 4, 32, 768),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the compiler's names."""
 
 
 def compile_case(
-    kernel: Any, types: dict[str, str], constexprs: dict[str, Any], num_warps: int, label: str
+    label: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], **options: int
 ) -> CompileCase:
-    """`types` names the kernel's runtime arguments; "*" as a type means a pointer of the dtype at the label's end."""
+    """`types` are those of the arguments that are no plain sizes; "*" is a pointer to the dtype at the label's end."""
     dtype = label.rsplit(maxsplit=1)[-1]
     signature = {}
     for name in kernel.arg_names:
-        kind = "constexpr" if name in constexprs else types[name]
+        kind = "constexpr" if name in constexprs else types.get(name, "i32")
         signature[name] = "*" + dtype if kind == "*" else kind
-    return CompileCase(kernel, signature, constexprs, num_warps, label)
+    return CompileCase(label, kernel, signature, constexprs, options)
 
 
 def models_and_dtypes() -> Iterator[tuple[str, Shapes]]:
     """Labels that end in a dtype, each with a model's shapes."""
     for model, shapes in MODELS.items():
-        for dtype in ("bf16", "fp16", "fp32"):
+        for dtype in DTYPES:
             yield f"{model} {dtype}", shapes

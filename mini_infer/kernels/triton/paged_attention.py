@@ -52,9 +52,8 @@ That is H / K FLOPs per byte in bfloat16: decoding is bound by bandwidth, whatev
 tokens with K = 8, D = 128 are 537 MB per layer: 125 µs at the 4.3 TB/s that an H200 copies at.
 """
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -62,24 +61,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import (
-    NO_WINDOW,
-    Device,
-    compiled_device,
-    compiled_dtypes,
-    device_of,
-    find_blocks,
-    product,
-    signature,
-    table_rows,
-)
-from mini_infer.kernels.triton.launch import MODELS, launches
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product, types_of_arguments
+from mini_infer.kernels.triton.launch import DTYPES, MODELS, CompileCase, Device, compile_case, device_of, launches
 
 MAX_SPLITS: tl.constexpr = tl.constexpr(64)  # the second kernel holds so many partial results at once
+MIN_SHARE: tl.constexpr = tl.constexpr(256)  # tokens; a shorter share would cost more to combine than it saves
 
 
 @triton.jit
-def shares(context_len, window, num_splits, TILE: tl.constexpr, MIN_SHARE: tl.constexpr):
+def shares(context_len, window, num_splits, TILE: tl.constexpr):
     """(first visible token, where share 0 begins, tokens per share). All but the last share are whole tiles."""
     first = tl.maximum(context_len - window, 0)
     begin = first // TILE * TILE
@@ -87,30 +77,31 @@ def shares(context_len, window, num_splits, TILE: tl.constexpr, MIN_SHARE: tl.co
     return first, begin, tl.maximum(even, MIN_SHARE)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(do_not_specialize=["table_stride", "window", "num_kv_heads", "group"])
 def paged_attention_kernel(
-    out, log_sums, query, key_cache, value_cache, block_tables, context_lens, scale, window, table_stride,
-    query_stride_seq, query_stride_head, key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
+    out, log_sums, query, key_cache, value_cache, block_tables, context_lens, scale, window, num_kv_heads, group,
+    table_stride, query_stride_token, query_stride_head,
+    key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
     value_stride_block, value_stride_token, value_stride_head, value_stride_dim,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, MIN_SHARE: tl.constexpr, SPLIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    seq = (tl.program_id(0) // NUM_KV_HEADS).to(tl.int64)
-    kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
+    seq = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     split, num_splits = tl.program_id(1), tl.num_programs(1)
 
     context_len = tl.load(context_lens + seq).to(tl.int32)
-    first, begin, share = shares(context_len, window, num_splits, TILE, MIN_SHARE)
+    first, begin, share = shares(context_len, window, num_splits, TILE)
     begin += split * share
     end = tl.minimum(begin + share, context_len)
     if SPLIT and begin >= end:
         return
 
     row, dim, token = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, TILE)
-    head = kv_head * GROUP + row
-    stored = (row < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    head = kv_head * group + row
+    stored = (row < group)[:, None] & (dim < HEAD_DIM)[None, :]
     queries = tl.load(
-        query + seq * query_stride_seq + head[:, None] * query_stride_head + dim[None, :], stored, other=0.0
+        query + seq * query_stride_token + head[:, None] * query_stride_head + dim[None, :], stored, other=0.0
     )
     table = block_tables + seq * table_stride
     keys_at = key_cache + kv_head * key_stride_head + dim[None, :] * key_stride_dim
@@ -139,23 +130,23 @@ def paged_attention_kernel(
         top = new_top
 
     # A context that is not split is a split into one: then the partial results' layout is that of the output.
-    place = (seq * NUM_KV_HEADS * GROUP + head) * num_splits + split
+    place = (seq * num_kv_heads * group + head) * num_splits + split
     nonzero = tl.where(total > 0, total, 1.0)  # only an empty context has no weights at all, and gets zeros
     result = weighted / nonzero[:, None]
     tl.store(out + place[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), stored)
     if SPLIT:
-        tl.store(log_sums + place, top + tl.log2(total), row < GROUP)
+        tl.store(log_sums + place, top + tl.log2(total), row < group)
 
 
-@triton.jit(do_not_specialize=["window", "num_splits"])
+@triton.jit(do_not_specialize=["window", "num_splits", "num_heads"])
 def combine_kernel(
-    out, partial, log_sums, context_lens, window, num_splits,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, MIN_SHARE: tl.constexpr,
+    out, partial, log_sums, context_lens, window, num_splits, num_heads,
+    HEAD_DIM: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and query head: the mean of the partial results, weighted by 2 ** log_sum."""
     row = tl.program_id(0).to(tl.int64)
-    context_len = tl.load(context_lens + row // NUM_HEADS).to(tl.int32)
-    _, begin, share = shares(context_len, window, num_splits, TILE, MIN_SHARE)
+    context_len = tl.load(context_lens + row // num_heads).to(tl.int32)
+    _, begin, share = shares(context_len, window, num_splits, TILE)
 
     split, dim = tl.arange(0, MAX_SPLITS), tl.arange(0, COLS)
     written = split < tl.cdiv(context_len - begin, share)
@@ -171,10 +162,9 @@ def combine_kernel(
 
 
 class Config(NamedTuple):
-    """How a share is walked: `tile` tokens at a time, and shares of at least `min_share` tokens."""
+    """How a share is walked: `tile` tokens at a time."""
 
     tile: int
-    min_share: int
     num_warps: int
     num_stages: int
 
@@ -191,7 +181,7 @@ def config(head_dim: int, itemsize: int, device: Device) -> Config:
     if itemsize == 4 or not device.tensor_cores:  # then products keep their factors in registers
         tile, num_warps = min(tile, 32), 8
     in_flight = 2 if 2 * (2 * 2 * tile * token) <= device.shared_memory else 1
-    return Config(tile, 256, num_warps, num_stages=in_flight + 1)
+    return Config(tile, num_warps, num_stages=in_flight + 1)
 
 
 def splits(num_seqs: int, num_kv_heads: int, max_tokens: int, device: Device) -> int:
@@ -202,11 +192,11 @@ def splits(num_seqs: int, num_kv_heads: int, max_tokens: int, device: Device) ->
     """
     to_fill = -(-16 * device.num_sms // (num_seqs * num_kv_heads))
     to_even_out = -(-max_tokens // 2048)
-    most: int = min(-(-max_tokens // 256), MAX_SPLITS.value)
+    most: int = min(-(-max_tokens // MIN_SHARE.value), MAX_SPLITS.value)
     return max(1, min(max(to_fill, to_even_out), most))
 
 
-@launches("paged_attention", reference.attention.paged_attention)
+@launches("paged_attention", reference.attention.paged_attention, fits)
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -221,34 +211,21 @@ def paged_attention(
     out = torch.empty((num_seqs, num_heads, head_dim), dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    if query.stride(2) != 1:
-        query = query.contiguous()
-    block_tables, context_lens = table_rows(block_tables), context_lens.contiguous()
-    window = NO_WINDOW if sliding_window is None else sliding_window
-
     device = device_of(query)
     num_splits = splits(num_seqs, num_kv_heads, block_tables.shape[1] * block_size, device)
-    plan = config(head_dim, query.element_size(), device)
-    tiles = _tiles(num_heads, num_kv_heads, head_dim, block_size, plan)
     partial, log_sums = out, out
     if num_splits > 1:
         partial = query.new_empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32)
         log_sums = query.new_empty((num_seqs, num_heads, num_splits), dtype=torch.float32)
+    shared = arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
+    plan = config(head_dim, query.element_size(), device)
+    tiles = _tiles(num_heads // num_kv_heads, head_dim, block_size, plan)
     paged_attention_kernel[(num_seqs * num_kv_heads, num_splits)](
-        partial,
-        log_sums,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        context_lens,
-        scale * math.log2(math.e),
-        window,
-        block_tables.stride(0),
-        query.stride(0),
-        query.stride(1),
-        *key_cache.stride(),
-        *value_cache.stride(),
+        out=partial,
+        log_sums=log_sums,
+        num_kv_heads=num_kv_heads,
+        group=num_heads // num_kv_heads,
+        **shared,
         **tiles,
         SPLIT=num_splits > 1,
         num_warps=plan.num_warps,
@@ -259,62 +236,49 @@ def paged_attention(
             out,
             partial,
             log_sums,
-            context_lens,
-            window,
+            shared["context_lens"],
+            shared["window"],
             num_splits,
-            NUM_HEADS=num_heads,
+            num_heads,
             HEAD_DIM=head_dim,
             COLS=tiles["COLS"],
             TILE=plan.tile,
-            MIN_SHARE=plan.min_share,
             num_warps=plan.num_warps,
         )
     return out
 
 
-def _tiles(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
+def _tiles(group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
     """The kernel's compile-time sizes; a matrix product takes powers of two from 16 on."""
-    group = num_heads // num_kv_heads
     return {
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
         "ROWS": triton.next_power_of_2(max(group, 16)),
         "COLS": triton.next_power_of_2(max(head_dim, 16)),
         "TILE": plan.tile,
-        "MIN_SHARE": plan.min_share,
     }
 
 
-def compile_cases(target: Any) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(label, kernel, signature, compile-time values, options) of every launch that some model makes on `target`."""
-    device = compiled_device(target)
+def compile_cases(device: Device) -> Iterator[CompileCase]:
+    unit_strides = {"key_stride_dim": 1, "value_stride_dim": 1}
     for model, shapes in MODELS.items():
-        for name, dtype in compiled_dtypes(target).items():
+        for name, dtype in DTYPES.items():
             plan = config(shapes.head_dim, dtype.itemsize, device)
+            options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
             for block_size in (16, 256):
-                tiles = _tiles(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, block_size, plan)
+                tiles = _tiles(shapes.num_heads // shapes.num_kv_heads, shapes.head_dim, block_size, plan)
                 for split in (False, True):
-                    constexprs = {"key_stride_dim": 1, "value_stride_dim": 1, **tiles, "SPLIT": split}
-                    yield (
-                        f"paged_attention {model} block_size={block_size} split={split} {name}",
+                    yield compile_case(
+                        f"paged_attention block_size={block_size} split={split} {model} {name}",
                         paged_attention_kernel,
-                        signature(paged_attention_kernel, name, "fp32" if split else name, constexprs),
-                        constexprs,
-                        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+                        types_of_arguments(name, "fp32" if split else name),
+                        {**unit_strides, **tiles, "SPLIT": split},
+                        **options,
                     )
-            combined = {
-                "NUM_HEADS": shapes.num_heads,
-                "HEAD_DIM": shapes.head_dim,
-                "COLS": tiles["COLS"],
-                "TILE": plan.tile,
-                "MIN_SHARE": plan.min_share,
-            }
-            yield (
+            yield compile_case(
                 f"combine {model} {name}",
                 combine_kernel,
-                signature(combine_kernel, name, name, combined),
-                combined,
-                {"num_warps": plan.num_warps},
+                types_of_arguments(name, name),
+                {name: tiles[name] for name in ("HEAD_DIM", "COLS", "TILE")},
+                num_warps=plan.num_warps,
             )

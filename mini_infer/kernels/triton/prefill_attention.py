@@ -40,9 +40,8 @@ with H heads of dimension D, bytes of b per element, and K KV heads:
 T = 8192, H = 32, D = 128 are 550 GFLOPs: 0.7 ms at an H200's measured 790 TFLOP/s, against 0.04 ms for its 168 MB.
 """
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,18 +49,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import (
-    NO_WINDOW,
-    Device,
-    compiled_device,
-    compiled_dtypes,
-    device_of,
-    find_blocks,
-    product,
-    signature,
-    table_rows,
-)
-from mini_infer.kernels.triton.launch import MODELS, launches
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product, types_of_arguments
+from mini_infer.kernels.triton.launch import DTYPES, MODELS, CompileCase, Device, compile_case, device_of, launches
 
 
 @triton.jit
@@ -185,18 +174,20 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(head_dim: int, itemsize: int, device: Device) -> Config:
+def config(group: int, head_dim: int, itemsize: int, device: Device) -> Config:
     """128 rows for two groups of four warps: each key in shared memory is used 128 times, and the sums of a thread
     take 64 registers at head_dim 128. Small heads leave half of that to another program. Without tensor cores the
-    factors, too, are held in registers: few rows then.
+    factors, too, are held in registers, so rows are few and four warps of float32 would spill; but there are always
+    rows enough for one token's heads.
 
     Shared memory holds the queries and, for every stage, a tile of keys and one of values.
     """
     row = triton.next_power_of_2(max(head_dim, 16)) * itemsize
+    fewest = triton.next_power_of_2(group)
     if itemsize == 4 or not device.tensor_cores:
-        rows, tile, num_warps, num_stages = 16, 16, 4, 2
+        rows, tile, num_warps, num_stages = max(fewest, 16), 16, 2 * itemsize, 2
     elif head_dim <= 64:
-        rows, tile, num_warps, num_stages = 64, 64, 4, 3
+        rows, tile, num_warps, num_stages = max(fewest, 64), 64, 4, 3
     else:
         rows, tile, num_warps, num_stages = 128, 64, 8, 3
     while (rows + num_stages * 2 * tile) * row > device.shared_memory and num_stages > 1:
@@ -204,7 +195,7 @@ def config(head_dim: int, itemsize: int, device: Device) -> Config:
             tile //= 2
         elif num_stages > 2:
             num_stages -= 1
-        elif rows > 64:
+        elif rows > max(fewest, 64):
             rows //= 2
         elif tile > 16:
             tile //= 2
@@ -213,7 +204,7 @@ def config(head_dim: int, itemsize: int, device: Device) -> Config:
     return Config(rows, tile, num_warps, num_stages)
 
 
-@launches("paged_prefill_attention", reference.attention.paged_prefill_attention)
+@launches("paged_prefill_attention", reference.attention.paged_prefill_attention, fits)
 def paged_prefill_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -232,29 +223,15 @@ def paged_prefill_attention(
         return out
     if scale < 0:
         query, scale = -query, -scale
-    if query.stride(2) != 1:
-        query = query.contiguous()
-    block_tables = table_rows(block_tables)
-
-    plan = config(head_dim, query.element_size(), device_of(query))
-    tiles = _tiles(num_heads, num_kv_heads, head_dim, block_size, plan)
+    group = num_heads // num_kv_heads
+    plan = config(group, head_dim, query.element_size(), device_of(query))
+    tiles = _tiles(num_kv_heads, group, head_dim, block_size, plan)
     most_tiles = num_tokens // tiles["QUERIES"] + num_seqs
     paged_prefill_attention_kernel[(most_tiles * num_kv_heads,)](
-        out,
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        context_lens.contiguous(),
-        query_start.contiguous(),
-        scale * math.log2(math.e),
-        NO_WINDOW if sliding_window is None else sliding_window,
-        num_seqs,
-        block_tables.stride(0),
-        query.stride(0),
-        query.stride(1),
-        *key_cache.stride(),
-        *value_cache.stride(),
+        out=out,
+        query_start=query_start.contiguous(),
+        num_seqs=num_seqs,
+        **arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window),
         **tiles,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
@@ -262,35 +239,33 @@ def paged_prefill_attention(
     return out
 
 
-def _tiles(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
+def _tiles(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
     """The kernel's compile-time sizes: a tile holds all the heads of a group for as many tokens as there is room."""
-    group = num_heads // num_kv_heads
-    rows = max(plan.rows, triton.next_power_of_2(group))
     return {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
-        "QUERIES": rows // group,
-        "ROWS": rows,
+        "QUERIES": plan.rows // group,
+        "ROWS": plan.rows,
         "COLS": triton.next_power_of_2(max(head_dim, 16)),
         "TILE": plan.tile,
     }
 
 
-def compile_cases(target: Any) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(label, kernel, signature, compile-time values, options) of every launch that some model makes on `target`."""
-    device = compiled_device(target)
+def compile_cases(device: Device) -> Iterator[CompileCase]:
+    unit_strides = {"key_stride_dim": 1, "value_stride_dim": 1}
     for model, shapes in MODELS.items():
-        for name, dtype in compiled_dtypes(target).items():
-            plan = config(shapes.head_dim, dtype.itemsize, device)
+        group = shapes.num_heads // shapes.num_kv_heads
+        for name, dtype in DTYPES.items():
+            plan = config(group, shapes.head_dim, dtype.itemsize, device)
             for block_size in (16, 256):
-                tiles = _tiles(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, block_size, plan)
-                constexprs = {"key_stride_dim": 1, "value_stride_dim": 1, **tiles}
-                yield (
-                    f"paged_prefill_attention {model} block_size={block_size} {name}",
+                tiles = _tiles(shapes.num_kv_heads, group, shapes.head_dim, block_size, plan)
+                yield compile_case(
+                    f"paged_prefill_attention block_size={block_size} {model} {name}",
                     paged_prefill_attention_kernel,
-                    signature(paged_prefill_attention_kernel, name, name, constexprs),
-                    constexprs,
-                    {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+                    types_of_arguments(name, name),
+                    {**unit_strides, **tiles},
+                    num_warps=plan.num_warps,
+                    num_stages=plan.num_stages,
                 )

@@ -22,14 +22,13 @@ key heads of D features of b bytes:
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, compile_case, launches, models_and_dtypes, rows
-from mini_infer.kernels.triton.rope import config, load_angles, load_pairs, turn_and_store
+from mini_infer.kernels.triton.launch import CompileCase, Device, launches
+from mini_infer.kernels.triton.rope import cases_of, fits, launch, load_angles, load_pairs, turn_and_store
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def qk_norm_rope_kernel(
     )  # fmt: skip
 
 
-@launches("qk_norm_rope", reference.rotary.qk_norm_rope)
+@launches("qk_norm_rope", reference.rotary.qk_norm_rope, fits)
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -107,62 +106,9 @@ def qk_norm_rope(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    if q.numel() + k.numel() == 0:
-        return q_out, k_out
-    q, k, cos, sin, positions = rows(q, 2), rows(k, 2), rows(cos), rows(sin), position_ids.reshape(-1).contiguous()
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, half = k.shape[1], cos.shape[1]
-    tile = config(num_heads, num_kv_heads, head_dim, half)
-    qk_norm_rope_kernel[(num_tokens, tile.groups)](
-        q,
-        k,
-        q_weight.contiguous(),
-        k_weight.contiguous(),
-        cos,
-        sin,
-        positions,
-        q_out,
-        k_out,
-        num_heads,
-        num_kv_heads,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        cos.stride(0),
-        sin.stride(0),
-        eps,
-        head_dim=head_dim,
-        half=half,
-        INTERLEAVED=interleaved,
-        Q_HEADS=tile.q_heads,
-        K_HEADS=tile.k_heads,
-        HALF=tile.half,
-        REST=tile.rest,
-        num_warps=tile.num_warps,
-    )
-    return q_out, k_out
+    norm = {"q_weight": q_weight.contiguous(), "k_weight": k_weight.contiguous(), "eps": eps}
+    return launch(qk_norm_rope_kernel, q, k, cos, sin, position_ids, interleaved, **norm)
 
 
-def compile_cases() -> Iterator[CompileCase]:
-    types = dict.fromkeys(("q", "k", "q_weight", "k_weight", "q_out", "k_out"), "*")
-    types |= {"cos": "*fp32", "sin": "*fp32", "positions": "*i64", "eps": "fp32"}
-    types |= dict.fromkeys(("num_heads", "num_kv_heads", "cos_stride", "sin_stride"), "i32")
-    types |= dict.fromkeys(("q_token_stride", "q_head_stride", "k_token_stride", "k_head_stride"), "i32")
-    for label, shapes in models_and_dtypes():
-        half = shapes.head_dim // 2
-        tile = config(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, half)
-        for interleaved in (False, True):
-            constexprs = {
-                "head_dim": shapes.head_dim,
-                "half": half,
-                "INTERLEAVED": interleaved,
-                "Q_HEADS": tile.q_heads,
-                "K_HEADS": tile.k_heads,
-                "HALF": tile.half,
-                "REST": tile.rest,
-            }
-            order = "interleaved" if interleaved else "half-split"
-            yield compile_case(qk_norm_rope_kernel, types, constexprs, tile.num_warps, f"qk_norm_rope {order} {label}")
+def compile_cases(device: Device) -> Iterator[CompileCase]:
+    yield from cases_of(qk_norm_rope_kernel, "qk_norm_rope", q_weight="*", k_weight="*", eps="fp32")

@@ -41,7 +41,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, compile_case, launches, models_and_dtypes, rows
+from mini_infer.kernels.triton.launch import (
+    DTYPES,
+    CompileCase,
+    Device,
+    compile_case,
+    launches,
+    models_and_dtypes,
+    rows,
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # else a batch of 16 would be compiled apart from a batch of 17
@@ -125,15 +133,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def compile_cases() -> Iterator[CompileCase]:
+def compile_cases(device: Device) -> Iterator[CompileCase]:
     types = dict.fromkeys(("x", "weight", "y"), "*") | {"eps": "fp32"}
-    types |= dict.fromkeys(("num_rows", "hidden_size", "x_stride"), "i32")
     for label, shapes in models_and_dtypes():
         tile = config(shapes.hidden_size)
         constexprs = {"ROWS": tile.rows, "BLOCK": tile.block}
-        yield compile_case(rmsnorm_kernel, types, constexprs, tile.num_warps, f"rmsnorm {label}")
-    for dtype in ("bf16", "fp16", "fp32"):
-        tile = config(20480)
-        yield compile_case(
-            rmsnorm_long_kernel, types, {"BLOCK": tile.block}, tile.num_warps, f"rmsnorm hidden_size 20480 {dtype}"
-        )
+        yield compile_case(f"rmsnorm {label}", rmsnorm_kernel, types, constexprs, num_warps=tile.num_warps)
+    tile = config(20480)
+    for dtype in DTYPES:
+        label = f"rmsnorm hidden_size 20480 {dtype}"
+        yield compile_case(label, rmsnorm_long_kernel, types, {"BLOCK": tile.block}, num_warps=tile.num_warps)

@@ -32,7 +32,7 @@ bytes, and tables in float32:
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, compile_case, launches, models_and_dtypes, rows
+from mini_infer.kernels.triton.launch import CompileCase, Device, compile_case, launches, models_and_dtypes, rows
 
 
 @triton.jit
@@ -142,62 +142,75 @@ def config(num_heads: int, num_kv_heads: int, head_dim: int, half: int) -> Confi
     return Config(q_heads, k_heads, tile_half, rest, groups, num_warps)
 
 
-@launches("apply_rotary_emb", reference.rotary.apply_rotary_emb)
-def apply_rotary_emb(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, interleaved: bool
+def launch(
+    kernel: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, interleaved: bool, **norm: Any
 ) -> tuple[Tensor, Tensor]:
+    """Launch this file's kernel, or the one that has the arguments `norm` as well."""
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if q.numel() + k.numel() == 0:
         return q_out, k_out
-    q, k, cos, sin, positions = rows(q, 2), rows(k, 2), rows(cos), rows(sin), position_ids.reshape(-1).contiguous()
+    q, k, cos, sin = rows(q, 2), rows(k, 2), rows(cos), rows(sin)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], cos.shape[1]
     tile = config(num_heads, num_kv_heads, head_dim, half)
-    rope_kernel[(num_tokens, tile.groups)](
-        q,
-        k,
-        cos,
-        sin,
-        positions,
-        q_out,
-        k_out,
-        num_heads,
-        num_kv_heads,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        cos.stride(0),
-        sin.stride(0),
-        head_dim=head_dim,
-        half=half,
-        INTERLEAVED=interleaved,
-        Q_HEADS=tile.q_heads,
-        K_HEADS=tile.k_heads,
-        HALF=tile.half,
-        REST=tile.rest,
+    kernel[(num_tokens, tile.groups)](
+        q=q,
+        k=k,
+        cos=cos,
+        sin=sin,
+        positions=position_ids.reshape(-1).contiguous(),
+        q_out=q_out,
+        k_out=k_out,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        q_token_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        k_token_stride=k.stride(0),
+        k_head_stride=k.stride(1),
+        cos_stride=cos.stride(0),
+        sin_stride=sin.stride(0),
+        **norm,
+        **_constexprs(head_dim, half, interleaved, tile),
         num_warps=tile.num_warps,
     )
     return q_out, k_out
 
 
-def compile_cases() -> Iterator[CompileCase]:
+def _constexprs(head_dim: int, half: int, interleaved: bool, tile: Config) -> dict[str, int]:
+    return {
+        "head_dim": head_dim,
+        "half": half,
+        "INTERLEAVED": interleaved,
+        "Q_HEADS": tile.q_heads,
+        "K_HEADS": tile.k_heads,
+        "HALF": tile.half,
+        "REST": tile.rest,
+    }
+
+
+def fits(q: Tensor, *_: Any) -> bool:
+    """Whether a head is small enough for a program."""
+    return q.shape[-1] <= 8192
+
+
+@launches("apply_rotary_emb", reference.rotary.apply_rotary_emb, fits)
+def apply_rotary_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    return launch(rope_kernel, q, k, cos, sin, position_ids, interleaved)
+
+
+def cases_of(kernel: Any, name: str, **norm: str) -> Iterator[CompileCase]:
+    """The compile cases of this file's kernel, or of the one that has the arguments `norm` as well."""
     types = dict.fromkeys(("q", "k", "q_out", "k_out"), "*") | {"cos": "*fp32", "sin": "*fp32", "positions": "*i64"}
-    types |= dict.fromkeys(("num_heads", "num_kv_heads", "cos_stride", "sin_stride"), "i32")
-    types |= dict.fromkeys(("q_token_stride", "q_head_stride", "k_token_stride", "k_head_stride"), "i32")
     for label, shapes in models_and_dtypes():
         half = shapes.head_dim // 2
         tile = config(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, half)
-        for interleaved in (False, True):
-            constexprs = {
-                "head_dim": shapes.head_dim,
-                "half": half,
-                "INTERLEAVED": interleaved,
-                "Q_HEADS": tile.q_heads,
-                "K_HEADS": tile.k_heads,
-                "HALF": tile.half,
-                "REST": tile.rest,
-            }
-            order = "interleaved" if interleaved else "half-split"
-            yield compile_case(rope_kernel, types, constexprs, tile.num_warps, f"rope {order} {label}")
+        for order, interleaved in (("half-split", False), ("interleaved", True)):
+            constexprs = _constexprs(shapes.head_dim, half, interleaved, tile)
+            yield compile_case(f"{name} {order} {label}", kernel, types | norm, constexprs, num_warps=tile.num_warps)
+
+
+def compile_cases(device: Device) -> Iterator[CompileCase]:
+    yield from cases_of(rope_kernel, "rope")

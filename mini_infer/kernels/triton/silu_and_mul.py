@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, compile_case, launches, models_and_dtypes, rows
+from mini_infer.kernels.triton.launch import CompileCase, Device, compile_case, launches, models_and_dtypes, rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -79,9 +79,10 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return y
 
 
-def compile_cases() -> Iterator[CompileCase]:
-    types = {"x": "*", "y": "*", "num_rows": "i32", "size": "i32", "x_stride": "i32"}
+def compile_cases(device: Device) -> Iterator[CompileCase]:
     for label, shapes in models_and_dtypes():
         tile = config(shapes.intermediate_size)
         constexprs = {"ROWS": tile.rows, "BLOCK": tile.block}
-        yield compile_case(silu_and_mul_kernel, types, constexprs, tile.num_warps, f"silu_and_mul {label}")
+        yield compile_case(
+            f"silu_and_mul {label}", silu_and_mul_kernel, {"x": "*", "y": "*"}, constexprs, num_warps=tile.num_warps
+        )

@@ -1,0 +1,1 @@
+"""One engine in a process of its own, asked through a pipe. Nothing here imports Mini-Infer, except `ours`."""

@@ -1,0 +1,287 @@
+"""``mini-infer chat``: a conversation in the terminal, or one that is piped in."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mini_infer import LLMEngine
+from mini_infer.cli.flags import hints, parse
+from mini_infer.cli.terminal import printable
+from mini_infer.config import EngineConfig
+from mini_infer.exceptions import InvalidRequestError
+from mini_infer.outputs import GenerateOutput, StepOutput
+from mini_infer.sampling import SamplingParams
+
+HELP = {
+    "/reset": "start a new conversation",
+    "/system [TEXT]": "show the system message, or begin the conversation with this one (- for none)",
+    "/set [NAME [VALUE]]": "show the sampling options, or set one: /set temperature 0.2",
+    "/help": "show this",
+    "/exit": "leave; so does Ctrl-D",
+}
+
+MAX_HISTORY = 1000
+
+
+class Chat:
+    """A conversation and how it goes on.
+
+    Args:
+        llm: who answers.
+        sampling: options that differ from the model's own.
+        system: the system message, if any.
+        notes: where everything goes that is not an answer.
+
+    Raises:
+        InvalidRequestError: the model has no usable chat template, or an option cannot be used in a chat.
+    """
+
+    def __init__(self, llm: LLMEngine, sampling: Mapping[str, Any], system: str | None, notes: Console) -> None:
+        self._llm = llm
+        self._notes = notes
+        self._system = system
+        self._messages: list[dict[str, str]] = []
+        self._params = llm.default_sampling_params
+        self._set({"max_tokens": None, **sampling})
+        try:
+            llm.render_chat([*self._beginning(), {"role": "user", "content": "?"}])
+        except InvalidRequestError as error:
+            raise InvalidRequestError(
+                f"{llm.config.model} cannot chat: {error}. Choose a model that was made for it, or --tokenizer with a "
+                "chat template; mini-infer generate needs none"
+            ) from error
+
+    def take(self, line: str) -> bool:
+        """Obey a command or answer a message; False when it was ``/exit``.
+
+        Raises:
+            InvalidRequestError: it cannot be done; the conversation is as it was.
+        """
+        line = line.strip()
+        if not line.startswith("/"):
+            if line:
+                self._answer(line)
+            return True
+        command, _, rest = line.partition(" ")
+        match command:
+            case "/exit" | "/quit":
+                return False
+            case "/help":
+                self._show_help()
+            case "/reset":
+                self._messages.clear()
+                self._notes.print("a new conversation", style="dim")
+            case "/system":
+                self._change_system(rest.strip())
+            case "/set":
+                self._show_or_set(*rest.split(maxsplit=1))
+            case _:
+                raise InvalidRequestError(f"there is no {command}; /help shows what there is")
+        return True
+
+    # ---- answers -------------------------------------------------------------------------------------------------
+
+    def _answer(self, message: str) -> None:
+        conversation = [*self._messages, {"role": "user", "content": message}]
+        prompt = self._llm.render_chat([*self._beginning(), *conversation])
+        limit = self._llm.max_model_len
+        num_tokens = len(self._llm.tokenize(prompt))
+        if num_tokens >= limit:
+            what = (
+                f"the conversation has {num_tokens} tokens" if self._messages else f"{num_tokens} tokens are too many"
+            )
+            raise InvalidRequestError(f"the context is full: {what}, {limit} fit. /reset starts a new conversation")
+        output = self._stream(prompt)
+        if output.text:  # also what was there when it was stopped
+            self._messages = [*conversation, {"role": "assistant", "content": output.text}]
+        self._show_figures(output)
+
+    def _stream(self, prompt: str) -> GenerateOutput:
+        """Print an answer as it comes; Ctrl-C ends it after the step that is running."""
+        increments: list[StepOutput] = []
+        request = self._llm.make_request(prompt, self._params, listener=increments.append)
+        clean = printable if sys.stdout.isatty() else str
+        with _noticing_interrupts() as interrupted:
+            self._llm.submit(request)
+            while not request.finished:
+                if interrupted():
+                    self._llm.abort(request.request_id)
+                else:
+                    self._llm.step()
+                sys.stdout.write(clean("".join(increment.text for increment in increments)))
+                sys.stdout.flush()
+                increments.clear()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        return request.output()
+
+    def _show_figures(self, output: GenerateOutput) -> None:
+        num_tokens, metrics = len(output.token_ids), output.metrics
+        context, limit = len(output.prompt_token_ids) + num_tokens, self._llm.max_model_len
+        figures = [f"{num_tokens} tokens"]
+        if metrics.first_token_time is not None and metrics.time_to_first_token is not None:
+            if num_tokens > 1:
+                rate = (num_tokens - 1) / max(metrics.finished_time - metrics.first_token_time, 1e-9)
+                figures.append(f"{rate:.0f} tokens/s")
+            figures.append(f"TTFT {metrics.time_to_first_token * 1e3:.0f} ms")
+        figures.append(f"context {context} of {limit}")
+        if output.finish_reason == "abort":
+            figures.append("stopped")
+        elif output.finish_reason == "length":
+            figures.append(
+                "the context is full: /reset starts a new conversation" if context >= limit else "cut at max_tokens"
+            )
+        self._notes.print(" · ".join(figures), style="dim")
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+
+    def _beginning(self) -> list[dict[str, str]]:
+        return [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def _show_help(self) -> None:
+        table = Table.grid(padding=(0, 2))
+        for command, meaning in HELP.items():
+            table.add_row(escape(command), escape(meaning), style="dim")
+        self._notes.print(table)
+
+    def _change_system(self, text: str) -> None:
+        if text:
+            before, self._system = self._system, None if text == "-" else text
+            try:
+                self._llm.render_chat([*self._beginning(), {"role": "user", "content": "?"}])
+            except InvalidRequestError:
+                self._system = before
+                raise
+        self._notes.print(Text(f"system: {self._system or 'none'}", style="dim"))
+
+    def _show_or_set(self, name: str = "", value: str | None = None) -> None:
+        if not name:
+            table = Table.grid(padding=(0, 2))
+            for field in fields(SamplingParams):
+                table.add_row(
+                    field.name, str(getattr(self._params, field.name)), escape(field.metadata["help"]), style="dim"
+                )
+            self._notes.print(table)
+            return
+        names = {
+            alias: field.name for field in fields(SamplingParams) for alias in (field.name, *field.metadata["aliases"])
+        }
+        field_name = names.get(name.replace("-", "_"))
+        if field_name is None:
+            raise InvalidRequestError(f"there is no sampling option {name!r}; /set shows what there is")
+        if value is not None:
+            self._set({field_name: parse(hints(SamplingParams)[field_name], [value])})
+        self._notes.print(Text(f"{field_name}: {getattr(self._params, field_name)}", style="dim"))
+
+    def _set(self, options: Mapping[str, Any]) -> None:
+        params = replace(self._params, **options)
+        if params.n != 1:
+            raise InvalidRequestError(
+                f"a chat shows one answer but n is {params.n}; use mini-infer generate for several"
+            )
+        self._params = params
+
+
+def run_chat(config: EngineConfig, sampling: Mapping[str, Any], system: str | None) -> int:
+    """Hold a conversation until the input ends; the exit status, 2 if a line of piped input could not be used."""
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with notes.status("Loading the model") if interactive else nullcontext():
+        chat = Chat(LLMEngine(config), sampling, system, notes)
+    if interactive:
+        notes.print(Text(f"{Path(str(config.model)).name} · /help shows the commands", style="dim"))
+    status = 0
+    for line in _typed_lines() if interactive else _piped_lines():
+        try:
+            if not chat.take(line):
+                break
+        except InvalidRequestError as error:
+            notes.print(Text.assemble(("error: ", "red"), str(error)))
+            status = 0 if interactive else 2
+    return status
+
+
+# ---- lines -------------------------------------------------------------------------------------------------------
+
+
+def _typed_lines() -> Iterator[str]:
+    with _history():
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D leaves)")
+            except UnicodeDecodeError:
+                print("(that was not UTF-8)")
+
+
+def _piped_lines() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+            raise InvalidRequestError(f"standard input, line {number}: {byte}, which is not UTF-8") from error
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Editing and history of typed lines, where Python has readline; kept in a file that only its owner can read."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    path = _state_directory() / "chat_history"
+    with suppress(OSError):  # there is none yet
+        readline.read_history_file(path)
+    readline.set_history_length(MAX_HISTORY)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a home that cannot be written to is no reason to fail
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.write_history_file(path)
+
+
+def _state_directory() -> Path:
+    """Where the XDG base directories keep what is worth keeping but not configuration."""
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "mini-infer"
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, so that no step of the engine is torn apart; a second one interrupts as ever.
+
+    Yields:
+        A function that tells whether it was pressed.
+    """
+    pressed = False
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,294 @@
+"""``mini-infer info``: what a model is, and what fits beside it, before its weights are loaded."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import mini_infer
+from mini_infer import kernels
+from mini_infer.config import EngineConfig
+from mini_infer.engine.device import resolve_device, resolve_dtype
+from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks, step_bytes
+from mini_infer.models import Decoder, ModelConfig, resolve_tokenizer
+from mini_infer.models.weights import weight_files
+
+LIBRARIES = ("torch", "transformers", "triton", "numba")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What ``config.json`` says, and how large the files beside it are.
+
+    Attributes:
+        num_parameters: counted once where the output projection is the embedding.
+        checkpoint_bytes: of the safetensors files; None where they are not on this machine.
+    """
+
+    directory: str
+    architecture: str
+    num_parameters: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    checkpoint_dtype: str | None
+    checkpoint_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The plan; sizes are in bytes.
+
+    Attributes:
+        dtype: of weights and KV cache.
+        device_bytes: the device's memory, all of it; None where this cannot be asked.
+        weight_bytes: the parameters.
+        step_bytes: set aside for the largest step; 0 on a CPU, where nothing is set aside.
+        kv_bytes_per_token: keys and values of one token in every layer.
+        num_blocks, block_size, num_tokens: the KV memory; ``num_tokens`` is their product.
+        kv_bytes: what it takes.
+        num_cpu_blocks, cpu_kv_bytes: likewise, for swapped sequences.
+        max_model_len: most tokens of one sequence.
+        num_longest: sequences of that length that fit at once.
+        estimated: the number of blocks follows from an estimate. An engine measures, so it may find a few more or less.
+        warning: why ``max_model_len`` is less than wished for.
+    """
+
+    dtype: str
+    device_bytes: int | None
+    weight_bytes: int
+    step_bytes: int
+    kv_bytes_per_token: int
+    block_size: int
+    num_blocks: int
+    num_tokens: int
+    kv_bytes: int
+    num_cpu_blocks: int
+    cpu_kv_bytes: int
+    max_num_seqs: int
+    max_model_len: int
+    num_longest: int
+    estimated: bool
+    warning: str | None
+
+
+def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
+    """Print what there is to know.
+
+    Raises:
+        ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
+        OutOfMemoryError: not one KV block fits, or not ``config.max_model_len`` tokens.
+    """
+    with kernels.use_backend(config.kernel_backend):  # refuses an unknown one
+        device = resolve_device(config.device)
+        backends = {op: kernels.backend_of(op, device) for op in kernels.OPS}
+    # What a tokenizer needs is all files but the weights: nobody wants to fetch these to learn that they do not fit.
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    directory = resolve_tokenizer(str(config.model), config.revision, cache_dir)
+    shape = ModelConfig.from_directory(directory)
+    dtype = resolve_dtype(config.dtype, shape.dtype, device)
+    parameters = list(Decoder(shape, dtype, "meta").parameters())
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    model = Model(
+        directory=str(directory),
+        architecture=shape.architecture,
+        num_parameters=num_parameters,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        checkpoint_dtype=None if shape.dtype is None else _plain(shape.dtype),
+        checkpoint_bytes=_checkpoint_bytes(directory),
+    )
+    memory = plan_memory(config, shape, dtype, device, sum(parameter.nbytes for parameter in parameters))
+    if as_json:
+        facts = {
+            "versions": _versions(),
+            "device": {"name": str(device), "description": _description(device)},
+            "kernels": backends,
+            "model": asdict(model),
+            "memory": asdict(memory),
+        }
+        console.file.write(json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
+    else:
+        console.print(_model_table(model))
+        console.print(_memory_table(memory, device))
+        console.print(_machine_table(device, backends))
+    if not memory.num_blocks:
+        raise OutOfMemoryError(
+            f"no KV block fits on {device} beside {_size(memory.weight_bytes)} of weights; raise "
+            "gpu_memory_utilization, lower block_size or max_num_batched_tokens, or take a smaller model"
+        )
+
+
+def plan_memory(
+    config: EngineConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, weight_bytes: int
+) -> Memory:
+    """What an engine of this configuration would lay out.
+
+    Raises:
+        OutOfMemoryError: ``config.max_model_len`` tokens do not fit.
+    """
+    bytes_per_block = block_bytes(
+        config.block_size, shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype.itemsize
+    )
+    device_bytes, step = _device_bytes(device), 0
+    if device.type == "cpu":
+        memory = CPU_KV_CACHE_BYTES
+    else:
+        num_sequences = min(config.max_num_seqs, config.token_budget)
+        sizes = shape.hidden_size, shape.intermediate_size, shape.vocab_size
+        step = step_bytes(config.token_budget, num_sequences, *sizes, dtype.itemsize)
+        free, total = torch.cuda.mem_get_info(device)
+        memory = int(total * config.gpu_memory_utilization) - (total - free) - weight_bytes - step
+    longest = min(config.max_model_len or shape.max_position_embeddings, shape.max_position_embeddings)
+    num_blocks = config.num_gpu_blocks or open_num_blocks(
+        memory, bytes_per_block, config.max_num_seqs, longest, config.block_size
+    )
+    max_model_len, warning = 0, None
+    if num_blocks:
+        max_model_len, warning = fit_max_model_len(
+            config.max_model_len, shape.max_position_embeddings, num_blocks, config.block_size
+        )
+    return Memory(
+        dtype=_plain(dtype),
+        device_bytes=device_bytes,
+        weight_bytes=weight_bytes,
+        step_bytes=step,
+        kv_bytes_per_token=bytes_per_block // config.block_size,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        num_tokens=num_blocks * config.block_size,
+        kv_bytes=num_blocks * bytes_per_block,
+        num_cpu_blocks=config.num_cpu_blocks,
+        cpu_kv_bytes=config.num_cpu_blocks * bytes_per_block,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        num_longest=num_blocks // -(-max_model_len // config.block_size) if max_model_len else 0,
+        estimated=device.type != "cpu" and config.num_gpu_blocks is None,
+        warning=warning,
+    )
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _model_table(model: Model) -> Table:
+    size = "not on this machine yet" if model.checkpoint_bytes is None else _size(model.checkpoint_bytes)
+    rows = {
+        "directory · 目录": model.directory,
+        "architecture · 架构": model.architecture,
+        "parameters · 参数量": f"{model.num_parameters:,}",
+        "layers · 层数": str(model.num_layers),
+        "heads · 注意力头": f"{model.num_heads} query, {model.num_kv_heads} KV, {model.head_dim} wide",
+        "hidden, intermediate · 隐藏与中间维度": f"{model.hidden_size}, {model.intermediate_size}",
+        "vocabulary · 词表": f"{model.vocab_size:,}",
+        "context · 上下文长度": f"{model.max_position_embeddings:,} tokens",
+        "checkpoint · 检查点": f"{size}, {model.checkpoint_dtype or 'dtype not stated'}",
+    }
+    return _table("Model · 模型", rows)
+
+
+def _memory_table(memory: Memory, device: torch.device) -> Table:
+    about = "about " if memory.estimated else ""
+    rows = {"weights · 权重": f"{_size(memory.weight_bytes)} as {memory.dtype}"}
+    if memory.step_bytes:
+        rows["largest step · 最大一步"] = f"about {_size(memory.step_bytes)}"
+    rows |= {
+        "KV per token · 每词元的 KV": f"{_size(memory.kv_bytes_per_token)}",
+        "KV blocks · KV 块": f"{about}{memory.num_blocks:,} of {memory.block_size} tokens, {_size(memory.kv_bytes)}",
+        "tokens that fit · 可容纳词元": f"{about}{memory.num_tokens:,}",
+        "longest sequence · 最长序列": f"{memory.max_model_len:,} tokens",
+        "such sequences at once · 同时容纳": f"{about}{memory.num_longest:,} (max_num_seqs is {memory.max_num_seqs})",
+    }
+    if memory.num_cpu_blocks:
+        rows["swap blocks · 换出块"] = f"{memory.num_cpu_blocks:,} in CPU memory, {_size(memory.cpu_kv_bytes)}"
+    if memory.device_bytes is not None:
+        rows[f"memory of {device} · 设备内存"] = _size(memory.device_bytes)
+    if memory.warning is not None:
+        rows["warning · 警告"] = memory.warning
+    return _table("Memory plan · 内存规划", rows)
+
+
+def _machine_table(device: torch.device, backends: dict[str, str]) -> Table:
+    used = sorted(set(backends.values()), key=list(backends.values()).count, reverse=True)
+    ran_by = {backend: [op for op in backends if backends[op] == backend] for backend in used}
+    rows = {
+        "device · 设备": f"{device}: {_description(device)}",
+        "kernels · 算子": "\n".join(f"{backend}: {', '.join(ops)}" for backend, ops in ran_by.items()),
+        "versions · 版本": ", ".join(f"{name} {number}" for name, number in _versions().items() if number),
+    }
+    return _table("Machine · 机器", rows)
+
+
+# ---- facts -------------------------------------------------------------------------------------------------------
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:,.0f} {unit}" if num_bytes == int(num_bytes) else f"{num_bytes:,.1f} {unit}"
+
+
+def _checkpoint_bytes(directory: Path) -> int | None:
+    try:
+        return sum(path.stat().st_size for path in weight_files(directory))
+    except InvalidCheckpointError:  # not fetched, or not completely
+        return None
+
+
+def _versions() -> dict[str, Any]:
+    versions = {"mini-infer": mini_infer.__version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _description(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None

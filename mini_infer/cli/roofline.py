@@ -1,0 +1,198 @@
+"""The roofline: the least time that a workload can take on a machine (Williams, Waterman and Patterson, 2009).
+
+A step must read every weight once, read the keys and values of the sequences that decode, and write those of the tokens
+that are new; and it must do the arithmetic of its matrix products and of attention. It cannot be faster than the bytes
+over the memory's bandwidth, nor than the operations over the peak of matrix products; the larger of the two is the
+step's floor. A workload's floor is the sum over the fewest steps there can be: every request begins as soon as there is
+a seat, its whole prompt in one step, and generates a token in each step.
+
+Norms, rotations, biases, embeddings, sampling and everything that Python does count as nothing. For one step of T new
+tokens, R of which are followed by a sampled one, with P parameters in the layers' matrices::
+
+    bytes = itemsize * (P + vocab * hidden)                                  weights
+          + itemsize * 2 * kv_heads * head_dim * layers * (context + T)      keys and values: read, written
+    FLOPs = 2 * P * T + 2 * vocab * hidden * R                               linear
+          + 4 * heads * head_dim * layers * pairs                            attention: scores, and their use
+
+`context` is the sum of what the decoding sequences have; `pairs` counts each query with each key that it sees.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mini_infer.cli.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from mini_infer.models import ModelConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device can do at best, measured.
+
+    Attributes:
+        bytes_per_second: reading memory.
+        flops_per_second: multiplying matrices.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    @classmethod
+    def measure(cls, device: "torch.device", dtype: "torch.dtype") -> "Machine":
+        """Takes about a second."""
+        return cls(read_bandwidth(device), matrix_peak(device, dtype))
+
+    def best(self, other: "Machine") -> "Machine":
+        """What was seen at least once."""
+        return Machine(
+            max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What cannot be avoided.
+
+    Attributes:
+        weight_bytes, kv_bytes: moved between memory and processor.
+        linear_flops, attention_flops: multiplications and additions.
+    """
+
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    linear_flops: int = 0
+    attention_flops: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.weight_bytes + other.weight_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.linear_flops + other.linear_flops,
+            self.attention_flops + other.attention_flops,
+        )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time that a workload takes.
+
+    Attributes:
+        steps: the fewest there can be.
+        work: of all of them.
+        memory_seconds: in the steps that the memory's bandwidth holds back.
+        compute_seconds: in those that arithmetic does.
+    """
+
+    steps: int
+    work: Work
+    memory_seconds: float
+    compute_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.memory_seconds + self.compute_seconds
+
+    @property
+    def limit(self) -> Literal["memory", "compute"]:
+        """What binds for most of the time."""
+        return "memory" if self.memory_seconds >= self.compute_seconds else "compute"
+
+
+def floor(model: "ModelConfig", itemsize: int, workload: Workload, machine: Machine, max_num_seqs: int) -> Floor:
+    """The least time for a workload whose requests are all there at the beginning.
+
+    Args:
+        model: the decoder's shape.
+        itemsize: bytes of a weight, and of a number in the KV cache.
+        workload: the requests.
+        machine: its limits.
+        max_num_seqs: seats; a request that has none waits.
+    """
+    steps, total, seconds = 0, Work(), {"memory": 0.0, "compute": 0.0}
+    for prompts, contexts in _fewest_steps(workload, max_num_seqs):
+        work = step_work(model, itemsize, prompts, contexts)
+        memory = (work.weight_bytes + work.kv_bytes) / machine.bytes_per_second
+        compute = (work.linear_flops + work.attention_flops) / machine.flops_per_second
+        seconds["memory" if memory >= compute else "compute"] += max(memory, compute)
+        steps, total = steps + 1, total + work
+    return Floor(steps, total, seconds["memory"], seconds["compute"])
+
+
+def step_work(model: "ModelConfig", itemsize: int, prompts: list[int], contexts: list[int]) -> Work:
+    """The work of one step.
+
+    Args:
+        prompts: lengths of the prompts that are computed whole.
+        contexts: tokens that each decoding sequence attends to, its new one included.
+    """
+    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layer = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.intermediate_size
+    layers, output = model.num_layers * layer, model.vocab_size * model.hidden_size
+    new, sampled = sum(prompts) + len(contexts), len(prompts) + len(contexts)
+    read = pairs = 0
+    for window, count in Counter(model.sliding_windows).items():
+        seen = sum(min(context, window or context) for context in contexts)
+        read += count * (seen - len(contexts))  # the new token's own are written, not read
+        pairs += count * (seen + sum(_causal_pairs(length, window or length) for length in prompts))
+    return Work(
+        weight_bytes=itemsize * (layers + output),
+        kv_bytes=itemsize * 2 * key_value * (read + model.num_layers * new),
+        linear_flops=2 * layers * new + 2 * output * sampled,
+        attention_flops=4 * query * pairs,
+    )
+
+
+def _causal_pairs(length: int, window: int) -> int:
+    """Pairs of a query and a key in a prompt, where each token sees the ``window`` latest, itself included."""
+    window = min(window, length)
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def _fewest_steps(workload: Workload, max_num_seqs: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The arguments of `step_work` for each step."""
+    waiting = deque(zip(map(len, workload.prompts), workload.num_outputs, strict=True))
+    running: list[tuple[int, int]] = []  # context in the next step, tokens to come
+    while waiting or running:
+        begun = [waiting.popleft() for _ in range(min(len(waiting), max_num_seqs - len(running)))]
+        yield [length for length, _ in begun], [context for context, _ in running]
+        running = [(context + 1, left - 1) for context, left in running + begun if left > 1]
+
+
+# ---- what the machine can do ---------------------------------------------------------------------------------------
+
+
+def read_bandwidth(device: "torch.device") -> float:
+    """Bytes per second of reading a tensor that fits no cache, at best."""
+    import torch
+
+    numbers = torch.ones((1 << 31 if device.type == "cuda" else 1 << 29) // 4, device=device)
+    return numbers.nbytes / _least_seconds(numbers.sum, device)
+
+
+def matrix_peak(device: "torch.device", dtype: "torch.dtype") -> float:
+    """Floating-point operations per second of a large matrix product, at best."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    return 2 * n**3 / _least_seconds(lambda: a @ b, device)
+
+
+def _least_seconds(function: Callable[[], object], device: "torch.device", rounds: int = 10) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,340 @@
+"""How a kernel written in Python becomes machine code that runs on PyTorch's own threads.
+
+Numba compiles a kernel for the machine it runs on, and keeps the result on disk; no C compiler is involved. A kernel is
+a function of one argument, an array of integers: addresses and sizes, no Python objects, so that it runs without the
+interpreter. Its work is cut into tasks; every thread takes the next task until none is left, which balances the load
+by itself:
+
+    @kernel
+    def double(args):                                # [x, y, n]: y[i] = 2 * x[i] for rows of n numbers
+        for row in tasks(args):
+            x, y = pointer(args[FIRST], np.float32), pointer(args[FIRST + 1], np.float32)
+            ...
+
+    double(num_rows, x.data_ptr(), y.data_ptr(), n)
+
+Two thread pools on the same cores would wait for each other, so kernels run on the pool that PyTorch already has: its
+OpenMP runtime is asked to call the kernel on every thread. Where there is no such runtime a kernel runs on one thread.
+
+A number in a tensor is a float32 or a bfloat16; `load` and `store` hide which. bfloat16 is the upper half of a float32,
+so reading one is a shift.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from mini_infer.kernels.registry import register
+
+FIRST = 3
+"""Where a kernel's own arguments begin; before them: the next task, the number of tasks, the next thread's number."""
+
+ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+"""How a kernel sees the numbers of a tensor."""
+
+FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities and NaN stay what they are
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_SMALL = 1 << 15
+"""Below this many numbers, waking other threads costs more than they save."""
+
+
+# ---- what kernels are written with -----------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(typing_context, address, dtype):
+    """The numbers of a NumPy type that lie at an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(types.int64, dtype), codegen
+
+
+@intrinsic
+def load(typing_context, numbers, index):
+    """A float32 or bfloat16 as a float32."""
+
+    def codegen(context, builder, signature, args):
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        return value if signature.args[0].dtype == types.float32 else _widen(builder, value)
+
+    return types.float32(numbers, types.int64), codegen
+
+
+@intrinsic
+def store(typing_context, numbers, index, value):
+    """Write a float32 as a float32, or as the nearest bfloat16."""
+
+    def codegen(context, builder, signature, args):
+        numbers, index, value = args
+        if signature.args[0].dtype != types.float32:
+            value = _narrow(builder, value)
+        builder.store(value, builder.gep(numbers, [index]))
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64, types.float32), codegen
+
+
+@intrinsic
+def rounded(typing_context, numbers, value):
+    """What is left of a float32 once it was stored among ``numbers``."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0].dtype == types.float32:
+            return args[1]
+        return _widen(builder, _narrow(builder, args[1]))
+
+    return types.float32(numbers, types.float32), codegen
+
+
+@intrinsic
+def as_float(typing_context, bits):
+    """The number that `float_bits` turned into an integer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fptrunc(builder.bitcast(args[0], ir.DoubleType()), _F32)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def _floor(typing_context, x):
+    """Unlike the library's function, an instruction."""
+
+    def codegen(context, builder, signature, args):
+        return builder.call(builder.module.declare_intrinsic("llvm.floor", [_F32]), args)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def _power_of_two(typing_context, n):
+    """2^n for an integer n from -126 to 127, by writing n where a float32 keeps its exponent."""
+
+    def codegen(context, builder, signature, args):
+        exponent = builder.add(builder.fptosi(args[0], _I32), ir.Constant(_I32, 127))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def _fetch_add(typing_context, address, increment):
+    """Add to a number that all threads share; what it was before."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], args[1], "monotonic")
+
+    return types.int64(types.CPointer(types.int64), types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def buffer(typing_context, count):
+    """Room for ``count`` float32, a constant, on the thread's stack; its address."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+
+    def codegen(context, builder, signature, args):
+        room = cgutils.alloca_once(builder, ir.ArrayType(_F32, count.literal_value))
+        room.align = 64
+        return builder.ptrtoint(room, _I64)
+
+    return types.int64(count), codegen
+
+
+@numba.njit
+def tasks(args):
+    """The tasks of this thread: each time the next one that nobody has taken yet, until none is left."""
+    while True:
+        task = _fetch_add(args, 1)
+        if task >= args[1]:
+            return
+        yield task
+
+
+@intrinsic
+def _advance(typing_context, numbers, count):
+    def codegen(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return numbers(numbers, types.int64), codegen
+
+
+@numba.njit
+def thread_number(args):
+    """A number of this thread's own, below the number of threads. To be asked for once."""
+    return _fetch_add(_advance(args, 2), 1)
+
+
+@numba.njit(fastmath=FAST_MATH)
+def exp(x):
+    """e^x of a float32 that is not NaN, to within 2e-7 of itself; written so that a loop over it is vectorised.
+
+    e^x = 2^n * 2^f with n an integer and |f| ≤ 1/2: n goes straight into the exponent's bits, and 2^f is a polynomial
+    (Taylor's, whose first omitted term is below 1e-8 there).
+    """
+    y = x * np.float32(1.4426950408889634)
+    y = y if y > np.float32(-126.0) else np.float32(-126.0)
+    y = y if y < np.float32(127.0) else np.float32(127.0)
+    n = _floor(y + np.float32(0.5))
+    f = (y - n) * np.float32(0.6931471805599453)
+    power = np.float32(1 / 5040)
+    power = power * f + np.float32(1 / 720)
+    power = power * f + np.float32(1 / 120)
+    power = power * f + np.float32(1 / 24)
+    power = power * f + np.float32(1 / 6)
+    power = power * f + np.float32(1 / 2)
+    power = power * f + np.float32(1)
+    power = power * f + np.float32(1)
+    return np.float32(0.0) if x < np.float32(-87.0) else power * _power_of_two(n)
+
+
+def _widen(builder: Any, value: Any) -> Any:
+    shifted = builder.shl(builder.zext(value, _I32), ir.Constant(_I32, 16))
+    return builder.bitcast(shifted, _F32)
+
+
+def _narrow(builder: Any, value: Any) -> Any:
+    """Round to nearest, ties to even. The carry of the addition is what rounds up, into the exponent if need be."""
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+    up = builder.add(builder.add(bits, ir.Constant(_I32, 0x7FFF)), odd)
+    number = builder.trunc(builder.lshr(up, ir.Constant(_I32, 16)), _I16)
+    is_nan = builder.fcmp_unordered("uno", value, value)  # the carry could make a number of it
+    return builder.select(is_nan, ir.Constant(_I16, 0x7FC0), number)
+
+
+# ---- compiling and running -------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """A compiled kernel, to be called with integers.
+
+    Compiled when it is first called: seconds the first time on a machine, then read from disk in milliseconds.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def _address(self) -> int:
+        signature = types.void(types.CPointer(types.int64))
+        with _cache_directory():
+            self._compiled = numba.cfunc(signature, cache=True, fastmath=FAST_MATH, error_model="numpy")(self._function)
+        address: int = self._compiled.address
+        return address
+
+    def __call__(self, num_tasks: int, *args: int, work: int = _SMALL) -> None:
+        """Run all tasks and wait for them.
+
+        Args:
+            num_tasks: how many there are.
+            args: what the kernel reads from ``args[FIRST]`` on. Addresses must stay valid until the call returns.
+            work: about how many numbers are read or written in all; a small job stays on this thread.
+        """
+        if num_tasks == 0:
+            return
+        data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
+        num_threads = 1 if work < _SMALL else min(torch.get_num_threads(), num_tasks)
+        _parallel()(self._address, ctypes.addressof(data), num_threads, 0)
+
+
+def kernel(function: Callable[..., None]) -> Kernel:
+    """Make a `Kernel` of a function; see the module's docstring for how to write one."""
+    return Kernel(function)
+
+
+@functools.cache
+def float_bits(value: float) -> int:
+    """A float as an integer argument; the kernel gets it back with `as_float`."""
+    bits: int = struct.unpack("=q", struct.pack("=d", value))[0]
+    return bits
+
+
+def addresses(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+@functools.cache
+def _parallel() -> Callable[[int, int, int, int], None]:
+    """OpenMP's "call this function with this argument on that many threads", from the runtime that PyTorch loaded."""
+    try:
+        # By this name the loader finds the library that is in memory already: PyTorch's own.
+        library = ctypes.CDLL("libgomp.so.1", mode=getattr(os, "RTLD_NOLOAD", 0) | ctypes.DEFAULT_MODE)
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return _alone
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+def _alone(address: int, data: int, num_threads: int, flags: int) -> None:
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(data)
+
+
+def has_feature(name: str) -> bool:
+    """Whether the code that Numba makes may use a feature of the processor, under LLVM's name for it.
+
+    Honours NUMBA_CPU_FEATURES, so that another processor can be played.
+    """
+    asked_for = numba.config.CPU_FEATURES
+    if asked_for is not None:
+        return f"+{name}" in asked_for.split(",")
+    return bool(llvm.get_host_cpu_features().get(name, False))
+
+
+@contextmanager
+def _cache_directory() -> Iterator[None]:
+    """Within the block, Numba keeps what it compiles in a directory of ours.
+
+    Numba takes a kernel for unchanged if its own file is, so the name of the directory depends on all of them.
+    """
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = before or str(_user_cache() / "mini-infer" / "kernels" / _fingerprint())
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+@functools.cache
+def _fingerprint() -> str:
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(sources + numba.__version__.encode()).hexdigest()[:16]
+
+
+def register_fast(op: str, reference: Callable[..., Any]) -> Callable[[_Function], Callable[..., Any]]:
+    """Register an implementation for the dtypes that kernels know; ``reference`` gets all others."""
+
+    def decorate(function: _Function) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def choose(x: Tensor, *args: Any) -> Any:
+            return (function if x.dtype in ELEMENTS else reference)(x, *args)
+
+        return register(op, backend="cpu", devices=["cpu"], priority=10)(choose)
+
+    return decorate

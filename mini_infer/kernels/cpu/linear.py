@@ -1,0 +1,161 @@
+"""Matrix products with weights that were rearranged once.
+
+    y[m, n] = Σ_k x[m, k] * weight[n, k] + bias[n]
+
+The weight is cut into panels of 64 output features (`COLUMNS`); within a panel the numbers lie in the order in which a
+`tile` reads them, so that memory is read from front to back:
+
+    weight [N, K]                     packed [N / 64, K / 2, 64, 2]  (pairs of bfloat16; otherwise [N / 64, K, 64])
+    ┌──────────────┐ 64 rows          panel 0: k = 0,1 of rows 0..63 │ k = 2,3 of rows 0..63 │ ...
+    ├──────────────┤ = one panel      panel 1: ...
+    └──────────────┘
+
+A task is one panel times a few hundred tokens, six tokens at a time. The panel comes from memory for the first six and
+from the core's own cache for the others.
+
+Bytes: the weight, once. Floor: N * K * itemsize / memory bandwidth for a few tokens, 2 * M * N * K / peak for many. The
+two meet at about a dozen tokens, which is why a small batch decodes for the price of one sequence.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_infer.kernels.cpu.jit import (
+    ELEMENTS,
+    FIRST,
+    Kernel,
+    buffer,
+    kernel,
+    load,
+    pointer,
+    store,
+    tasks,
+)
+from mini_infer.kernels.cpu.tile import COLUMNS, PAIRS, ROWS, VECTORS, tiles
+from mini_infer.kernels.reference import linear as reference
+from mini_infer.kernels.registry import register
+
+TOKENS = 384
+"""Tokens of one task at most, so that their x stays in the cache while panels are multiplied with it."""
+
+TILE = ROWS * COLUMNS
+
+
+@register("pack_linear", backend="cpu", devices=["cpu"], priority=10)
+def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    num_outputs, num_inputs = weight.shape
+    pairs = PAIRS and weight.dtype is torch.bfloat16
+    if weight.dtype not in ELEMENTS or 0 in weight.shape or (pairs and num_inputs % 2):
+        return reference.pack_linear(weight, bias)
+    num_panels = -(-num_outputs // COLUMNS)
+    weight = weight.contiguous()
+    panels = torch.empty(
+        (num_panels, num_inputs // 2, COLUMNS, 2) if pairs else (num_panels, num_inputs, COLUMNS, 1), dtype=weight.dtype
+    )
+    unit = np.uint16 if weight.dtype is torch.bfloat16 and not pairs else np.uint32  # what is moved as one
+    _pack_kernel(unit)(
+        num_panels, weight.data_ptr(), panels.data_ptr(), num_outputs, panels.shape[1], work=weight.numel()
+    )
+    return functools.partial(_linear, panels=panels, bias=bias, num_outputs=num_outputs)
+
+
+def _linear(x: Tensor, *, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    num_inputs = x.shape[-1]
+    rows = (x if PAIRS else x.float()).reshape(-1, num_inputs).contiguous()
+    out = torch.empty((*x.shape[:-1], num_outputs), dtype=panels.dtype)
+    num_tokens = len(rows)
+    num_chunks = -(-num_tokens // TOKENS)
+    _kernel(ELEMENTS[panels.dtype])(
+        len(panels) * num_chunks,
+        rows.data_ptr(),
+        panels.data_ptr(),
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        num_tokens,
+        num_inputs,
+        num_outputs,
+        num_chunks,
+        panels.shape[1],
+        work=panels.numel(),
+    )
+    return out
+
+
+@functools.cache
+def _pack_kernel(unit: type) -> Kernel:
+    block = 16  # units of each row that are moved before the next row's, so that what is written stays in the cache
+
+    @kernel
+    def pack(args):
+        weight, panels = pointer(args[FIRST], unit), pointer(args[FIRST + 1], unit)
+        num_outputs, depth = args[FIRST + 2], args[FIRST + 3]
+        for panel in tasks(args):
+            first, to = panel * COLUMNS, panel * COLUMNS * depth
+            for begin in range(0, depth, block):
+                for row in range(COLUMNS):
+                    for k in range(begin, min(begin + block, depth)):
+                        at = to + k * COLUMNS + row
+                        panels[at] = weight[(first + row) * depth + k] if first + row < num_outputs else unit(0)
+
+    return pack
+
+
+@functools.cache
+def _kernel(element: type) -> Kernel:
+    kind = "fma" if element is np.float32 else "dot" if PAIRS else "widen"
+    x_bytes = 2 if kind == "dot" else 4
+    w_bytes = np.dtype(element).itemsize
+
+    @kernel
+    def linear(args):
+        x, panels, num_tokens, num_inputs = args[FIRST], args[FIRST + 1], args[FIRST + 4], args[FIRST + 5]
+        out, num_outputs = pointer(args[FIRST + 2], element), args[FIRST + 6]
+        bias, has_bias = pointer(args[FIRST + 3], element), args[FIRST + 3] != 0
+        num_chunks, depth = args[FIRST + 7], args[FIRST + 8]
+        x_stride = num_inputs * x_bytes
+        w_stride = num_inputs // depth * COLUMNS * w_bytes
+        sums_at = buffer(TILE)
+        sums = pointer(sums_at, np.float32)
+        for task in tasks(args):
+            panel, chunk = task // num_chunks, task % num_chunks
+            w = panels + panel * num_inputs * COLUMNS * w_bytes
+            column = panel * COLUMNS
+            width = min(COLUMNS, num_outputs - column)
+            begin = num_tokens * chunk // num_chunks
+            end = num_tokens * (chunk + 1) // num_chunks
+            num_passes = (
+                end - begin + ROWS - 1
+            ) // ROWS  # of as many rows each as can be, rather than a small last one
+            for number in range(num_passes):
+                first = begin + (end - begin) * number // num_passes
+                last = begin + (end - begin) * (number + 1) // num_passes
+                tiles(
+                    kind,
+                    last - first,
+                    VECTORS,
+                    0,
+                    x + first * x_stride,
+                    x_stride,
+                    w,
+                    w_stride,
+                    depth,
+                    sums_at,
+                    COLUMNS * 4,
+                )
+                for row in range(last - first):
+                    place, at = (first + row) * num_outputs + column, row * COLUMNS
+                    if has_bias:
+                        for i in range(width):
+                            store(out, place + i, load(sums, at + i) + load(bias, column + i))
+                    elif width == COLUMNS:
+                        for i in range(COLUMNS):  # a constant number of steps, which needs no check in between
+                            store(out, place + i, load(sums, at + i))
+                    else:
+                        for i in range(width):
+                            store(out, place + i, load(sums, at + i))
+
+    return linear

@@ -1,0 +1,163 @@
+"""Decode attention over the paged cache, read in place.
+
+    out[h] = Σ_j softmax_j(scale * q[h] · k_j) v_j
+
+A task is one sequence, or some of its KV heads when there are few sequences. It goes through the blocks twice:
+
+    1  scores    for each block and KV head:  q [group, D] x keys [D, block]       -> scores [group, block], kept
+       softmax   of the kept scores, in place
+    2  result    for each block and KV head:  weights [group, block] x values [block, D]  added to [group, D]
+
+In each pass the heads' parts of a block follow one another in memory, so it is read in runs of heads * D * block_size
+numbers. That matters more than anything else here: the processor guesses what is read next only along such a run, and
+4 KiB at a time from random places came in at less than half the speed.
+
+Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) is simpler than a running
+softmax and costs little. Both passes are `tile`s of few rows, so loading, not arithmetic, is their limit.
+
+Bytes: every key and value once; floor: bytes / memory bandwidth.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_infer.kernels.cpu.jit import (
+    ELEMENTS,
+    FIRST,
+    Kernel,
+    as_float,
+    buffer,
+    float_bits,
+    kernel,
+    load,
+    pointer,
+    register_fast,
+    store,
+    tasks,
+    thread_number,
+)
+from mini_infer.kernels.cpu.kv_cache import has_fast_layout
+from mini_infer.kernels.cpu.softmax import largest_score, weigh
+from mini_infer.kernels.cpu.tile import LANES, ROWS, VECTORS, tile, widest
+from mini_infer.kernels.reference import attention as reference
+
+
+@register_fast("paged_attention", reference.paged_attention)
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    num_seqs, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    if not widest(block_size) or not widest(head_dim) or not has_fast_layout(key_cache, value_cache):
+        return reference.paged_attention(
+            query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window
+        )
+    query, block_tables = query.contiguous(), block_tables.to(torch.int32).contiguous()
+    context_lens = context_lens.to(torch.int32).contiguous()
+    out = torch.empty_like(query)
+    room = block_tables.shape[1] * block_size
+    num_threads = torch.get_num_threads()
+    # Sequences differ in length, so every thread should get a few tasks.
+    num_parts = min(num_kv_heads, -(-4 * num_threads // max(num_seqs, 1)))
+    scores = torch.empty(num_threads * num_heads * room, dtype=torch.float32)
+    _kernel(ELEMENTS[query.dtype], num_heads, num_kv_heads, head_dim, block_size)(
+        num_seqs * num_parts,
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        block_tables.data_ptr(),
+        context_lens.data_ptr(),
+        out.data_ptr(),
+        scores.data_ptr(),
+        room,
+        num_parts,
+        float_bits(scale),
+        sliding_window or 0,
+        work=num_seqs * num_kv_heads * room * head_dim,
+    )
+    return out
+
+
+@functools.cache
+def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> Kernel:
+    kind = "fma" if element is np.float32 else "widen"
+    size = np.dtype(element).itemsize
+    group = num_heads // num_kv_heads
+    rows = max(divisor for divisor in range(1, ROWS + 3) if group % divisor == 0)  # query heads of a tile
+    most = VECTORS if rows <= ROWS else VECTORS // 2
+    key_vectors, value_vectors = widest(block_size, most), widest(head_dim, most)
+    chunk, columns = key_vectors * LANES, value_vectors * LANES  # tokens, and features, that a tile covers
+    head_bytes = head_dim * block_size * size  # of one KV head in one block
+    width = num_heads * head_dim
+
+    @kernel
+    def paged_attention(args):
+        query, out = pointer(args[FIRST], element), pointer(args[FIRST + 5], element)
+        key_cache, value_cache = args[FIRST + 1], args[FIRST + 2]
+        block_tables, context_lens = pointer(args[FIRST + 3], np.int32), pointer(args[FIRST + 4], np.int32)
+        room, num_parts = args[FIRST + 7], args[FIRST + 8]
+        scale, window = as_float(args[FIRST + 9]), args[FIRST + 10]
+        scores_at = args[FIRST + 6] + thread_number(args) * num_heads * room * 4
+        query_at, sums_at = buffer(width), buffer(width)
+        scores = pointer(scores_at, np.float32)
+        wide_query, sums = pointer(query_at, np.float32), pointer(sums_at, np.float32)
+
+        for task in tasks(args):
+            sequence, part = task // num_parts, task % num_parts
+            first_head = num_kv_heads * part // num_parts
+            last_head = num_kv_heads * (part + 1) // num_parts
+            table = sequence * (room // block_size)
+            end = np.int64(context_lens[sequence])
+            begin = max(0, end - window) if window > 0 else 0
+            first_block, last_block = begin // block_size, (end + block_size - 1) // block_size
+            for i in range(first_head * group * head_dim, last_head * group * head_dim):
+                wide_query[i] = load(query, sequence * num_heads * head_dim + i)
+                sums[i] = np.float32(0)
+
+            for block in range(first_block, last_block):
+                keys = key_cache + np.int64(block_tables[table + block]) * num_kv_heads * head_bytes
+                for kv_head in range(first_head, last_head):
+                    for row in range(kv_head * group, (kv_head + 1) * group, rows):
+                        for token in range(0, block_size, chunk):
+                            tile(
+                                kind, rows, key_vectors, 0,
+                                query_at + row * head_dim * 4, head_dim * 4,
+                                keys + kv_head * head_bytes + token * size, block_size * size, head_dim,
+                                scores_at + (row * room + block * block_size + token) * 4, room * 4,
+                            )  # fmt: skip
+
+            for row in range(first_head * group, last_head * group):
+                low, high = row * room + begin, row * room + end
+                largest = largest_score(scores, low, high, scale)
+                inverse = np.float32(1) / weigh(scores, low, high, scale, largest, scores, low)
+                for i in range(low, high):
+                    scores[i] *= inverse
+
+            for block in range(first_block, last_block):
+                values = value_cache + np.int64(block_tables[table + block]) * num_kv_heads * head_bytes
+                token = max(begin, block * block_size)
+                count = min(end, (block + 1) * block_size) - token
+                for kv_head in range(first_head, last_head):
+                    for row in range(kv_head * group, (kv_head + 1) * group, rows):
+                        for column in range(0, head_dim, columns):
+                            tile(
+                                kind, rows, value_vectors, 1,
+                                scores_at + (row * room + token) * 4, room * 4,
+                                values + kv_head * head_bytes + (token % block_size * head_dim + column) * size,
+                                head_dim * size, count,
+                                sums_at + (row * head_dim + column) * 4, head_dim * 4,
+                            )  # fmt: skip
+
+            for i in range(first_head * group * head_dim, last_head * group * head_dim):
+                store(out, sequence * num_heads * head_dim + i, sums[i])
+
+    return paged_attention

@@ -1,0 +1,186 @@
+"""Prompt attention: chunks of new tokens over the paged cache.
+
+A task is one KV head of one sequence. Many queries read the same keys and values, so the task first copies them out of
+their blocks, into the order in which tiles read them fastest, and then takes six queries of one head at a time:
+
+    scores   [6, context]  = q [6, D] x keys [D, context]          64 tokens per tile
+    softmax  of each row, over the tokens that its query sees
+    result   [6, D]        = weights [6, context] x values [context, D]     64 features per tile
+
+Each query block computes no more tokens than its last query sees, so causality saves half of the work.
+
+FLOPs: 4 * D per query, head and visible token. Floor: FLOPs / the processor's peak; the copy is D / queries of that.
+With bfloat16 the weights are rounded to bfloat16 before they multiply the values.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_infer.kernels.cpu.jit import (
+    ELEMENTS,
+    FIRST,
+    Kernel,
+    as_float,
+    buffer,
+    float_bits,
+    kernel,
+    pointer,
+    register_fast,
+    store,
+    tasks,
+    thread_number,
+)
+from mini_infer.kernels.cpu.softmax import largest_score, weigh
+from mini_infer.kernels.cpu.tile import COLUMNS, LANES, PAIRS, ROWS, VECTORS, tiles, widest
+from mini_infer.kernels.reference import attention as reference
+
+
+@register_fast("paged_prefill_attention", reference.paged_prefill_attention)
+def paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    num_heads, head_dim = query.shape[1:]
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    if not widest(head_dim):
+        return reference.paged_prefill_attention(
+            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window
+        )
+    dtype = query.dtype
+    pairs = PAIRS and dtype is torch.bfloat16
+    query = query.contiguous() if pairs else query.float().contiguous()
+    block_tables = block_tables.to(torch.int32).contiguous()
+    context_lens = context_lens.to(torch.int32).contiguous()
+    query_start = query_start.to(torch.int32).contiguous()
+    out = torch.zeros(query.shape, dtype=dtype)
+    num_seqs, max_blocks = block_tables.shape
+    room = -(-max_blocks * block_size // COLUMNS) * COLUMNS * (2 * head_dim * dtype.itemsize + ROWS * 8)
+    scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
+    _kernel(ELEMENTS[dtype], head_dim)(
+        num_seqs * num_kv_heads,
+        query.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        block_tables.data_ptr(),
+        context_lens.data_ptr(),
+        query_start.data_ptr(),
+        out.data_ptr(),
+        -(-scratch.data_ptr() // 64) * 64,
+        room,
+        max_blocks,
+        block_size,
+        num_heads,
+        num_kv_heads,
+        float_bits(scale),
+        sliding_window or 0,
+        *key_cache.stride(),
+        *value_cache.stride(),
+        work=query.numel() * block_size,
+    )
+    return out
+
+
+@functools.cache
+def _kernel(element: type, head_dim: int) -> Kernel:
+    kind = "fma" if element is np.float32 else "dot" if PAIRS else "widen"
+    step = 2 if kind == "dot" else 1  # how many k a tile takes as one
+    size = np.dtype(element).itemsize
+    x_size = 2 if kind == "dot" else 4
+    x_element = np.uint16 if kind == "dot" else np.float32
+    value_vectors = widest(head_dim)
+    columns = value_vectors * LANES
+    tile_size = ROWS * columns
+
+    @kernel
+    def paged_prefill_attention(args):
+        query, query_start = args[FIRST], pointer(args[FIRST + 5], np.int32)
+        key_cache, value_cache = pointer(args[FIRST + 1], element), pointer(args[FIRST + 2], element)
+        block_tables, context_lens = pointer(args[FIRST + 3], np.int32), pointer(args[FIRST + 4], np.int32)
+        out = pointer(args[FIRST + 6], element)
+        max_blocks, block_size = args[FIRST + 9], args[FIRST + 10]
+        num_heads, num_kv_heads = args[FIRST + 11], args[FIRST + 12]
+        scale, window = as_float(args[FIRST + 13]), args[FIRST + 14]
+        keys, values = FIRST + 15, FIRST + 19  # where the caches' strides begin: block, slot, head, feature
+        group = num_heads // num_kv_heads
+        x_stride = num_heads * head_dim * x_size
+
+        room = (max_blocks * block_size + COLUMNS - 1) // COLUMNS * COLUMNS  # tokens
+        packed_keys_at = args[FIRST + 7] + thread_number(args) * args[FIRST + 8]
+        packed_values_at = packed_keys_at + room * head_dim * size
+        scores_at = packed_values_at + room * head_dim * size
+        weights_at = scores_at + room * ROWS * 4
+        packed_keys, packed_values = pointer(packed_keys_at, element), pointer(packed_values_at, element)
+        scores, weights = pointer(scores_at, np.float32), pointer(weights_at, x_element)
+        sums_at = buffer(tile_size)
+        sums = pointer(sums_at, np.float32)
+        inverses = pointer(buffer(ROWS), np.float32)
+
+        for task in tasks(args):
+            sequence, kv_head = task // num_kv_heads, task % num_kv_heads
+            first_query, num_queries = np.int64(query_start[sequence]), np.int64(query_start[sequence + 1])
+            num_queries -= first_query
+            context = np.int64(context_lens[sequence])
+            first_position = context - num_queries
+            oldest = max(0, first_position - window + 1) if window > 0 else 0
+
+            # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]; zeros after the end
+            for token in range(oldest // COLUMNS * COLUMNS, (context + COLUMNS - 1) // COLUMNS * COLUMNS):
+                to = token // COLUMNS * COLUMNS * head_dim + token % COLUMNS * step
+                to_value = token // step * step * head_dim + token % step
+                if token >= context:
+                    for i in range(head_dim):
+                        packed_keys[to + i // step * step * COLUMNS + i % step] = element(0)
+                        packed_values[to_value + i * step] = element(0)
+                else:
+                    block = np.int64(block_tables[sequence * max_blocks + token // block_size])
+                    slot = token % block_size
+                    key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
+                    value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
+                    for i in range(head_dim):
+                        packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[key + i * args[keys + 3]]
+                        packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
+
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                for row in range(0, num_queries, ROWS):
+                    num_rows = min(ROWS, num_queries - row)
+                    x = query + ((first_query + row) * num_heads + head) * head_dim * x_size
+                    low = max(0, first_position + row - window + 1) // COLUMNS if window > 0 else 0
+                    high = (first_position + row + num_rows - 1) // COLUMNS + 1
+                    for number in range(low, high):
+                        tiles(
+                            kind, num_rows, VECTORS, 0, x, x_stride,
+                            packed_keys_at + number * COLUMNS * head_dim * size, COLUMNS * step * size,
+                            head_dim // step, scores_at + number * COLUMNS * 4, room * 4,
+                        )  # fmt: skip
+                    low, high = low * COLUMNS, high * COLUMNS
+                    for i in range(num_rows):
+                        position = first_position + row + i
+                        since = max(low, position - window + 1) if window > 0 else low
+                        begin, end = i * room + since, i * room + position + 1
+                        for j in range(low, since):
+                            store(weights, i * room + j, np.float32(0))
+                        for j in range(position + 1, high):
+                            store(weights, i * room + j, np.float32(0))
+                        largest = largest_score(scores, begin, end, scale)
+                        inverses[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)
+                    for column in range(0, head_dim, columns):
+                        tiles(
+                            kind, num_rows, value_vectors, 0, weights_at + low * x_size, room * x_size,
+                            packed_values_at + (low * head_dim + column * step) * size,
+                            head_dim * step * size, (high - low) // step, sums_at, columns * 4,
+                        )  # fmt: skip
+                        for i in range(num_rows):
+                            to = ((first_query + row + i) * num_heads + head) * head_dim + column
+                            for j in range(columns):
+                                store(out, to + j, sums[i * columns + j] * inverses[i])
+
+    return paged_prefill_attention

@@ -1,0 +1,199 @@
+"""The inner loop of every matrix product here: a tile of the result held in the processor's vector registers.
+
+    out[r, c] (+)= Σ_k x[r, k] * w[k, c]        for R rows and C columns, C a few vectors wide
+
+    registers:     w[k, :]   ┌ v0 ┬ v1 ┬ v2 ┬ v3 ┐    loaded once per k ...
+                 x[0, k] ──▶ │ a  │ a  │ a  │ a  │    ... used by all R rows;
+                 x[1, k] ──▶ │ a  │ a  │ a  │ a  │    x[r, k] fills a vector and is used by all of w's;
+                   ...       │ a  │ a  │ a  │ a  │    the R * C sums `a` never leave their registers
+
+Per k it loads R + 4 vectors for 4 R multiply-adds, so that arithmetic, not loading, is the limit from R ≈ 3 on; with
+R = 1 it reads w exactly once, as fast as memory gives it. Goto and van de Geijn, Anatomy of High-Performance Matrix
+Multiplication, 2008, https://doi.org/10.1145/1356052.1356053
+
+Three kinds, by what w holds and what the processor has:
+
+    "fma"     w float32, x float32
+    "widen"   w bfloat16, x float32: each w is widened on the way in; half the bytes from memory
+    "dot"     w and x bfloat16, in pairs along k: one AVX-512 BF16 instruction adds x[k] w[k] + x[k+1] w[k+1], in
+              float32, for 16 columns
+
+Numba's loops give LLVM no say over registers, so this one loop is written in LLVM's own language, by a Python function
+that unrolls it. Everything around it is plain Numba.
+"""
+
+from typing import Any, Literal
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+from mini_infer.kernels.cpu.jit import has_feature
+
+Kind = Literal["fma", "widen", "dot"]
+
+LANES = 16 if has_feature("avx512f") else 8
+"""float32 numbers in a vector register. (An Arm processor's hold 4; there LLVM takes two for one.)"""
+
+ROWS, VECTORS = (6, 4) if has_feature("avx512f") else (6, 2)
+"""The largest tile: its sums, one row of w and one x must fit the registers, 32 with AVX-512 and 16 without."""
+
+COLUMNS = VECTORS * LANES
+
+PAIRS = has_feature("avx512bf16")
+"""Whether bfloat16 is multiplied as "dot"; else it is widened."""
+
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]  # llvmlite lacks it
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_SUMS = ir.VectorType(_F32, LANES)
+_WORDS = ir.VectorType(_I32, LANES)
+_HALVES = ir.VectorType(_I16, LANES)
+_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+
+
+@intrinsic(prefer_literal=True)
+def tile(typing_context, kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+    """One tile. The first four arguments must be constants.
+
+    Args:
+        kind: what x and w hold, see above.
+        rows, vectors: the size of the tile; it is ``vectors * LANES`` columns wide.
+        accumulate: add to what ``out`` holds, instead of writing over it.
+        x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot"
+            ``[rows, count, 2]``, bfloat16.
+        w, w_stride: the same of w ``[count, columns]``; for "dot" ``[count, columns, 2]``.
+        count: how many k; at least one is always computed.
+        out, out_stride: the same of the sums, float32 ``[rows, columns]``.
+    """
+    constants = (kind, rows, vectors, accumulate)
+    if not all(isinstance(constant, types.Literal) for constant in constants):
+        return None
+
+    def codegen(context, builder, signature, args):
+        _write_tile(builder, *(constant.literal_value for constant in constants), *args[4:])
+        return context.get_dummy_value()
+
+    return types.void(*constants, *[types.int64] * 7), codegen
+
+
+def _write_tile(
+    builder: Any,
+    kind: Kind,
+    rows: int,
+    vectors: int,
+    accumulate: int,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    count: Any,
+    out: Any,
+    out_stride: Any,
+) -> None:
+    """Write the loop in LLVM's language."""
+    places = [(row, vector) for row in range(rows) for vector in range(vectors)]
+    out_rows = [builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row))) for row in range(rows)]
+    outs = [_at(builder, out_rows[row], 4 * LANES * vector, _SUMS) for row, vector in places]
+    starts = [builder.load(place, align=4) if accumulate else ir.Constant(_SUMS, [0.0] * LANES) for place in outs]
+    before, loop, after = builder.block, builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.end")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    sums = [builder.phi(_SUMS) for _ in places]
+    w_row = builder.add(w, builder.mul(k, w_stride))
+    x_column = builder.add(x, builder.shl(k, ir.Constant(_I64, 2)))  # a float32 or a pair of bfloat16 per k
+    w_vectors = [_load_w(builder, kind, w_row, vector) for vector in range(vectors)]
+    x_vectors = [
+        _load_x(builder, kind, builder.add(x_column, builder.mul(x_stride, ir.Constant(_I64, row))))
+        for row in range(rows)
+    ]
+    new = [
+        _multiply_add(builder, kind, sum_, w_vectors[vector], x_vectors[row])
+        for sum_, (row, vector) in zip(sums, places, strict=True)
+    ]
+    next_k = builder.add(k, ir.Constant(_I64, 1))
+    builder.cbranch(builder.icmp_signed("<", next_k, count), loop, after)
+    for phi, first, following in zip([k, *sums], [ir.Constant(_I64, 0), *starts], [next_k, *new], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(following, loop)
+
+    builder.position_at_end(after)
+    for place, sum_ in zip(outs, new, strict=True):
+        builder.store(sum_, place, align=4)
+
+
+def _at(builder: Any, address: Any, offset: int, what: Any) -> Any:
+    return builder.inttoptr(builder.add(address, ir.Constant(_I64, offset)), what.as_pointer())
+
+
+def _load_w(builder: Any, kind: Kind, address: Any, vector: int) -> Any:
+    """One of the vectors of a row of w."""
+    if kind == "widen":
+        loaded = builder.load(_at(builder, address, 2 * LANES * vector, _HALVES), align=2)
+        shift = ir.Constant(_WORDS, [16] * LANES)
+        return builder.bitcast(builder.shl(builder.zext(loaded, _WORDS), shift), _SUMS)
+    return builder.load(_at(builder, address, 4 * LANES * vector, _WORDS if kind == "dot" else _SUMS), align=4)
+
+
+def _load_x(builder: Any, kind: Kind, address: Any) -> Any:
+    """One x, in every lane of a vector."""
+    single, vector = (_I32, _WORDS) if kind == "dot" else (_F32, _SUMS)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(
+        undefined, builder.load(_at(builder, address, 0, single), align=4), ir.Constant(_I32, 0)
+    )
+    return builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES))
+
+
+def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
+    if kind == "dot":
+        name, operands = "llvm.x86.avx512bf16.dpbf16ps.512", [_SUMS, _PAIRS, _PAIRS]
+        values = [sums, builder.bitcast(w, _PAIRS), builder.bitcast(x, _PAIRS)]
+    else:
+        name, operands, values = f"llvm.fma.v{LANES}f32", [_SUMS] * 3, [w, x, sums]
+    function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(_SUMS, operands), name)
+    return builder.call(function, values)
+
+
+def tiles(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+    """A `tile` whose number of rows, up to `ROWS`, is not a constant."""
+    raise NotImplementedError("for use inside kernels")
+
+
+@overload(tiles, prefer_literal=True)
+def _tiles(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+    what, wide, adds = kind.literal_value, vectors.literal_value, accumulate.literal_value
+
+    def choose(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+        if rows == 1:
+            tile(what, 1, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+        elif rows == 2:
+            tile(what, 2, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+        elif rows == 3:
+            tile(what, 3, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+        elif rows == 4:
+            tile(what, 4, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+        elif rows == 5:
+            tile(what, 5, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+        else:
+            tile(what, 6, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+
+    return choose
+
+
+def widest(width: int, most: int = VECTORS) -> int:
+    """How many vectors wide, up to ``most``, the tiles should be that cover ``width`` columns; 0 if none do."""
+    return max((vectors for vectors in range(1, most + 1) if width % (vectors * LANES) == 0), default=0)

@@ -1,0 +1,106 @@
+"""``POST /v1/chat/completions``: a conversation, and the model's next turn."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from mini_infer.outputs import TokenLogprobs
+from mini_infer.serving.answers import DONE, event
+from mini_infer.serving.logprobs import chat_logprobs, check_num_top
+from mini_infer.serving.protocol import ChatBody
+from mini_infer.serving.service import Service, now, usage
+
+
+def chat_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", summary="Answer a conversation")
+    async def create_chat_completion(body: ChatBody) -> Response:
+        completion = _ChatCompletion(service, body)
+        return service.answer(completion.events if body.stream else completion.whole, completion.id)
+
+    return router
+
+
+class _ChatCompletion:
+    """One call of the endpoint."""
+
+    def __init__(self, service: Service, body: ChatBody) -> None:
+        service.check_model(body.model)
+        check_num_top("top_logprobs", body.top_logprobs)
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._service = service
+        self._body = body
+        self._created = now()
+        self._num_top = body.top_logprobs or 0
+        self._params = body.sampling_params(
+            service.defaults,
+            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+            logprobs=self._num_top if body.logprobs else None,
+        )
+
+    async def whole(self) -> dict[str, Any]:
+        (output,) = await self._service.complete([await self._prompt()], self._params, [self.id], self._body.priority)
+        choices = [
+            {
+                "index": completion.index,
+                "message": {"role": "assistant", "content": completion.text},
+                "logprobs": self._logprobs(completion.logprobs),
+                "finish_reason": completion.finish_reason,
+            }
+            for completion in output.outputs
+        ]
+        num_completion = sum(len(completion.token_ids) for completion in output.outputs)
+        return self._frame("chat.completion", choices) | {"usage": usage(len(output.prompt_token_ids), num_completion)}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self._body.stream_options
+        counts_all = options is not None and options.include_usage
+        counts_each = options is not None and options.include_usage and options.continuous_usage_stats
+        num_completion = 0
+        with await self._service.engine.submit(
+            [await self._prompt()], self._params, request_ids=[self.id], priority=self._body.priority
+        ) as increments:
+            num_prompt = len(increments.requests[0].prompt_token_ids)
+
+            def chunk(choices: list[dict[str, Any]], counts: bool) -> bytes:
+                frame = self._frame("chat.completion.chunk", choices)
+                if counts_all:
+                    frame["usage"] = usage(num_prompt, num_completion) if counts else None
+                return event(frame)
+
+            for index in range(self._params.n):
+                yield chunk([_choice(index, {"role": "assistant", "content": ""}, None, None)], counts_each)
+            async for increment in increments:
+                num_completion += len(increment.token_ids)
+                if increment.text or increment.logprobs or increment.finish_reason:
+                    delta = {"content": increment.text} if increment.text else {}
+                    logprobs = self._logprobs(increment.logprobs)
+                    yield chunk([_choice(increment.index, delta, logprobs, increment.finish_reason)], counts_each)
+        yield chunk([], True) + DONE if counts_all else DONE
+
+    async def _prompt(self) -> str:
+        messages = [message.for_template() for message in self._body.messages]
+        render = self._service.engine.engine.render_chat
+        return await asyncio.to_thread(render, messages, **self._body.chat_template_kwargs)
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.model_name,
+            "choices": choices,
+        }
+
+    def _logprobs(self, places: list[TokenLogprobs] | None) -> dict[str, Any] | None:
+        return chat_logprobs(places or [], self._num_top) if self._body.logprobs else None
+
+
+def _choice(
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, finish_reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

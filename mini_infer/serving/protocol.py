@@ -1,0 +1,298 @@
+"""What requests may say: the bodies of every endpoint, and what each of their fields means."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from mini_infer.exceptions import InvalidRequestError
+from mini_infer.sampling import SamplingParams
+
+MAX_CHOICES = 1024
+"""Most completions of one HTTP request, over all its prompts."""
+
+_HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
+
+_IGNORED = "Accepted and ignored."
+_NOT_YET = "Not supported yet."
+
+# Lists stop at their first bad item: collecting a million complaints would hold everybody up.
+_TokenIds = Annotated[list[int], Field(fail_fast=True)]
+_Prompts = Annotated[
+    str | _TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[_TokenIds], Field(fail_fast=True)],
+    Field(union_mode="left_to_right"),
+]
+
+
+def _without_nulls(body: Any) -> Any:
+    """``null`` means "not given", also for fields that are not known here."""
+    return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class Body(BaseModel):
+    """A JSON object whose every field is known, and of the right type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    _drop_nulls = model_validator(mode="before")(_without_nulls)
+
+
+class SamplingBody(Body):
+    """How tokens are chosen, and when to stop: OpenAI's fields, and the extensions that vLLM made common."""
+
+    temperature: float | None = Field(None, description=_HELP["temperature"])
+    top_p: float | None = Field(None, description=_HELP["top_p"])
+    n: int | None = Field(None, description=_HELP["n"])
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = Field(
+        None, description=_HELP["stop"]
+    )
+    seed: int | None = Field(None, description=_HELP["seed"])
+    presence_penalty: float | None = Field(None, description=_HELP["presence_penalty"])
+    frequency_penalty: float | None = Field(None, description=_HELP["frequency_penalty"])
+    logit_bias: (
+        Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})] | None
+    ) = Field(None, description="Token ids, as strings, and what to add to their logits, -100 to 100 each")
+
+    top_k: int | None = Field(None, description=f"Extension. {_HELP['top_k']}")
+    min_p: float | None = Field(None, description=f"Extension. {_HELP['min_p']}")
+    repetition_penalty: float | None = Field(None, description=f"Extension. {_HELP['repetition_penalty']}")
+    min_tokens: int | None = Field(None, description=f"Extension. {_HELP['min_tokens']}")
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = Field(
+        None, description=f"Extension. {_HELP['stop_token_ids']}"
+    )
+    ignore_eos: bool | None = Field(None, description=f"Extension. {_HELP['ignore_eos']}")
+    skip_special_tokens: bool | None = Field(None, description=f"Extension. {_HELP['skip_special_tokens']}")
+    cache_salt: str | None = Field(None, description=f"Extension. {_HELP['cache_salt']}")
+    priority: int = Field(0, description="Extension. Higher goes first, with --scheduling-policy priority")
+
+    _SAMPLING: ClassVar = (
+        *("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
+        *("repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "skip_special_tokens", "cache_salt"),
+    )
+
+    def sampling_params(self, defaults: SamplingParams, **settled: Any) -> SamplingParams:
+        """What this body asks for; where it says nothing, the model's defaults.
+
+        Args:
+            defaults: the model's.
+            settled: options that the endpoint derives from the body in its own way.
+
+        Raises:
+            InvalidRequestError: a value is out of range.
+        """
+        given = {name: getattr(self, name) for name in self._SAMPLING if getattr(self, name) is not None}
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): value for key, value in self.logit_bias.items()}
+        return replace(defaults, **given, **settled)
+
+
+class OpenAIBody(SamplingBody):
+    """What chats and completions have in common beside sampling."""
+
+    model: str | None = Field(None, description="The served model's name; null for whatever is served")
+    stream: bool = Field(False, description="Send the answer piece by piece as server-sent events")
+    stream_options: "StreamOptions | None" = Field(None, description="Only with stream")
+
+    user: Any = Field(None, description=_IGNORED)
+    metadata: Any = Field(None, description=_IGNORED)
+    store: Any = Field(None, description=_IGNORED)
+    service_tier: Any = Field(None, description=_IGNORED)
+    safety_identifier: Any = Field(None, description=_IGNORED)
+    prompt_cache_key: Any = Field(None, description=_IGNORED)
+
+    # Values that ask for nothing, and why anything else is refused.
+    _NOT_SUPPORTED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_there_yet(self) -> "OpenAIBody":
+        for name, (harmless, reason) in self._NOT_SUPPORTED.items():
+            value = getattr(self, name)
+            if value is not None and value not in harmless:
+                raise PydanticCustomError("not_supported", "{message}", {"message": reason, "param": name})
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options is given but stream is not true; set stream to true or leave the options out"
+            raise PydanticCustomError("stream_options", "{message}", {"message": message, "param": "stream_options"})
+        return self
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="End with one more event that counts the tokens")
+    continuous_usage_stats: bool = Field(
+        False, description="Extension. With include_usage, count them in every event, as far as they go"
+    )
+    include_obfuscation: Any = Field(None, description=_IGNORED)
+
+
+class CompletionBody(OpenAIBody):
+    prompt: _Prompts = Field(description="A text, token ids, or a list of either")
+    max_tokens: int | None = Field(16, description="Most tokens to generate; 0 only with echo")
+    echo: bool = Field(False, description="Begin each choice with its prompt")
+    logprobs: int | None = Field(None, description="Report each token's log probability and this many likeliest")
+    best_of: Any = Field(None, description=_NOT_YET)
+    suffix: Any = Field(None, description=_NOT_YET)
+    response_format: Any = Field(None, description=_NOT_YET)
+
+    _NOT_SUPPORTED: ClassVar = {
+        "best_of": ((1,), "best_of is not supported yet; ask for n completions and choose among them yourself"),
+        "suffix": (("",), "suffix is not supported: the models here complete a text at its end only"),
+        "response_format": (({"type": "text"},), "response_format is not supported yet; only plain text is"),
+    }
+
+
+def _whole_text(content: Any) -> Any:
+    """The text of a message whose content comes in parts, all of them texts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise PydanticCustomError(
+                "content_part",
+                'only text parts, {{"type": "text", "text": ...}}, are supported, got type {kind}',
+                {"kind": repr(kind)[:40]},
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+_TEXT_PARTS = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    ]
+}
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system")
+    content: Annotated[str, BeforeValidator(_whole_text), WithJsonSchema(_TEXT_PARTS)] = Field(
+        description="Text, or a list of text parts, which are put on lines of their own"
+    )
+    name: str | None = Field(None, description="Handed to the chat template")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_lists(cls, message: Any) -> Any:
+        """Answers sent back as part of a conversation bring fields such as ``"annotations": []``."""
+        return {k: v for k, v in message.items() if v != []} if isinstance(message, dict) else message
+
+    def for_template(self) -> dict[str, str]:
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+_TemplateVariables = dict[str, Any]
+
+
+class ChatBody(OpenAIBody):
+    messages: _Messages = Field(description="The conversation so far")
+    chat_template_kwargs: _TemplateVariables = Field(
+        {}, description="Extension. Further variables of the chat template"
+    )
+    max_tokens: int | None = Field(None, description="Most tokens to generate; null for as many as the context holds")
+    max_completion_tokens: int | None = Field(None, description="The newer name of max_tokens")
+    logprobs: bool = Field(False, description="Report each token's log probability")
+    top_logprobs: int | None = Field(None, description="And those of this many likeliest; only with logprobs")
+    tools: Any = Field(None, description=_NOT_YET)
+    tool_choice: Any = Field(None, description=_NOT_YET)
+    parallel_tool_calls: Any = Field(None, description=_IGNORED)
+    functions: Any = Field(None, description=_NOT_YET)
+    function_call: Any = Field(None, description=_NOT_YET)
+    response_format: Any = Field(None, description=_NOT_YET)
+    modalities: Any = Field(None, description=_NOT_YET)
+    audio: Any = Field(None, description=_NOT_YET)
+    reasoning_effort: Any = Field(None, description=_NOT_YET)
+
+    _NOT_SUPPORTED: ClassVar = {
+        "tools": (([],), "tools are not supported yet; leave them out"),
+        "tool_choice": (("none", "auto"), "tools are not supported yet, so none can be chosen; leave tool_choice out"),
+        "functions": (([],), "functions are not supported yet; leave them out"),
+        "function_call": (("none", "auto"), "functions are not supported yet; leave function_call out"),
+        "response_format": (({"type": "text"},), "response_format is not supported yet; only plain text is"),
+        "modalities": ((["text"],), "only text is supported; leave modalities out"),
+        "audio": ((), "only text is supported; leave audio out"),
+        "reasoning_effort": (
+            ("none",),
+            "reasoning_effort is not supported; where a chat template has such a switch, use chat_template_kwargs",
+        ),
+    }
+
+    @model_validator(mode="after")
+    def _settle_names(self) -> "ChatBody":
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens}; give one"
+            raise PydanticCustomError("twice", "{message}", {"message": message, "param": "max_completion_tokens"})
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "top_logprobs is given but logprobs is not true; set logprobs to true as well"
+            raise PydanticCustomError("logprobs", "{message}", {"message": message, "param": "top_logprobs"})
+        return self
+
+
+class TokenizeBody(Body):
+    model: str | None = Field(None, description="The served model's name; null for whatever is served")
+    prompt: str | None = Field(None, description="A text; or give messages")
+    messages: _Messages | None = Field(None, description="A conversation, put into the model's chat template first")
+    chat_template_kwargs: _TemplateVariables = Field({}, description="Further variables of the chat template")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("one_of_two", "give either prompt or messages", {"param": "prompt"})
+        return self
+
+
+class DetokenizeBody(Body):
+    model: str | None = Field(None, description="The served model's name; null for whatever is served")
+    tokens: _TokenIds = Field(description="Token ids")
+
+
+class GenerateOptions(SamplingBody):
+    """Sampling of the plain endpoints, which answer with an id and keep the result."""
+
+    max_tokens: int | None = Field(None, description="Most tokens to generate, 100 if not given")
+    gen_length: int | None = Field(None, description="Another name of max_tokens")
+    steps: Any = Field(None, description="Refused: it steers a diffusion language model")
+    cfg_scale: Any = Field(None, description="Refused: it steers a diffusion language model")
+    remasking: Any = Field(None, description="Refused: it steers a diffusion language model")
+
+    @model_validator(mode="after")
+    def _settle_names(self) -> "GenerateOptions":
+        for name in ("steps", "cfg_scale", "remasking"):
+            if getattr(self, name) is not None:
+                message = f"{name} steers a diffusion language model, which is not supported yet; leave it out"
+                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
+        if self.max_tokens is not None and self.gen_length not in (None, self.max_tokens):
+            message = f"max_tokens={self.max_tokens} and gen_length={self.gen_length}; give one"
+            raise PydanticCustomError("twice", "{message}", {"message": message, "param": "gen_length"})
+        return self
+
+
+_BATCH = Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)
+
+
+class GenerateBody(GenerateOptions):
+    prompt: str | _TokenIds = Field(description="A text, or token ids")
+
+
+class GenerateBatchBody(GenerateOptions):
+    prompts: Annotated[
+        Annotated[list[str], _BATCH] | Annotated[list[_TokenIds], _BATCH], Field(union_mode="left_to_right")
+    ] = Field(description="Texts, or lists of token ids")
+
+
+def _token_id(key: str) -> int:
+    try:
+        return int(key)
+    except ValueError:
+        raise InvalidRequestError(f"each key of logit_bias must be a token id, got {key[:40]!r}") from None

@@ -1,0 +1,132 @@
+"""``/v1/generate`` and its kin: ask now, fetch the result later."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from itertools import count
+from typing import Any
+
+from fastapi import APIRouter
+
+from mini_infer.engine.async_engine import Increments
+from mini_infer.engine.intake import Prompt
+from mini_infer.serving.errors import ApiError, UnprocessableRoute, as_api_error
+from mini_infer.serving.protocol import MAX_CHOICES, GenerateBatchBody, GenerateBody, GenerateOptions
+from mini_infer.serving.service import Service
+
+KEPT_SECONDS = 600
+"""How long a result is kept once it is there."""
+
+KEPT_RESULTS = 4096
+"""How many results are kept at most; those that finished first go first."""
+
+
+def results_router(service: Service) -> APIRouter:
+    router = APIRouter(route_class=UnprocessableRoute)
+    results = Results(service)
+
+    @router.post("/v1/generate", summary="Queue a prompt; fetch the result later")
+    async def generate(body: GenerateBody) -> dict[str, Any]:
+        return {"request_ids": await results.submit([body.prompt], body), "status": "submitted"}
+
+    @router.post("/v1/generate_batch", summary="Queue several prompts; fetch their results later")
+    async def generate_batch(body: GenerateBatchBody) -> dict[str, Any]:
+        return {"request_ids": await results.submit(body.prompts, body), "status": "submitted"}
+
+    @router.get("/v1/result/{request_id}", summary="Fetch the result of a queued prompt")
+    async def result(request_id: int) -> dict[str, Any]:
+        return results.get(request_id)
+
+    return router
+
+
+class Results:
+    """Prompts that nobody waits for on the line, and their results for a while."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._numbers = count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._finished: dict[int, float] = {}  # when, by ``time.monotonic``; in that order
+
+    async def submit(self, prompts: Seq[Prompt], options: GenerateOptions) -> list[int]:
+        """Queue prompts, all or none of them; their numbers.
+
+        Raises:
+            InvalidRequestError: a prompt or an option is unusable.
+            QueueFullError: too many requests wait already.
+        """
+        max_tokens = options.gen_length if options.max_tokens is None else options.max_tokens
+        settled = {} if max_tokens is None else {"max_tokens": max_tokens}
+        params = options.sampling_params(self._service.defaults, **settled)
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise ApiError(422, f"{len(prompts)} prompts with n={params.n}: {MAX_CHOICES} choices at most", param="n")
+        with self._service.admission.admit():
+            numbers = [next(self._numbers) for _ in prompts]
+            increments = await self._service.engine.submit(
+                prompts, params, request_ids=[_name(number) for number in numbers], priority=options.priority
+            )
+            for number in numbers:
+                self._answers[number] = {"request_id": number, "status": "running", "text": None}
+            task = asyncio.create_task(self._follow(increments, numbers))
+            self._tasks.add(task)  # the event loop itself would not keep it alive
+            task.add_done_callback(self._tasks.discard)
+        return numbers
+
+    def get(self, number: int) -> dict[str, Any]:
+        """The answer to whoever asks for a result.
+
+        Raises:
+            ApiError: there is none, or no longer; 404.
+        """
+        self._drop_old()
+        if number not in self._answers:
+            raise ApiError(
+                404,
+                f"no result {number}, or no longer: the last {KEPT_RESULTS} are kept for {KEPT_SECONDS} seconds",
+                param="request_id",
+                code="result_not_found",
+            )
+        return self._answers[number]
+
+    async def _follow(self, increments: Increments, numbers: Seq[int]) -> None:
+        """Take in what the engine sends until the last result is there."""
+        running = {_name(number): number for number in numbers}
+
+        async def take_in() -> None:
+            async for increment in increments:
+                if increment.output is not None:
+                    self._finish(running.pop(increment.request_id), "finished", increment.output.text)
+
+        with self._service.admission.admit(), increments:
+            try:
+                await asyncio.wait_for(take_in(), self._service.request_timeout)
+            except asyncio.TimeoutError:
+                reason = f"not finished within {self._service.request_timeout:g} seconds"
+                self._fail(running.values(), reason)
+            except Exception as error:
+                self._fail(running.values(), as_api_error(error).message)
+
+    def _fail(self, numbers: Iterable[int], reason: str) -> None:
+        for number in numbers:
+            self._finish(number, "failed", None)
+            self._answers[number]["error"] = reason
+
+    def _finish(self, number: int, status: str, text: str | None) -> None:
+        self._answers[number] |= {"status": status, "text": text}
+        self._finished[number] = time.monotonic()
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        while self._finished:
+            oldest = next(iter(self._finished))
+            if len(self._finished) <= KEPT_RESULTS and time.monotonic() - self._finished[oldest] <= KEPT_SECONDS:
+                return
+            del self._finished[oldest], self._answers[oldest]
+
+
+def _name(number: int) -> str:
+    """The engine's id of a request."""
+    return f"generate-{number}"

@@ -1,0 +1,116 @@
+"""``mini-infer info`` foretells what an engine lays out, without the weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from safetensors import safe_open
+from typer.testing import CliRunner, Result
+
+from mini_infer import LLM, kernels
+from mini_infer.cli import app
+from mini_infer.config import BUNDLED_MODEL
+from tests.cli.test_cli import needs_the_model
+from tests.models.checkpoints import make_checkpoint
+
+
+def info(*arguments: str, status: int = 0) -> Result:
+    done = CliRunner().invoke(app, ["info", "--device", "cpu", *arguments])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def facts(*arguments: str) -> dict[str, Any]:
+    return json.loads(info("--json", *arguments).stdout)
+
+
+def parameters_in(checkpoint: Path) -> int:
+    """Numbers in the file."""
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as reader:
+        shapes = [reader.get_slice(name).get_shape() for name in reader.keys()]  # noqa: SIM118
+    return sum(math.prod(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_parameters_are_those_of_the_file(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", family, seed=0)
+    shown = facts(str(checkpoint), "--dtype", "float32")
+    assert shown["model"]["num_parameters"] == parameters_in(checkpoint)
+    assert shown["memory"]["weight_bytes"] == 4 * parameters_in(checkpoint)
+    assert shown["model"]["checkpoint_bytes"] == (checkpoint / "model.safetensors").stat().st_size
+
+
+@needs_the_model
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dtype": "float32", "max_num_seqs": 7, "block_size": 24},
+        {"num_gpu_blocks": 5, "num_cpu_blocks": 3},
+        {"max_model_len": 100, "block_size": 7, "dtype": "float64"},
+        {"max_model_len": 100000},
+    ],
+    ids=str,
+)
+def test_the_plan_is_what_an_engine_does(fields: dict[str, Any]) -> None:
+    llm = LLM(device="cpu", **fields)
+    memory = facts(*(f"--{name}={value}" for name, value in fields.items()))["memory"]
+    stats = llm.stats()
+    assert (memory["num_blocks"], memory["num_cpu_blocks"]) == (stats.num_blocks, stats.num_cpu_blocks)
+    assert memory["max_model_len"] == llm.max_model_len
+    assert memory["num_tokens"] == stats.num_blocks * llm.config.block_size
+    shape = llm.model_config
+    bytes_each = {"float32": 4, "float64": 8, "bfloat16": 2}[memory["dtype"]]
+    assert memory["kv_bytes_per_token"] == 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_each
+    assert memory["kv_bytes"] == memory["num_tokens"] * memory["kv_bytes_per_token"]
+    # As many of the longest as there are blocks for: one more would need more blocks than there are.
+    blocks_each = -(-llm.max_model_len // llm.config.block_size)
+    assert memory["num_longest"] * blocks_each <= stats.num_blocks < (memory["num_longest"] + 1) * blocks_each
+    assert (memory["warning"] is not None) == (
+        fields in ({"num_gpu_blocks": 5, "num_cpu_blocks": 3}, {"max_model_len": 100000})
+    )
+
+
+@needs_the_model
+def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = info("--num-cpu-blocks", "4").stdout
+    assert max(map(cell_len, shown.splitlines())) <= 80
+    edges = {cell_len(line) for line in shown.split("Memory plan")[0].splitlines() if line.startswith("│")}
+    assert len(edges) == 1, "wide characters do not bend the right edge"
+    assert all(op in shown for op in kernels.OPS)
+    assert "Qwen3ForCausalLM" in shown and "5,770,880" in shown and "swap blocks" in shown
+
+
+def test_no_weights_are_needed(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "qwen3", seed=0)
+    expected = facts(str(checkpoint))
+    (checkpoint / "model.safetensors").unlink()
+    shown = facts(str(checkpoint))
+    assert shown["model"].pop("checkpoint_bytes") is None and expected["model"].pop("checkpoint_bytes")
+    assert shown == expected
+    assert "not on this machine yet" in info(str(checkpoint)).stdout
+
+
+@needs_the_model
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["no/such/model"], 1, "no/such/model does not exist"),
+        (["--device", "npu:0"], 2, "device='npu:0' is not a device"),
+        (["--kernel-backend", "nope"], 2, "nope"),
+        (["--max-model-len", "64", "--num-gpu-blocks", "3"], 1, "max_model_len=64 does not fit the KV memory"),
+        (["--block-size", str(10**7)], 1, "no KV block fits on cpu"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: list[str], status: int, message: str) -> None:
+    error = info(*arguments, status=status).stderr
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@needs_the_model
+def test_the_bundled_model_is_the_default() -> None:
+    assert facts()["model"]["directory"] == BUNDLED_MODEL

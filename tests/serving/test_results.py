@@ -1,0 +1,154 @@
+"""Ask now, fetch later: the bodies of dLLM-Serve's document, field by field."""
+
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from mini_infer import LLM, AsyncLLMEngine, SamplingParams
+from mini_infer.engine.model_runner import ModelRunner
+from mini_infer.serving import results
+
+from .running import Running, running, wait_until
+from .test_http import JSON, assert_error
+
+
+def fetch(http: httpx.Client, number: int) -> dict[str, Any]:
+    """The result, once it is there."""
+    body: dict[str, Any] = {}
+
+    def is_there() -> bool:
+        nonlocal body
+        answer = http.get(f"/v1/result/{number}")
+        assert answer.status_code == 200
+        body = answer.json()
+        return bool(body["status"] != "running")
+
+    wait_until(is_there)
+    return body
+
+
+def test_the_documents_example(http: httpx.Client, server: Running, offline: LLM) -> None:
+    gate = threading.Event()
+    server.engine._inbox.put(lambda: gate.wait(60) and None)
+    server.engine._inbox.put(lambda: None)
+    ids: list[int] = []
+    sender = threading.Thread(
+        target=lambda: ids.extend(
+            http.post(
+                "/v1/generate", json={"prompt": "Tell me about AI", "temperature": 0.0, "gen_length": 128}
+            ).json()["request_ids"]
+        )
+    )
+    sender.start()
+    gate.set()
+    sender.join()
+    (number,) = ids
+    body = fetch(http, number)
+    expected = offline.generate("Tell me about AI", SamplingParams(temperature=0, max_tokens=128))[0]
+    assert body == {"request_id": number, "status": "finished", "text": expected.text}
+    assert http.get(f"/v1/result/{number}").json() == body, "it is kept"
+
+
+def test_running_has_no_text_yet(http: httpx.Client, server: Running) -> None:
+    answer = http.post("/v1/generate", json={"prompt": "Once", "max_tokens": 1000, "ignore_eos": True})
+    assert answer.status_code == 200 and answer.json()["status"] == "submitted"
+    (number,) = answer.json()["request_ids"]
+    assert http.get(f"/v1/result/{number}").json() == {"request_id": number, "status": "running", "text": None}
+    server.engine.abort(f"generate-{number}")
+    assert fetch(http, number)["status"] == "finished"
+
+
+def test_a_batch(http: httpx.Client, offline: LLM) -> None:
+    prompts = ["Prompt 1", "Prompt 2", "什么是块？"]
+    answer = http.post("/v1/generate_batch", json={"prompts": prompts, "temperature": 0.0, "gen_length": 16}).json()
+    first = answer["request_ids"][0]
+    assert answer == {"request_ids": [first, first + 1, first + 2], "status": "submitted"}
+    expected = offline.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
+    for number, output in zip(answer["request_ids"], expected, strict=True):
+        assert fetch(http, number)["text"] == output.text
+
+
+def test_a_hundred_tokens_unless_told(http: httpx.Client, server: Running) -> None:
+    before = server.stats().num_generated_tokens
+    (number,) = http.post("/v1/generate", json={"prompt": "Once", "ignore_eos": True}).json()["request_ids"]
+    fetch(http, number)
+    assert server.stats().num_generated_tokens - before == 100
+
+
+def test_health(http: httpx.Client) -> None:
+    for path in ("/v1/health", "/health"):
+        answer = http.get(path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("number", [10**6, -1, 10**30])
+def test_unknown(http: httpx.Client, number: int) -> None:
+    assert assert_error(http.get(f"/v1/result/{number}"), 404)["code"] == "result_not_found"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/generate", {}),
+        ("/v1/generate", {"prompt": 5}),
+        ("/v1/generate", {"prompt": ""}),
+        ("/v1/generate", {"prompt": "x", "temperature": -1}),
+        ("/v1/generate", {"prompt": "x", "gen_length": 0}),
+        ("/v1/generate", {"prompt": "x", "gen_length": 5, "max_tokens": 6}),
+        ("/v1/generate", {"prompt": "x", "steps": 64}),
+        ("/v1/generate", {"prompt": "x", "remasking": "random"}),
+        ("/v1/generate", {"prompt": "x", "n": 2000}),
+        ("/v1/generate_batch", {"prompts": "x"}),
+        ("/v1/generate_batch", {"prompts": []}),
+        ("/v1/generate_batch", {"prompts": ["x", 5]}),
+        ("/v1/generate_batch", {"prompts": ["x"] * 1025}),
+        ("/v1/generate_batch", {"prompts": ["x"] * 2, "n": 600}),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_422(http: httpx.Client, server: Running, path: str, body: Any) -> None:
+    assert_error(http.post(path, json=body), 422)
+    assert server.is_idle()
+
+
+def test_neither_json_nor_a_number(http: httpx.Client) -> None:
+    assert_error(http.post("/v1/generate", content=b"{", headers=JSON), 422)
+    assert_error(http.get("/v1/result/abc"), 422)
+
+
+def test_old_results_go(http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finished() -> int:
+        (number,) = http.post("/v1/generate", json={"prompt": "Once", "max_tokens": 1}).json()["request_ids"]
+        fetch(http, number)
+        return number
+
+    monkeypatch.setattr(results, "KEPT_RESULTS", 2)
+    numbers = [finished() for _ in range(4)]
+    assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404, 404, 200, 200]
+    monkeypatch.setattr(results, "KEPT_SECONDS", 0)
+    assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404] * 4
+
+
+def test_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that raises, and a request that takes longer than is allowed."""
+    engine = AsyncLLMEngine(num_gpu_blocks=128, max_num_seqs=1)
+    forward = ModelRunner.forward
+
+    def fail_once(self: ModelRunner, scheduled: Any) -> Any:
+        if self is engine.engine._loop._runner:
+            monkeypatch.setattr(ModelRunner, "forward", forward)
+            raise RuntimeError("cosmic ray")
+        return forward(self, scheduled)
+
+    with running(engine, request_timeout=0.5) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        monkeypatch.setattr(ModelRunner, "forward", fail_once)
+        (number,) = http.post("/v1/generate", json={"prompt": "Once"}).json()["request_ids"]
+        body = fetch(http, number)
+        assert (body["status"], body["text"]) == ("failed", None) and "step" in body["error"]
+        endless = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "n": 100}
+        (number,) = http.post("/v1/generate", json=endless).json()["request_ids"]
+        body = fetch(http, number)
+        assert (body["status"], body["text"]) == ("failed", None) and "0.5 seconds" in body["error"]
+        wait_until(server.is_idle)

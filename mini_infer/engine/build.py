@@ -18,7 +18,7 @@ from mini_infer.engine.trace import StepTrace, TracedRunner, TracedScheduler, Tr
 from mini_infer.exceptions import OutOfMemoryError
 from mini_infer.memory import BlockManager
 from mini_infer.memory.kv_cache import KVCache
-from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks
 from mini_infer.models import Decoder, ModelConfig, load_model, resolve_model, resolve_tokenizer
 from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler, Sequence
 
@@ -82,6 +82,7 @@ def build(config: EngineConfig) -> Parts:
         logger.warning(warning)
 
     runner = _runner(config, model, num_blocks, config.num_cpu_blocks, device)
+    _warm_up(runner, num_blocks * config.block_size)
     block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
     make_scheduler: Callable[..., Scheduler] = Scheduler
     trace = None
@@ -153,15 +154,28 @@ def _runner(
     return ModelRunner(model, kv_cache, config.block_size, device, config.kernel_backend)
 
 
+def _warm_up(runner: ModelRunner, num_slots: int) -> None:
+    """Run a prompt and a decode, so that no request waits for the kernels to be compiled and loaded.
+
+    Their keys and values go to blocks that nobody owns yet.
+    """
+    num_tokens = min(2, num_slots, runner.model.config.max_position_embeddings)
+    table = list(range(-(-num_tokens // runner.block_size)))
+    for num_computed in range(num_tokens):  # all tokens at once, then the last one
+        sequence = Sequence("warm-up", [0] * num_tokens, num_tokens, num_tokens, block_table=table)
+        sequence.num_computed_tokens = num_computed
+        hidden = runner.forward([(sequence, num_tokens - num_computed)])
+        kernels.argmax_logprob(runner.compute_logits(hidden[-1:]))
+
+
 def _num_blocks(config: EngineConfig, model: Decoder, bytes_per_block: int, device: torch.device) -> int:
     """KV blocks when the configuration leaves the number open.
 
     Never more than ``max_num_seqs`` sequences of the longest length could fill.
     """
     longest = min(config.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    useful = config.max_num_seqs * -(-longest // config.block_size)
     memory = CPU_KV_CACHE_BYTES if device.type == "cpu" else _free_gpu_bytes(config, model, device)
-    num_blocks = min(useful, memory // bytes_per_block)
+    num_blocks = open_num_blocks(memory, bytes_per_block, config.max_num_seqs, longest, config.block_size)
     if num_blocks < 1:
         raise OutOfMemoryError(
             f"no KV block fits on {device}: one takes {bytes_per_block} bytes and {max(memory, 0)} are left beside "

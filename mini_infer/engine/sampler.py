@@ -5,10 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from mini_infer import kernels
 from mini_infer.engine.random import uniforms
 from mini_infer.engine.request import Completion
 from mini_infer.sampling import SamplingParams
+
+_GROUP = 64
+"""Neighbours in the vocabulary that are looked at together for the largest logits."""
+
+_SHARE = 16
+"""A ``top_k`` above this fraction of the vocabulary leaves too much for that to pay."""
+
+_SORTED = 512
+"""Tokens that are sorted for ``top_p`` before all are."""
 
 
 def sample(logits: Tensor, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
@@ -22,14 +33,27 @@ def sample(logits: Tensor, completions: Sequence[Completion]) -> tuple[Tensor, T
         Token ids int64 ``[S]``, and their log probabilities under the model itself (before penalties, temperature and
         filters) ``[S]``.
     """
+    raw_ids, raw_logprobs = kernels.argmax_logprob(logits)
+    if all(_is_plain(completion) for completion in completions):
+        return raw_ids, raw_logprobs
     logits = logits if logits.dtype is torch.float64 else logits.float()
     adjusted = _adjust(logits, completions)
-    token_ids = adjusted.argmax(dim=-1)
+    token_ids = raw_ids if adjusted is logits else adjusted.argmax(dim=-1)
     drawing = [row for row, completion in enumerate(completions) if not completion.params.greedy]
     if drawing:
+        everyone = len(drawing) == len(completions)  # then no row needs to be copied
         rows = torch.tensor(drawing, device=logits.device)
-        token_ids[rows] = _draw(adjusted[rows], [completions[row] for row in drawing])
-    return token_ids, logits.gather(1, token_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        chosen = _draw(adjusted if everyone else adjusted[rows], [completions[row] for row in drawing])
+        token_ids = token_ids.index_copy(0, rows, chosen)
+    # logprob(a) - logprob(b) = logit(a) - logit(b): the sum over the vocabulary is made once.
+    chosen_logits, largest = (logits.gather(1, ids[:, None])[:, 0] for ids in (token_ids, raw_ids))
+    behind = torch.where(token_ids == raw_ids, 0, chosen_logits - largest)  # 0 for inf - inf, too
+    return token_ids, raw_logprobs.to(logits.dtype) + behind
+
+
+def _is_plain(completion: Completion) -> bool:
+    """Whether its token is simply the likeliest one."""
+    return completion.params.greedy and not _has_penalties(completion.params) and not _biases(completion)
 
 
 def _adjust(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
@@ -89,6 +113,54 @@ def _count(token_ids: Sequence[list[int]], like: Tensor) -> Tensor:
 
 def _draw(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
     """One token per row, drawn from the filtered distribution by inverting its cumulative sum."""
+    params = [completion.params for completion in completions]
+    vocab_size = logits.shape[-1]
+    token_ids = torch.empty(len(params), dtype=torch.int64, device=logits.device)
+    few = [row for row, p in enumerate(params) if 0 < p.top_k <= vocab_size // _SHARE]
+    many = [row for row, p in enumerate(params) if not 0 < p.top_k <= vocab_size // _SHARE]
+    for rows in (few, many):
+        if not rows:
+            continue
+        at = torch.tensor(rows, device=logits.device)
+        some = logits if len(rows) == len(params) else logits[at]
+        chosen = [completions[row] for row in rows]
+        if rows is few:
+            some, ids = _likeliest(some, max(params[row].top_k for row in rows))
+            token_ids[at] = ids.gather(1, _invert(some, chosen)[:, None])[:, 0]
+        else:
+            token_ids[at] = _invert(some, chosen)
+    return token_ids
+
+
+def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and all that equal the k-th, and which tokens they are, in order of the tokens.
+
+    The k largest lie in the k groups of neighbours whose own largest is largest, which leaves few numbers to sort.
+
+    Returns:
+        Logits ``[S, C]``, rows with fewer of them filled up with -inf, and token ids ``[S, C]``.
+    """
+    num_groups = -(-logits.shape[-1] // _GROUP)
+    padded = functional.pad(logits, (0, num_groups * _GROUP - logits.shape[-1]), value=-torch.inf)
+    groups = padded.view(len(logits), num_groups, _GROUP)
+    largest = groups.amax(dim=-1)
+    best = largest.topk(min(k, num_groups), dim=-1).indices
+    among = groups.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
+    threshold = among.topk(k, dim=-1).values[:, -1:]
+    row, group = (largest >= threshold).nonzero(as_tuple=True)  # in order; ties may be in further groups
+    inside = groups[row, group]
+    which, offset = (inside >= threshold[row]).nonzero(as_tuple=True)
+    row, ids = row[which], group[which] * _GROUP + offset
+    counts = torch.bincount(row, minlength=len(logits))
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    kept = torch.full((len(logits), int(counts.max())), -torch.inf, dtype=logits.dtype, device=logits.device)
+    kept_ids = torch.zeros(kept.shape, dtype=torch.int64, device=logits.device)
+    kept[row, place], kept_ids[row, place] = inside[which, offset], ids
+    return kept, kept_ids
+
+
+def _invert(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
+    """Where in each row the completion's own random number falls; ``[S]``."""
     # The largest logit, made finite, is moved to 0 first, so that no temperature makes inf - inf of it.
     logits = logits.clamp(max=torch.finfo(logits.dtype).max)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(completions, "temperature", logits)
@@ -106,26 +178,38 @@ def _draw(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
 def _filter(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
     """Logits with -inf where ``top_k``, ``top_p`` or ``min_p`` drop a token. Tokens as likely as the k-th all stay."""
     params = [completion.params for completion in completions]
-    vocab_size = logits.shape[-1]
-    if any(0 < p.top_k < vocab_size for p in params):
-        kept = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-        largest_k = max(k for k in kept if k < vocab_size)
+    num_tokens = logits.shape[-1]
+    if any(0 < p.top_k < num_tokens for p in params):
+        kept = [min(p.top_k, num_tokens) if p.top_k > 0 else num_tokens for p in params]
+        largest_k = max(k for k in kept if k < num_tokens)
         top = logits.topk(largest_k, dim=-1).values
         last = torch.tensor([min(k, largest_k) - 1 for k in kept], device=logits.device)
         threshold = top.gather(1, last[:, None])
-        everything = torch.tensor([k == vocab_size for k in kept], device=logits.device)
+        everything = torch.tensor([k == num_tokens for k in kept], device=logits.device)
         logits = logits.masked_fill(logits < threshold.masked_fill(everything[:, None], -torch.inf), -torch.inf)
     if any(p.top_p < 1 for p in params):
-        ranked, order = logits.sort(dim=-1, descending=True)
-        probs = ranked.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs  # a token stays while those before it have not reached top_p
-        top_p = _column(completions, "top_p", logits)
-        dropped = (before >= top_p) & (top_p < 1)
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
+        logits = _keep_top_p(logits, _column(completions, "top_p", logits))
     if any(p.min_p > 0 for p in params):
         threshold = logits.amax(dim=-1, keepdim=True) + _column(completions, "min_p", logits).log()
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     return logits
+
+
+def _keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
+    """-inf for all but the likeliest tokens that together reach ``top_p`` ``[S, 1]``.
+
+    The few likeliest are sorted first; only if in some row they do not reach it, the whole vocabulary is.
+    """
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    for num_sorted in (min(_SORTED, logits.shape[-1]), logits.shape[-1]):
+        ranked, order = logits.topk(num_sorted, dim=-1)
+        probs = (ranked - normaliser).exp()
+        before = probs.cumsum(dim=-1) - probs  # a token stays while those before it have not reached top_p
+        dropped = (before >= top_p) & (top_p < 1)
+        if num_sorted == logits.shape[-1] or bool((dropped[:, -1:] | (top_p >= 1)).all()):
+            break
+    stays = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(1, order, ~dropped)
+    return logits.masked_fill(~stays & (top_p < 1), -torch.inf)
 
 
 def _column(completions: Sequence[Completion], name: str, like: Tensor) -> Tensor:

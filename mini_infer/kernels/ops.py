@@ -37,7 +37,9 @@ class PackedLinear:
     multiply: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        _check("linear", "x", x, (..., self.in_features), dtypes={self.dtype}, device=self.device)
+        fits = isinstance(x, Tensor) and x.dtype is self.dtype and x.device == self.device
+        if not fits or x.shape[-1:] != (self.in_features,):
+            _check("linear", "x", x, (..., self.in_features), dtypes={self.dtype}, device=self.device)
         return self.multiply(x)
 
 
@@ -402,6 +404,28 @@ def paged_prefill_attention(
         query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window
     )
     return out
+
+
+def argmax_logprob(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row and its log probability, in one pass over the vocabulary.
+
+        i = argmax_j z_j        logprob = z_i - log Σ_j exp(z_j)
+
+    Args:
+        logits: `[num_rows, vocab_size]`, vocab_size ≥ 1.
+
+    Returns:
+        i, int64 `[num_rows]`, the first of equals; logprob `[num_rows]`, float64 for float64 logits, else float32. A
+        row that holds NaN has logprob NaN and an arbitrary i within the vocabulary.
+
+    Raises:
+        KernelError: logits is no floating matrix, or the vocabulary is empty.
+    """
+    _check("argmax_logprob", "logits", logits, ("num_rows", "vocab_size"))
+    if logits.shape[1] == 0:
+        raise KernelError(f"argmax_logprob: logits must have a vocabulary; got {_describe(logits)}")
+    result: tuple[Tensor, Tensor] = implementation("argmax_logprob", logits.device)(logits)
+    return result
 
 
 def _check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:

@@ -37,6 +37,7 @@ OPS = (
     "paged_attention",
     "paged_prefill_attention",
     "pack_linear",
+    "argmax_logprob",
 )
 REFERENCE = "reference"
 ENTRY_POINT_GROUP = "mini_infer.kernels"

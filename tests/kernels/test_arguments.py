@@ -17,6 +17,7 @@ def f(*shape: int, dtype: torch.dtype = F32, device: str = "cpu") -> torch.Tenso
 
 
 GOOD: dict[str, dict[str, object]] = {
+    "argmax_logprob": {"logits": f(3, 8)},
     "pack_linear": {"weight": f(5, 8), "bias": f(5)},
     "rmsnorm": {"x": f(3, 8), "weight": f(8), "eps": 1e-6},
     "add_rmsnorm": {"x": f(3, 8), "residual": f(3, 8), "weight": f(8)},

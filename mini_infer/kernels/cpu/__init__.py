@@ -7,6 +7,15 @@ is written and run, `tile` is the one inner loop under all matrix products.
 bfloat16 and float32 only: other dtypes go to the reference.
 """
 
-from mini_infer.kernels.cpu import activation, kv_cache, linear, norm, paged_attention, prefill_attention, rotary
+from mini_infer.kernels.cpu import (
+    activation,
+    kv_cache,
+    linear,
+    norm,
+    paged_attention,
+    prefill_attention,
+    rotary,
+    sampling,
+)
 
-__all__ = ["activation", "kv_cache", "linear", "norm", "paged_attention", "prefill_attention", "rotary"]
+__all__ = ["activation", "kv_cache", "linear", "norm", "paged_attention", "prefill_attention", "rotary", "sampling"]

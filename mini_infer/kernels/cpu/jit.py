@@ -186,7 +186,7 @@ def thread_number(args):
 
 @numba.njit(fastmath=FAST_MATH)
 def exp(x):
-    """e^x of a float32 that is not NaN, to within 2e-7 of itself; written so that a loop over it is vectorised.
+    """e^x of a float32, to within 2e-7 of itself; written so that a loop over it is vectorised.
 
     e^x = 2^n * 2^f with n an integer and |f| ≤ 1/2: n goes straight into the exponent's bits, and 2^f is a polynomial
     (Taylor's, whose first omitted term is below 1e-8 there).
@@ -204,7 +204,9 @@ def exp(x):
     power = power * f + np.float32(1 / 2)
     power = power * f + np.float32(1)
     power = power * f + np.float32(1)
-    return np.float32(0.0) if x < np.float32(-87.0) else power * _power_of_two(n)
+    power *= _power_of_two(n)
+    power = np.float32(0.0) if x < np.float32(-87.0) else power
+    return x if x != x else power
 
 
 def _widen(builder: Any, value: Any) -> Any:
@@ -240,8 +242,7 @@ class Kernel:
         signature = types.void(types.CPointer(types.int64))
         with _cache_directory():
             self._compiled = numba.cfunc(signature, cache=True, fastmath=FAST_MATH, error_model="numpy")(self._function)
-        address: int = self._compiled.address
-        return address
+        return int(self._compiled.address or 0)
 
     def __call__(self, num_tasks: int, *args: int, work: int = _SMALL) -> None:
         """Run all tasks and wait for them.

@@ -60,29 +60,38 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
     _pack_kernel(unit)(
         num_panels, weight.data_ptr(), panels.data_ptr(), num_outputs, panels.shape[1], work=weight.numel()
     )
-    return functools.partial(_linear, panels=panels, bias=bias, num_outputs=num_outputs)
+    return _Product(panels, bias, num_inputs, num_outputs)
 
 
-def _linear(x: Tensor, *, panels: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-    num_inputs = x.shape[-1]
-    rows = (x if PAIRS else x.float()).reshape(-1, num_inputs).contiguous()
-    out = torch.empty((*x.shape[:-1], num_outputs), dtype=panels.dtype)
-    num_tokens = len(rows)
-    num_chunks = -(-num_tokens // TOKENS)
-    _kernel(ELEMENTS[panels.dtype])(
-        len(panels) * num_chunks,
-        rows.data_ptr(),
-        panels.data_ptr(),
-        out.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        num_tokens,
-        num_inputs,
-        num_outputs,
-        num_chunks,
-        panels.shape[1],
-        work=panels.numel(),
-    )
-    return out
+class _Product:
+    """x Wᵀ + b with W in panels. Four of these run per layer and step, so what never changes is looked up once."""
+
+    def __init__(self, panels: Tensor, bias: Tensor | None, num_inputs: int, num_outputs: int) -> None:
+        self._panels, self._bias = panels, bias  # the addresses below are theirs
+        self._num_inputs, self._num_outputs = num_inputs, num_outputs
+        self._kernel = _kernel(ELEMENTS[panels.dtype])
+        self._panels_at, self._bias_at = panels.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self._num_panels, self._depth, self._work = panels.shape[0], panels.shape[1], panels.numel()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = (x if PAIRS else x.float()).reshape(-1, self._num_inputs).contiguous()
+        num_tokens = rows.shape[0]
+        out = torch.empty((*x.shape[:-1], self._num_outputs), dtype=self._panels.dtype)
+        num_chunks = -(-num_tokens // TOKENS)
+        self._kernel(
+            self._num_panels * num_chunks,
+            rows.data_ptr(),
+            self._panels_at,
+            out.data_ptr(),
+            self._bias_at,
+            num_tokens,
+            self._num_inputs,
+            self._num_outputs,
+            num_chunks,
+            self._depth,
+            work=self._work,
+        )
+        return out
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 
-from mini_infer.kernels.cpu.jit import FAST_MATH, exp, store
+from mini_infer.kernels.cpu.jit import FAST_MATH, exp, load, store
 
 
 # Comparing many numbers at once needs leave to ignore NaN ("nnan"); `weigh` does not, and makes all weights NaN of one.
@@ -12,7 +12,7 @@ def largest_score(scores, begin, end, scale):
     """The largest of ``scale * scores[begin:end]``."""
     largest = np.float32(-np.inf)
     for i in range(begin, end):
-        score = scores[i] * scale
+        score = load(scores, i) * scale
         largest = score if score > largest else largest
     return largest
 

@@ -44,12 +44,12 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 		then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@if $(BIN)/python $(HAS_TORCH); \
 		then grep -v '^torch==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
-	@$(PIP_INSTALL) -e .
+	@$(PIP_INSTALL) -e '.[cpu]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@echo "Adding what tests, linters and the server need."
-	@$(PIP_INSTALL) -e '.[dev,serve]'
+	@$(PIP_INSTALL) -e '.[cpu,dev,serve]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/core.stamp

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from benchmarks.measure import DEVICE
+from mini_infer import kernels
 
 Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """`compute`: matrix products dominate, so that FLOP/s tell more than bytes."""
+    """`compute`: matrix products dominate, so that FLOP/s tell more than bytes. `function`: what is timed, if not the op."""
 
     op: str
     shape: str
@@ -27,6 +28,7 @@ class Case:
     bytes_moved: int
     flops: int
     compute: bool = False
+    function: Callable[..., Any] | None = None
 
     @property
     def label(self) -> str:
@@ -61,6 +63,9 @@ DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32
 BLOCK_SIZE = 16
 
 
+PRODUCTS = () if DEVICE == "cuda" else ((QWEN, 1), (QWEN, 16), (QWEN, 256))  # on a GPU these are PyTorch's own
+
+
 def normal(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(dtype)
 
@@ -74,6 +79,9 @@ def kernel_cases() -> Iterator[Case]:
             yield decode_case(model, [context] * num_seqs, dtype)
         for model, new, context in PROMPTS:
             yield prompt_case(model, new, context, dtype)
+        for model, tokens in PRODUCTS:
+            yield product_case(model, tokens, dtype)
+        yield sampling_case(16, 151936, dtype)
 
 
 def row_cases(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -131,9 +139,7 @@ def row_cases(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
     stored = tokens * kv_heads * dim
 
     def write() -> Arguments:
-        caches = [
-            torch.zeros(2 * tokens // BLOCK_SIZE, BLOCK_SIZE, kv_heads, dim, dtype=dtype, device=DEVICE) for _ in "kv"
-        ]
+        caches = paged(2 * tokens // BLOCK_SIZE, model, dtype)
         return {
             "key": normal(dtype, tokens, kv_heads, dim),
             "value": normal(dtype, tokens, kv_heads, dim),
@@ -143,6 +149,43 @@ def row_cases(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
         }
 
     yield Case("write_kv", shape, dtype, write, 4 * stored * b + 8 * tokens, 0)
+
+
+def product_case(model: Model, tokens: int, dtype: torch.dtype) -> Case:
+    """A feed-forward layer's first product, its weight packed beforehand."""
+    inputs, outputs = model.hidden, 2 * model.intermediate
+    return Case(
+        "pack_linear",
+        f"{model.name}, {tokens} tokens x {inputs} to {outputs}",
+        dtype,
+        lambda: {
+            "product": kernels.pack_linear(normal(dtype, outputs, inputs)),
+            "x": normal(dtype, tokens, inputs),
+        },
+        dtype.itemsize * (inputs * outputs + tokens * (inputs + outputs)),
+        2 * tokens * inputs * outputs,
+        compute=tokens > 16,
+        function=lambda product, x: product(x),
+    )
+
+
+def sampling_case(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Case:
+    """The likeliest token of each sequence."""
+    n = num_rows * vocab_size
+    return Case(
+        "argmax_logprob",
+        f"{num_rows} x {vocab_size} tokens",
+        dtype,
+        lambda: {"logits": normal(dtype, num_rows, vocab_size)},
+        n * dtype.itemsize,
+        3 * n,
+    )
+
+
+def paged(num_blocks: int, model: Model, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A key and a value cache as the backend in use wants them, filled."""
+    caches = kernels.allocate_kv_cache(num_blocks, BLOCK_SIZE, model.kv_heads, model.head_dim, dtype, DEVICE)
+    return [cache.copy_(normal(dtype, *cache.shape)) for cache in caches]
 
 
 def decode_case(model: Model, contexts: list[int], dtype: torch.dtype) -> Case:
@@ -168,10 +211,11 @@ def _attention(op: str, shape: str, model: Model, new: list[int], contexts: list
         tables = torch.zeros(len(contexts), max(blocks), dtype=torch.int32, device=DEVICE)
         for table, ids in zip(tables, torch.randperm(sum(blocks), device=DEVICE).split(blocks), strict=True):
             table[: len(ids)] = ids
+        key_cache, value_cache = paged(sum(blocks), model, dtype)
         arguments = {
             "query": normal(dtype, sum(new), heads, dim),
-            "key_cache": normal(dtype, sum(blocks), BLOCK_SIZE, kv_heads, dim),
-            "value_cache": normal(dtype, sum(blocks), BLOCK_SIZE, kv_heads, dim),
+            "key_cache": key_cache,
+            "value_cache": value_cache,
             "block_tables": tables,
             "context_lens": torch.tensor(contexts, device=DEVICE).int(),
         }

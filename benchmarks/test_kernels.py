@@ -39,11 +39,10 @@ def flush() -> Flush:
 
 @pytest.mark.benchmark(timer=now)
 def test_kernel(benchmark: BenchmarkFixture, flush: Flush, case: Case, backend: str) -> None:
-    function = getattr(kernels, case.op)
-    first = case.make()
-    size = sum(x.nbytes for x in first.values() if isinstance(x, torch.Tensor))
-    # On a CPU the inputs take turns, so that a round does not find its own in the cache.
-    inputs = [first, *(case.make() for _ in range(0 if DEVICE == "cuda" else min(7, (128 << 20) // size)))]
+    function = case.function or getattr(kernels, case.op)
+    with kernels.use_backend(backend):  # which may want a cache or a weight in an order of its own
+        # On a CPU the inputs take turns, so that a round does not find its own in the cache.
+        inputs = [case.make() for _ in range(1 if DEVICE == "cuda" else 1 + min(7, (128 << 20) // case.bytes_moved))]
     turn = 0
 
     def prepare() -> tuple[tuple[()], dict[str, Any]]:

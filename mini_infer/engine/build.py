@@ -16,6 +16,7 @@ from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.engine.trace import StepTrace, TracedRunner, TracedScheduler, TraceFile
 from mini_infer.exceptions import OutOfMemoryError
+from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory import BlockManager
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks
@@ -121,6 +122,8 @@ def _preemption_costs(model: Decoder, bytes_per_block: int, device: torch.device
 
 
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
+    if device.type == "cpu" and "cpu" in broken_backends():
+        logger.warning("the fast CPU kernels need numba, and it is not here: pip install 'mini-infer[cpu]'")
     if device.type == "cpu" and config.enforce_eager:
         logger.info("enforce_eager means nothing on a CPU: there are no CUDA graphs to avoid")
     if device.type == "cpu" and config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:

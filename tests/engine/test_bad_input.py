@@ -317,9 +317,9 @@ class TestRequestIds:
         """Whatever names users choose, requests without one still get one that is free."""
         llm = LLM(checkpoint, block_size=4)
         first = llm.add_request("Hello", SamplingParams(max_tokens=1))
-        digits = first[len(first.rstrip("0123456789")) :]
+        word, number, ending = first.split("-")
         for ahead in (2, 3, 4):
-            taken = first[: len(first) - len(digits)] + str(int(digits) + ahead)
+            taken = f"{word}-{int(number) + ahead}-{ending}"
             llm.add_request("Hello", SamplingParams(max_tokens=1), request_id=taken)
         for _ in range(4):
             llm.add_request("Hello", SamplingParams(max_tokens=1))

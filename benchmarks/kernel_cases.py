@@ -19,7 +19,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """`compute`: matrix products dominate, so that FLOP/s tell more than bytes. `function`: what is timed, if not the op."""
+    """`compute`: matrix products dominate, so that FLOP/s tell more than bytes; `function`: timed instead of the op."""
 
     op: str
     shape: str

@@ -36,7 +36,6 @@ def sample(logits: Tensor, completions: Sequence[Completion]) -> tuple[Tensor, T
     raw_ids, raw_logprobs = kernels.argmax_logprob(logits)
     if all(_is_plain(completion) for completion in completions):
         return raw_ids, raw_logprobs
-    logits = logits if logits.dtype is torch.float64 else logits.float()
     adjusted = _adjust(logits, completions)
     token_ids = raw_ids if adjusted is logits else adjusted.argmax(dim=-1)
     drawing = [row for row, completion in enumerate(completions) if not completion.params.greedy]
@@ -46,9 +45,13 @@ def sample(logits: Tensor, completions: Sequence[Completion]) -> tuple[Tensor, T
         chosen = _draw(adjusted if everyone else adjusted[rows], [completions[row] for row in drawing])
         token_ids = token_ids.index_copy(0, rows, chosen)
     # logprob(a) - logprob(b) = logit(a) - logit(b): the sum over the vocabulary is made once.
-    chosen_logits, largest = (logits.gather(1, ids[:, None])[:, 0] for ids in (token_ids, raw_ids))
+    chosen_logits, largest = (_wide(logits.gather(1, ids[:, None])[:, 0]) for ids in (token_ids, raw_ids))
     behind = torch.where(token_ids == raw_ids, 0, chosen_logits - largest)  # 0 for inf - inf, too
-    return token_ids, raw_logprobs.to(logits.dtype) + behind
+    return token_ids, raw_logprobs + behind
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()
 
 
 def _is_plain(completion: Completion) -> bool:
@@ -64,7 +67,7 @@ def _adjust(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
     ]
     if not penalised and not edits:
         return logits
-    logits = logits.clone()
+    logits = logits.clone() if logits.dtype is torch.float64 else logits.to(torch.float32, copy=True)
     if penalised:
         at = torch.tensor(penalised, device=logits.device)
         logits[at] = _penalise(logits[at], [completions[row] for row in penalised])
@@ -126,9 +129,9 @@ def _draw(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
         chosen = [completions[row] for row in rows]
         if rows is few:
             some, ids = _likeliest(some, max(params[row].top_k for row in rows))
-            token_ids[at] = ids.gather(1, _invert(some, chosen)[:, None])[:, 0]
+            token_ids[at] = ids.gather(1, _invert(_wide(some), chosen)[:, None])[:, 0]
         else:
-            token_ids[at] = _invert(some, chosen)
+            token_ids[at] = _invert(_wide(some), chosen)
     return token_ids
 
 

@@ -23,6 +23,7 @@ so reading one is a shift.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How a kernel sees the numbers of a tensor."""
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities and NaN stay what they are
+logger = logging.getLogger(__name__)
+
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SMALL = 1 << 15
@@ -240,8 +243,13 @@ class Kernel:
     @functools.cached_property
     def _address(self) -> int:
         signature = types.void(types.CPointer(types.int64))
-        with _cache_directory():
-            self._compiled = numba.cfunc(signature, cache=True, fastmath=FAST_MATH, error_model="numpy")(self._function)
+        compiling = functools.partial(numba.cfunc, signature, fastmath=FAST_MATH, error_model="numpy")
+        try:
+            with _cache_directory():
+                self._compiled = compiling(cache=True)(self._function)
+        except RuntimeError as error:  # there is nowhere to write
+            logger.warning("kernel %s is compiled anew in every process: %s", self._function.__name__, error)
+            self._compiled = compiling()(self._function)
         return int(self._compiled.address or 0)
 
     def __call__(self, num_tasks: int, *args: int, work: int = _SMALL) -> None:

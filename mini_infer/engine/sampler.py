@@ -15,7 +15,7 @@ from mini_infer.sampling import SamplingParams
 _GROUP = 64
 """Neighbours in the vocabulary that are looked at together for the largest logits."""
 
-_SHARE = 16
+_SHARE = 2
 """A ``top_k`` above this fraction of the vocabulary leaves too much for that to pay."""
 
 _SORTED = 512
@@ -144,8 +144,9 @@ def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Logits ``[S, C]``, rows with fewer of them filled up with -inf, and token ids ``[S, C]``.
     """
     num_groups = -(-logits.shape[-1] // _GROUP)
-    padded = functional.pad(logits, (0, num_groups * _GROUP - logits.shape[-1]), value=-torch.inf)
-    groups = padded.view(len(logits), num_groups, _GROUP)
+    missing = num_groups * _GROUP - logits.shape[-1]
+    padded = functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+    groups = padded.reshape(len(logits), num_groups, _GROUP)
     largest = groups.amax(dim=-1)
     best = largest.topk(min(k, num_groups), dim=-1).indices
     among = groups.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)

@@ -139,7 +139,7 @@ def _runner(
         OutOfMemoryError: the device cannot hold that many.
     """
     shape = model.config
-    dtype = model.embedding.dtype
+    dtype = model.dtype
     try:
         with kernels.use_backend(config.kernel_backend):
             layers = [

@@ -26,6 +26,11 @@ _Shape = tuple[int | str | EllipsisType, ...]
 class PackedLinear:
     """A weight that `pack_linear` prepared: call it with x `[..., in_features]` for x Wᵀ + b, `[..., out_features]`.
 
+    Attributes:
+        multiply: x to x Wᵀ + b, unchecked.
+        rows: ids `[N]` to those rows of the weight, `[N, in_features]`; an embedding that is tied to the output layer
+            needs no second copy.
+
     Raises:
         KernelError: x has another dtype, device or number of features.
     """
@@ -35,6 +40,7 @@ class PackedLinear:
     dtype: torch.dtype
     device: torch.device
     multiply: Callable[[Tensor], Tensor]
+    rows: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         fits = isinstance(x, Tensor) and x.dtype is self.dtype and x.device == self.device
@@ -67,8 +73,8 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     out_features, in_features = weight.shape
     if bias is not None:
         _check("pack_linear", "bias", bias, (out_features,), like=weight)
-    multiply = implementation("pack_linear", weight.device)(weight, bias)
-    return PackedLinear(in_features, out_features, weight.dtype, weight.device, multiply)
+    multiply, rows = implementation("pack_linear", weight.device)(weight, bias)
+    return PackedLinear(in_features, out_features, weight.dtype, weight.device, multiply, rows)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

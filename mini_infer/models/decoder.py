@@ -37,12 +37,13 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
         super().__init__()
         self.config = config
-        self.embedding = _parameter((config.vocab_size, config.hidden_size), dtype)
+        self.dtype = dtype
+        # A tied embedding is the output layer's weight, and looked up there.
+        tied = config.tie_word_embeddings
+        self.embedding = None if tied else _parameter((config.vocab_size, config.hidden_size), dtype)
         self.layers = nn.ModuleList(Layer(config, window, dtype) for window in config.sliding_windows)
         self.norm = _parameter((config.hidden_size,), dtype)
         self.output = Linear(config.hidden_size, config.vocab_size, False, dtype)
-        if config.tie_word_embeddings:
-            self.output.weight = self.embedding
         cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
@@ -59,7 +60,10 @@ class Decoder(nn.Module):
         """
         # Seen from the prompt chunks alone, which attention handles without the decodes before them.
         prompt_start = batch.query_start[batch.num_decodes :] - batch.num_decodes
-        hidden = functional.embedding(batch.token_ids, self.embedding)
+        if self.embedding is None:
+            hidden = self.output.rows(batch.token_ids)
+        else:
+            hidden = functional.embedding(batch.token_ids, self.embedding)
         residual = torch.zeros_like(hidden)
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             hidden, residual = layer(hidden, residual, batch, prompt_start, layer_cache, (self.cos, self.sin))
@@ -191,6 +195,10 @@ class Linear(nn.Module):
         assert self.weight is not None
         self._product = kernels.pack_linear(self.weight, self.bias)
         self.weight = None
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, ``[N, inputs]``, for ids ``[N]``."""
+        return self._product.rows(ids)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``, without a module's detour by way of its hooks."""

@@ -52,9 +52,6 @@ def load_model(directory: str | Path, config: ModelConfig, dtype: torch.dtype, d
                 readers = {path: stack.enter_context(_reading(path)) for path in needed}
                 for fill in group:
                     _fill(fill, where, readers, dtype, device)
-        if config.tie_word_embeddings:
-            model.output.weight = model.embedding
-            model.output.pack()
     return model
 
 
@@ -142,11 +139,12 @@ class _Fill(NamedTuple):
 def _groups(model: Decoder) -> list[list[_Fill]]:
     """What to fill, in groups that are read together: the ends of the model, then each layer."""
     shape = model.config
-    ends = [
-        _Fill(model, "embedding", [_Part("model.embed_tokens.weight", shape.vocab_size)]),
-        _Fill(model, "norm", [_Part("model.norm.weight", shape.hidden_size)]),
-    ]
-    if not shape.tie_word_embeddings:
+    embedding = [_Part("model.embed_tokens.weight", shape.vocab_size)]
+    ends = [_Fill(model, "norm", [_Part("model.norm.weight", shape.hidden_size)])]
+    if shape.tie_word_embeddings:
+        ends.append(_Fill(model.output, "weight", embedding))
+    else:
+        ends.append(_Fill(model, "embedding", embedding))
         ends.append(_Fill(model.output, "weight", [_Part("lm_head.weight", shape.vocab_size)]))
     return [ends, *(_layer(layer, f"model.layers.{i}.", shape) for i, layer in enumerate(model.layers))]
 

@@ -36,6 +36,17 @@ def test_leading_shapes_and_strides(backend: str) -> None:
     check(kernels.pack_linear(weight.T.contiguous().T)(x.transpose(0, 1)), truth.transpose(0, 1), torch.float64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [(64, 64), (96, 200), (33, 65), (2, 130)], ids=str)
+@on_backends("pack_linear")
+def test_rows_of_the_weight(backend: str, features: tuple[int, int], dtype: torch.dtype) -> None:
+    inputs, outputs = features
+    weight = draw(4, outputs, inputs, dtype=dtype)
+    ids = torch.tensor([0, outputs - 1, 3, 3, outputs // 2])
+    assert torch.equal(kernels.pack_linear(weight).rows(ids), weight[ids])
+    assert kernels.pack_linear(weight).rows(ids[:0]).shape == (0, inputs)
+
+
 @on_backends("pack_linear")
 def test_a_nan_stays_in_its_row(backend: str) -> None:
     x = draw(1, 9, 64)

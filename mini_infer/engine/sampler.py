@@ -151,9 +151,11 @@ def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = largest.topk(min(k, num_groups), dim=-1).indices
     among = groups.gather(1, best[:, :, None].expand(-1, -1, _GROUP)).flatten(1)
     threshold = among.topk(k, dim=-1).values[:, -1:]
-    row, group = (largest >= threshold).nonzero(as_tuple=True)  # in order; ties may be in further groups
+    # Not below, rather than at least: a row with NaN keeps all. In order; ties may be in further groups.
+    row, group = (~(largest < threshold)).nonzero(as_tuple=True)
     inside = groups[row, group]
-    which, offset = (inside >= threshold[row]).nonzero(as_tuple=True)
+    inside_vocabulary = group[:, None] * _GROUP + torch.arange(_GROUP, device=group.device) < logits.shape[-1]
+    which, offset = (~(inside < threshold[row]) & inside_vocabulary).nonzero(as_tuple=True)
     row, ids = row[which], group[which] * _GROUP + offset
     counts = torch.bincount(row, minlength=len(logits))
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
+from mini_infer.kernels import large_memory
 from mini_infer.models.config import DTYPES, ModelConfig
 from mini_infer.models.decoder import Decoder, Layer, Linear
 
@@ -180,7 +181,9 @@ def _fill(
 ) -> None:
     """Give a parameter its memory and its values; pack it if that completes a product."""
     module, name, parts = fill
-    filled = torch.empty(getattr(module, name).shape, dtype=dtype, device=device)
+    shape = getattr(module, name).shape
+    on_cpu = torch.device(device).type == "cpu"
+    filled = large_memory.empty(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
     for part, destination in zip(parts, filled.split([part.rows for part in parts]), strict=True):
         _copy(readers[where[part.name]], part.name, destination, where[part.name])
     setattr(module, name, nn.Parameter(filled, requires_grad=False))

@@ -50,7 +50,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
-    def expect(self, pattern: str, timeout: float = 60) -> str:
+    def expect(self, pattern: str, timeout: float = 180) -> str:
         """Wait until a pattern is shown; everything up to its end, without colours."""
         deadline = time.monotonic() + timeout
         while not (found := re.search(pattern, self._unread)):

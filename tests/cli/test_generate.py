@@ -296,7 +296,7 @@ def start(checkpoint: str, *arguments: str | Path, **options: Any) -> "subproces
     )
 
 
-MANY = [f"prompt {place}" for place in range(40)]
+MANY = [f"prompt {place}" for place in range(160)]
 SLOWLY = ("--temperature", "1", "--max-tokens", "30", "--ignore-eos", "--max-num-seqs", "2")
 
 

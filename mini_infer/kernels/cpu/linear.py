@@ -17,16 +17,14 @@ Bytes: the weight, once. Floor: N * K * itemsize / memory bandwidth for a few to
 two meet at about a dozen tokens, which is why a small batch decodes for the price of one sequence.
 """
 
-import contextlib
 import functools
-import math
-import mmap
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.kernels import large_memory
 from mini_infer.kernels.cpu.jit import (
     ELEMENTS,
     FIRST,
@@ -56,25 +54,15 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor],
         return reference.pack_linear(weight, bias)
     num_panels = -(-num_outputs // COLUMNS)
     weight = weight.contiguous()
-    panels = _room((num_panels, num_inputs // 2, COLUMNS, 2) if pairs else (num_panels, num_inputs, COLUMNS, 1), weight)
+    panels = large_memory.empty(
+        (num_panels, num_inputs // 2, COLUMNS, 2) if pairs else (num_panels, num_inputs, COLUMNS, 1),
+        weight.dtype,
+    )
     unit = np.uint16 if weight.dtype is torch.bfloat16 and not pairs else np.uint32  # what is moved as one
     _pack_kernel(unit)(
         num_panels, weight.data_ptr(), panels.data_ptr(), num_outputs, panels.shape[1], work=weight.numel()
     )
     return _Product(panels, bias, num_inputs, num_outputs), functools.partial(_rows, panels)
-
-
-def _room(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Memory for a weight. A large one gets its own, outside the heap, where loading would leave holes between weights,
-    and in large pages where the system has them: setting up small ones takes longer than filling them."""
-    num_bytes = math.prod(shape) * like.itemsize
-    if num_bytes < 1 << 20 or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.empty(shape, dtype=like.dtype)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system that has none
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _rows(panels: Tensor, ids: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
 
 def tiles(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
     """A `tile` whose number of rows, up to `ROWS`, is not a constant."""
-    raise NotImplementedError("for use inside kernels")
+    raise RuntimeError("tiles is part of compiled kernels; from Python call kernels.pack_linear")
 
 
 @overload(tiles, prefer_literal=True)

@@ -16,7 +16,7 @@ _GROUP = 64
 """Neighbours in the vocabulary that are looked at together for the largest logits."""
 
 _SHARE = 2
-"""A ``top_k`` above this fraction of the vocabulary leaves too much for that to pay."""
+"""A ``top_k`` above the vocabulary divided by this leaves too much for that to pay."""
 
 _SORTED = 512
 """Tokens that are sorted for ``top_p`` before all are."""
@@ -119,8 +119,9 @@ def _draw(logits: Tensor, completions: Sequence[Completion]) -> Tensor:
     params = [completion.params for completion in completions]
     vocab_size = logits.shape[-1]
     token_ids = torch.empty(len(params), dtype=torch.int64, device=logits.device)
-    few = [row for row, p in enumerate(params) if 0 < p.top_k <= vocab_size // _SHARE]
-    many = [row for row, p in enumerate(params) if not 0 < p.top_k <= vocab_size // _SHARE]
+    has_few = [0 < p.top_k <= vocab_size // _SHARE for p in params]
+    few = [row for row, reduced in enumerate(has_few) if reduced]
+    many = [row for row, reduced in enumerate(has_few) if not reduced]
     for rows in (few, many):
         if not rows:
             continue

@@ -33,6 +33,9 @@ def test_leading_shapes_and_strides(backend: str) -> None:
     truth = x.double() @ weight.double().T
     check(kernels.pack_linear(weight)(x), truth, torch.float64)
     check(kernels.pack_linear(strided(weight))(strided(x)), truth, torch.float64)
+    bias = draw(3, 140, dtype=torch.float32)[::2]
+    wide = kernels.pack_linear(weight.float(), bias)(x.float())
+    check(wide, x.float().double() @ weight.float().double().T + bias.double(), torch.float32)
     check(kernels.pack_linear(weight.T.contiguous().T)(x.transpose(0, 1)), truth.transpose(0, 1), torch.float64)
 
 

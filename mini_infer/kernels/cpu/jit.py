@@ -279,10 +279,6 @@ def float_bits(value: float) -> int:
     return bits
 
 
-def addresses(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in tensors)
-
-
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None]:
     """OpenMP's "call this function with this argument on that many threads", from the runtime that PyTorch loaded."""

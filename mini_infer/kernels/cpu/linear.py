@@ -54,6 +54,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor],
         return reference.pack_linear(weight, bias)
     num_panels = -(-num_outputs // COLUMNS)
     weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     panels = large_memory.empty(
         (num_panels, num_inputs // 2, COLUMNS, 2) if pairs else (num_panels, num_inputs, COLUMNS, 1),
         weight.dtype,
@@ -143,9 +144,7 @@ def _kernel(element: type) -> Kernel:
             width = min(COLUMNS, num_outputs - column)
             begin = num_tokens * chunk // num_chunks
             end = num_tokens * (chunk + 1) // num_chunks
-            num_passes = (
-                end - begin + ROWS - 1
-            ) // ROWS  # of as many rows each as can be, rather than a small last one
+            num_passes = (end - begin + ROWS - 1) // ROWS  # of about as many rows each, rather than a small last one
             for number in range(num_passes):
                 first = begin + (end - begin) * number // num_passes
                 last = begin + (end - begin) * (number + 1) // num_passes

@@ -103,3 +103,8 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken, and nothing is drawn."""
         return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on which tokens came before, beside the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

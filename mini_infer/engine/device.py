@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from torch import Tensor
 
 from mini_infer.exceptions import InvalidConfigError
 
@@ -33,6 +34,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidConfigError(f"device={name!r} but torch sees {torch.cuda.device_count()} GPUs; use 'auto'")
     return device
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for what the device is busy with."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is reused only once it was copied
 
 
 def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

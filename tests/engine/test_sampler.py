@@ -22,7 +22,7 @@ from transformers import (
 from mini_infer import SamplingParams
 from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
 from mini_infer.engine.request import Completion
-from mini_infer.engine.sampler import sample
+from mini_infer.engine import sampler
 from mini_infer.scheduler import Sequence
 
 VOCAB_SIZE = 24
@@ -65,6 +65,10 @@ CASES: dict[str, dict[str, Any]] = {
         "min_tokens": 6,
     },
 }
+
+
+def sample(logits: Tensor, rows: Seq[Completion]) -> tuple[Tensor, Tensor]:
+    return sampler.sample(logits, [sampler.Draw.of(row) for row in rows])
 
 
 def completion(
@@ -468,3 +472,22 @@ def test_any_seed_that_the_parameters_allow_draws_a_token(seed: int) -> None:
     rows = [completion(SamplingParams(), seed=each) for each in (seed, seed % 2**64)]
     tokens, _ = sample(random_logits(19).expand(2, -1), rows)
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_without_a_question_to_the_device_keeps_the_same_tokens(dtype: torch.dtype) -> None:
+    """What a GPU does beside what a CPU does; random logits have no ties."""
+    generator = torch.Generator().manual_seed(23)
+    for vocab_size in (1, 2, 700, 5000):
+        logits = (torch.randn(6, vocab_size, generator=generator, dtype=torch.float64) * 3).to(dtype)
+        logits[0, vocab_size // 2 :] = -torch.inf
+        logits[0, 0] = 0
+        top_p = torch.tensor([0.5, 1e-6, 0.3, 0.9, 0.999, 1.0], dtype=dtype)[:, None]
+        expected = sampler._keep_top_p(logits, top_p)
+        torch.testing.assert_close(sampler._keep_top_p_unasked(logits, top_p), expected, rtol=0, atol=0)
+
+
+def test_top_p_without_a_question_keeps_all_of_equal_tokens() -> None:
+    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, -1.0]])
+    kept = sampler._keep_top_p_unasked(logits, torch.tensor([[0.5]]))
+    assert kept.isfinite().tolist() == [[False, True, True, True, False]]

@@ -13,9 +13,11 @@ from mini_infer.engine.beam_search import BeamSearch
 from mini_infer.engine.build import build
 from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
 from mini_infer.engine.loop import EngineLoop, StepResult
+from mini_infer.engine.overlap import OverlappedLoop
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
+from mini_infer.engine.step_queue import step_queue
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import GenerateOutput, StepOutput
@@ -57,8 +59,12 @@ class LLMEngine:
             parts.tokenizer, parts.defaults, parts.model_config.vocab_size, parts.max_model_len, config
         )
         self._trace = parts.trace
-        self._loop = EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
         self.device = parts.runner.device
+        self._loop = (
+            OverlappedLoop(parts.scheduler, parts.runner, parts.tokenizer, step_queue(self.device))
+            if config.overlap
+            else EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
+        )
         self._finished: dict[str, Request] = {}
         self._lock = threading.RLock()
 
@@ -297,7 +303,7 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do for ``step``."""
-        return self._loop.scheduler.is_finished()
+        return self._loop.is_finished()
 
     def abort(self, request_id: str) -> None:
         """End a request with reason "abort"; its output holds what was generated so far.

@@ -12,7 +12,7 @@ from mini_infer.engine.beam_search import BeamSearch, Continuations, best_contin
 from mini_infer.engine.logprobs import token_logprobs
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.request import Completion, Request
-from mini_infer.engine.sampler import sample
+from mini_infer.engine.sampler import Draw, sample
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Scheduler, SchedulerOutputs, Sequence
@@ -88,6 +88,10 @@ class EngineLoop:
                 self._close(completion, request, "", [])
         self._retire(request)
 
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do for ``advance``."""
+        return self.scheduler.is_finished()
+
     def advance(self) -> StepResult:
         """Run one step.
 
@@ -154,7 +158,7 @@ class EngineLoop:
     def _sample(self, hidden: Tensor, rows: list[int], completions: list[Completion]) -> list[int]:
         """One token for each completion from its row of hidden states; notes their log probabilities."""
         logits = self._runner.compute_logits(hidden[tensor(rows, device=hidden.device)])
-        sampled, logprobs = sample(logits, completions)
+        sampled, logprobs = sample(logits, [Draw.of(completion) for completion in completions])
         asking = [row for row, completion in enumerate(completions) if completion.params.logprobs is not None]
         if asking:
             wanted = tensor(asking, device=logits.device)
@@ -215,7 +219,7 @@ class EngineLoop:
         for completion, token_id in zip(completions, token_ids, strict=True):
             request = self.requests[completion.sequence.request_id]
             request.first_token_time = request.first_token_time or now
-            self.scheduler.append(completion.sequence, token_id)
+            self._add_token(completion.sequence, token_id)
             text = self._read_token(completion, token_id)
             touched.append(request)
             if completion.sequence.finish_reason is None:
@@ -233,6 +237,9 @@ class EngineLoop:
         for request in finished:
             self._retire(request)
         return finished
+
+    def _add_token(self, sequence: Sequence, token_id: int) -> None:
+        self.scheduler.append(sequence, token_id)
 
     def _search(self, beams: list[tuple[BeamSearch, Sequence, Continuations]]) -> list[Request]:
         """Hand beams' continuations to their searches. Returns the searches that this ended."""

@@ -52,7 +52,14 @@ class ModelRunner:
         Returns:
             Hidden states ``[T, hidden_size]`` after the final norm.
         """
-        batch = build_batch(scheduled, self.block_size, self.device)
+        return self.run(self.prepare(scheduled))
+
+    def prepare(self, scheduled: Sequence[tuple[SequenceMetadata, int]]) -> Batch:
+        """``forward``'s first half: all that depends on the sequences, which may then move on."""
+        return build_batch(scheduled, self.block_size, self.device)
+
+    def run(self, batch: Batch) -> Tensor:
+        """``forward``'s second half: all that the device does."""
         with torch.inference_mode(), kernels.use_backend(self.kernel_backend):
             return self.model.forward(batch, self.kv_cache.layers)
 

@@ -175,7 +175,9 @@ class BlockManager:
         return self._prefixes.add(block, parent, tuple(token_ids))
 
     def forget(self, block: int) -> None:
-        """Take back ``remember``: the block's content never came to be."""
+        """Take back ``remember``: the block's content never came to be. It may have been evicted since."""
+        if block not in self._prefixes:
+            return
         self._prefixes.remove(block)
         if self._unused.pop(block, 0) is None:
             self._free.append(block)

@@ -20,7 +20,7 @@ from mini_infer.outputs import FinishReason
 from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
-from mini_infer.scheduler.sequence import Sequence, SequenceStatus
+from mini_infer.scheduler.sequence import PENDING, Sequence, SequenceStatus
 
 
 class ScheduledSequence(NamedTuple):
@@ -226,6 +226,25 @@ class Scheduler:
             self._queue(sequence)
         return reason is not None
 
+    def hold(self, sequence: Sequence) -> None:
+        """Give the token that a step under way is about to sample a place, so that the next step can be planned.
+
+        A sequence that this brings to its ``max_length`` leaves its seat and its blocks to others at once: whatever
+        uses them comes after that step.
+        """
+        sequence.token_ids.append(PENDING)
+        sequence.num_pending_tokens += 1
+        if len(sequence) >= sequence.max_length:
+            self._leave(sequence)
+
+    def confirm(self, sequence: Sequence, token_id: int) -> None:
+        """The first of a sequence's pending tokens is known; ends the sequence if that is a reason to."""
+        sequence.token_ids[sequence.num_known_tokens] = token_id
+        sequence.num_pending_tokens -= 1
+        reason = sequence.reason_to_finish()
+        if reason is not None:
+            self.finish(sequence, reason)
+
     def update(self, plan: SchedulerOutputs, sampled_token_ids: Iterable[int]) -> list[Sequence]:
         """``advance``, then ``append`` one token to each scheduled sequence that ``samples``, in their order.
 
@@ -260,14 +279,8 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it is, and free its blocks."""
-        status, sequence.status = sequence.status, SequenceStatus.FINISHED
         sequence.finish_reason = reason
-        if status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-        elif status is SequenceStatus.WAITING:
-            self.waiting.note_departure()
-        self._release(sequence)
-        self._drop_swapped(sequence)
+        self._leave(sequence)
 
     def undo(self, plan: SchedulerOutputs) -> None:
         """The step failed: whatever it was to compute or copy never came to be, and is computed again."""
@@ -280,12 +293,42 @@ class Scheduler:
         for block in plan.remembered:
             self.block_manager.forget(block)
 
+    def rewind(self, plans: Iterable[SchedulerOutputs], sequences: Iterable[Sequence]) -> None:
+        """Steps failed after ``advance``: back to the tokens that are known, whose keys and values are computed again.
+
+        Args:
+            plans: of the steps.
+            sequences: those that ran in them and are still wanted.
+        """
+        for plan in plans:
+            for block in plan.remembered:
+                self.block_manager.forget(block)
+        for sequence in sequences:
+            del sequence.token_ids[sequence.num_known_tokens :]
+            sequence.num_pending_tokens, sequence.finish_reason = 0, None
+            self._release(sequence)
+            self._drop_swapped(sequence)
+            if sequence.status is SequenceStatus.RUNNING:
+                self.running.remove(sequence)
+            if sequence.status is not SequenceStatus.WAITING:
+                self._queue(sequence)
+
     # ---- one sequence --------------------------------------------------------------------------------------------
 
     @property
     def _num_taken_seats(self) -> int:
         """Sequences that run, and those that are to fork from them."""
         return sum(1 + sequence.num_forks for sequence in self.running)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence from wherever it is, and free its blocks; does nothing where that happened before."""
+        status, sequence.status = sequence.status, SequenceStatus.FINISHED
+        if status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        elif status is SequenceStatus.WAITING:
+            self.waiting.note_departure()
+        self._release(sequence)
+        self._drop_swapped(sequence)
 
     def _queue(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
@@ -296,7 +339,8 @@ class Scheduler:
         num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
         plan.scheduled.append(ScheduledSequence(sequence, num_new_tokens))
         if self.prefix_caching:
-            self._remember(sequence, sequence.num_computed_tokens + num_new_tokens, plan)
+            num_tokens = min(sequence.num_computed_tokens + num_new_tokens, sequence.num_known_tokens)
+            self._remember(sequence, num_tokens, plan)
         return num_new_tokens
 
     def _remember(self, sequence: Sequence, num_tokens: int, plan: SchedulerOutputs) -> None:

@@ -6,6 +6,9 @@ from enum import Enum, auto
 from mini_infer.outputs import FinishReason
 from mini_infer.typing import BlockTable, TokenIds
 
+PENDING = -1
+"""Stands in ``token_ids`` for a token that is not known yet."""
+
 
 class SequenceStatus(Enum):
     NEW = auto()  # not handed to a scheduler yet, to be forked from another, or a beam that rests without its blocks
@@ -37,6 +40,8 @@ class Sequence:
         swapped_blocks: after a preemption by swapping, the CPU block that holds each of its blocks; None for one that
             others still hold on the GPU.
         num_swapped_tokens: how many tokens those hold.
+        num_pending_tokens: how many of the last tokens are being computed by steps under way. They have a place in
+            ``token_ids`` but no value yet; always 0 where steps do not overlap.
     """
 
     request_id: str
@@ -59,6 +64,7 @@ class Sequence:
     content_ids: list[int] = field(default_factory=list)
     swapped_blocks: list[int | None] = field(default_factory=list)
     num_swapped_tokens: int = 0
+    num_pending_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -69,15 +75,21 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def num_known_tokens(self) -> int:
+        return len(self.token_ids) - self.num_pending_tokens
+
+    @property
     def num_generated_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return self.num_known_tokens - self.num_prompt_tokens
 
     @property
     def generated_token_ids(self) -> TokenIds:
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]
 
     def reason_to_finish(self) -> FinishReason | None:
-        """Why it should end now, judged by its tokens alone."""
-        if self.num_generated_tokens and len(self) > self.min_length and self.token_ids[-1] in self.stop_token_ids:
+        """Why it should end now, judged by its known tokens alone."""
+        length = self.num_known_tokens
+        generates = length > max(self.num_prompt_tokens, self.min_length)
+        if generates and self.token_ids[length - 1] in self.stop_token_ids:
             return "stop"
-        return "length" if len(self) >= self.max_length else None
+        return "length" if length >= self.max_length else None

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from mini_infer import SamplingParams
+from mini_infer.engine import sampler
 from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
 from mini_infer.engine.request import Completion
-from mini_infer.engine import sampler
 from mini_infer.scheduler import Sequence
 
 VOCAB_SIZE = 24

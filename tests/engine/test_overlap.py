@@ -1,0 +1,250 @@
+"""Steps that overlap give the tokens of steps one after the other: under pressure, with aborts, stops and failures."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mini_infer import LLM, AsyncLLMEngine, SamplingParams
+from mini_infer.engine.overlap import OverlappedLoop
+from mini_infer.engine.step_queue import QueuedStep, Sampled, ThreadQueue
+from mini_infer.exceptions import InvalidConfigError
+from mini_infer.outputs import GenerateOutput
+from tests.engine.checkpoints import EOS, make_engine_checkpoint
+
+MAX_LEN = 96
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engine_checkpoint(tmp_path_factory.mktemp(request.param), request.param, seed=3, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engine_checkpoint(tmp_path_factory.mktemp("small"), "qwen3", seed=5, num_hidden_layers=2)
+
+
+def draw_request(draw: random.Random, looks_back: bool) -> tuple[list[int], SamplingParams]:
+    stem = [7 * i % 256 for i in range(draw.choice([0, 0, 5, 16, 33, 60]))]
+    prompt = stem + [draw.randrange(256) for _ in range(draw.randint(1, 20))]
+    params = SamplingParams(
+        n=draw.choice([1, 1, 1, 2, 3]),
+        temperature=draw.choice([0.0, 0.7, 1.5]),
+        top_p=draw.choice([1.0, 0.8]),
+        top_k=draw.choice([-1, 20]),
+        seed=draw.randrange(1000),
+        max_tokens=draw.choice([1, 2, *[draw.randint(4, 30)] * 4]),
+        min_tokens=draw.choice([0, 0, 1]),
+        ignore_eos=draw.random() < 0.5,
+        stop_token_ids=draw.choice([None, [EOS, *range(40)]]),
+        stop=draw.choice([None, ["a", "zq"], ["\x00"]]),
+        logit_bias=draw.choice([None, {97: 4.0}]),
+        frequency_penalty=0.5 if looks_back and draw.random() < 0.3 else 0.0,
+        logprobs=1 if looks_back and draw.random() < 0.3 else None,
+    )
+    return prompt, params
+
+
+def draw_fields(draw: random.Random) -> dict[str, Any]:
+    block_size = draw.choice([1, 2, 4, 8, 16])
+    return {
+        "dtype": "float64",
+        "max_model_len": MAX_LEN,
+        "block_size": block_size,
+        "num_gpu_blocks": -(-MAX_LEN // block_size) + draw.randint(0, 24 // block_size),
+        "num_cpu_blocks": draw.choice([0, 3, 100 // block_size + 1]) + 1,
+        "max_num_seqs": draw.randint(3, 8),
+        "max_num_batched_tokens": draw.randint(1, 64),
+        "enable_prefix_caching": draw.random() < 0.7,
+        "preemption_mode": draw.choice(["recompute", "swap", "auto"]),
+        "watermark": draw.choice([0.0, 0.01, 0.2]),
+    }
+
+
+def results(output: GenerateOutput) -> list[tuple[Any, ...]]:
+    return [(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in output.outputs]
+
+
+def check_workload(checkpoint: Path, alone: LLM, seed: int) -> LLM:
+    """Requests that come and leave between steps; whoever stays has the tokens it would have alone."""
+    draw = random.Random(seed)
+    looks_back = draw.random() < 0.3
+    engine = LLM(checkpoint, overlap=True, **draw_fields(draw))
+    to_come = [draw_request(draw, looks_back) for _ in range(draw.randint(8, 20))]
+    requests: dict[str, tuple[list[int], SamplingParams]] = {}
+    aborted: set[str] = set()
+    while to_come or not engine.is_finished():
+        while to_come and draw.random() < 0.8:
+            prompt, params = to_come.pop()
+            requests[engine.add_request(prompt, params)] = (prompt, params)
+        if requests and draw.random() < 0.05:
+            request_id = draw.choice(list(requests))
+            engine.abort(request_id)
+            aborted.add(request_id)
+        engine.step()
+        stats = engine.stats()
+        assert stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks == stats.num_blocks
+    assert (engine.stats().num_used_blocks, engine.stats().num_used_cpu_blocks) == (0, 0)
+    for request_id, (prompt, params) in requests.items():
+        output = engine.get_output(request_id)
+        assert output is not None
+        (expected,) = alone.generate([prompt], params)
+        for got, whole in zip(results(output), results(expected), strict=True):
+            if got[2] == "abort" and request_id in aborted:
+                assert got[0] == whole[0][: len(got[0])] and whole[1].startswith(got[1])
+            else:
+                assert got == whole, (seed, request_id, prompt, params)
+    return engine
+
+
+def check_workloads(checkpoint: Path, seeds: range) -> None:
+    alone = LLM(checkpoint, dtype="float64", max_model_len=MAX_LEN)
+    stats = [check_workload(checkpoint, alone, seed).stats() for seed in seeds]
+    # The workloads are of no use if they never get into trouble.
+    assert sum(s.num_swap_preemptions for s in stats) > 0
+    assert sum(s.num_recompute_preemptions for s in stats) > 0
+    assert max(s.prefix_hit_rate for s in stats) > 0.2
+
+
+def test_tokens_are_those_of_steps_one_after_the_other(checkpoint: Path) -> None:
+    check_workloads(checkpoint, range(10))
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_steps_one_after_the_other_in_many_workloads(checkpoint: Path) -> None:
+    check_workloads(checkpoint, range(10, 150))
+
+
+def test_a_step_is_under_way_when_the_last_one_is_read(small: Path) -> None:
+    """What overlap is about: the second step is queued before the first one's tokens are asked for."""
+    engine = LLM(small, overlap=True)
+    log: list[str] = []
+    _intercept(engine, lambda number, step: log.append(f"compute {number}") or step(), log)
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    order = [entry for entry in log if not entry.startswith("compute")]
+    # The first token's sequence has its place in step 1 before step 0 is read, and so on; the last is not followed.
+    assert order == ["queue 0", "queue 1", "read 0", "queue 2", "read 1", "queue 3", "read 2", "read 3"]
+
+
+def test_step_and_is_finished_speak_of_what_was_read(small: Path) -> None:
+    engine = LLM(small, overlap=True)
+    request_id = engine.add_request([1, 2, 3], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+    assert engine.step() == ([], 3)
+    assert not engine.is_finished()
+    finished, num_tokens = engine.step()
+    assert num_tokens == -1 and [name for name, _ in finished] == [request_id]
+    assert engine.is_finished()
+    assert engine.step() == ([], 0)
+
+
+def test_a_stop_token_costs_one_dropped_token_and_leaves_no_trace(small: Path) -> None:
+    greedy = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    (free,) = LLM(small, dtype="float64").generate([[5, 6, 7]], greedy)
+    token_id = free.token_ids[4]
+    stopping = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[token_id])
+    sync, overlapped = (LLM(small, dtype="float64", overlap=overlap) for overlap in (False, True))
+    outputs = [engine.generate([[5, 6, 7]], stopping)[0] for engine in (sync, overlapped)]
+    assert results(outputs[0]) == results(outputs[1])
+    assert outputs[0].outputs[0].finish_reason == "stop"
+    assert outputs[0].cumulative_logprob == pytest.approx(outputs[1].cumulative_logprob)
+    stats = overlapped.stats()
+    assert stats.num_generated_tokens == sync.stats().num_generated_tokens
+    assert overlapped.is_finished()
+    assert overlapped.stats().num_used_blocks == 0
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {3}, {3, 4}, {2, 5, 9}])
+def test_a_failed_step_loses_nothing(small: Path, failing: set[int]) -> None:
+    draw = random.Random(1)
+    requests = [draw_request(draw, looks_back=False) for _ in range(12)]
+    prompts, params = [prompt for prompt, _ in requests], [own for _, own in requests]
+    fields: dict[str, Any] = {
+        "dtype": "float64",
+        "max_model_len": MAX_LEN,
+        "block_size": 4,
+        "num_gpu_blocks": 30,
+        "max_num_seqs": 6,
+        "max_num_batched_tokens": 24,
+        "enable_prefix_caching": True,
+    }
+    expected = [results(output) for output in LLM(small, **fields).generate(prompts, params)]
+    engine = LLM(small, overlap=True, **fields)
+
+    def compute(number: int, step: Callable[[], Sampled]) -> Sampled:
+        if number in failing:
+            raise RuntimeError(f"step {number} fails")
+        return step()
+
+    _intercept(engine, compute, [])
+    ids = [engine.add_request(prompt, own) for prompt, own in requests]
+    num_failed = 0
+    while not engine.is_finished():
+        try:
+            engine.step()
+        except RuntimeError as error:
+            assert "fails" in str(error)
+            num_failed += 1
+    assert num_failed >= 1
+    got = [engine.get_output(request_id) for request_id in ids]
+    assert [results(output) for output in got if output is not None] == expected
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_penalties_and_logprobs_are_those_of_the_plain_loop(small: Path) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0, frequency_penalty=1.5, logprobs=2, prompt_logprobs=1)
+    plain = SamplingParams(max_tokens=30, temperature=0)
+    outputs = [
+        LLM(small, dtype="float64", overlap=overlap).generate([[1, 2, 3], [4, 5]], [params, plain])
+        for overlap in (False, True)
+    ]
+    for ours, theirs in zip(*outputs, strict=True):
+        assert results(ours) == results(theirs)
+    assert len(outputs[1][0].logprobs or ()) == len(outputs[1][0].token_ids)
+    beams = [LLM(small, dtype="float64", overlap=overlap).beam_search([[1, 2]], 3, 6)[0] for overlap in (False, True)]
+    assert results(beams[0]) == results(beams[1])
+
+
+def test_streams_of_the_async_engine(small: Path) -> None:
+    async def collect(engine: AsyncLLMEngine, prompt: list[int]) -> list[int]:
+        params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        return [token async for part in engine.generate(prompt, params) for token in part.token_ids]
+
+    async def run(overlap: bool) -> list[list[int]]:
+        async with AsyncLLMEngine(model=small, dtype="float64", overlap=overlap) as engine:
+            return list(await asyncio.gather(*(collect(engine, [i, i + 1]) for i in range(6))))
+
+    assert asyncio.run(run(True)) == asyncio.run(run(False))
+
+
+def test_a_trace_and_overlap_exclude_each_other(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="overlap and trace"):
+        LLM(small, overlap=True, trace=tmp_path / "trace.json")
+
+
+class _Step:
+    def __init__(self, step: QueuedStep, number: int, log: list[str]) -> None:
+        self._step, self._number, self._log = step, number, log
+        self.sampled = step.sampled
+
+    def wait(self) -> Sampled:
+        self._log.append(f"read {self._number}")
+        return self._step.wait()
+
+
+def _intercept(engine: LLM, compute: Callable[[int, Callable[[], Sampled]], Sampled], log: list[str]) -> None:
+    """Have `compute` called for each step, with its number, and the order of things logged."""
+
+    class Queue(ThreadQueue):
+        number = 0
+
+        def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
+            number, self.number = self.number, self.number + 1
+            log.append(f"queue {number}")
+            return _Step(super().submit(lambda: compute(number, step)), number, log)
+
+    assert isinstance(engine._loop, OverlappedLoop)
+    engine._loop._steps = Queue()

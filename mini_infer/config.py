@@ -61,7 +61,7 @@ class EngineConfig:
         None, "add_request refuses when this many requests wait; None never does", aliases=("max_processing_samples",)
     )
     overlap: bool | int = option(
-        False, "Plan a step and read the results of the last while one computes", aliases=("npu_queue_limit",)
+        False, "Plan a step and read the last one while one computes; or how many may be queued, 2", aliases=("npu_queue_limit",)
     )
     offline: bool = option(False, "Throughput before latency: a larger default token budget", aliases=("is_offline",))
     enforce_eager: bool = option(False, "Never use CUDA graphs")
@@ -101,7 +101,7 @@ class EngineConfig:
             check_bool(error, name, getattr(self, name))
         if not isinstance(self.overlap, bool):
             check_int(error, "overlap", self.overlap, 0)
-        if self.overlap and self.trace is not None:
+        if self.overlaps and self.trace is not None:
             raise error("overlap and trace: a trace shows steps one after the other; leave one of them out")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             check_int(error, name, getattr(self, name), 1)
@@ -120,13 +120,18 @@ class EngineConfig:
 
     def _refuse_what_is_not_there_yet(self) -> None:
         refused = {
-            "overlap": (self.overlap > 1, "the host runs one step ahead at most; set it to 1"),
+            "overlap": (self.overlap > 2, "one step computes and one waits behind it, no more; set it to 2"),
         }
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             refused[name] = (getattr(self, name) > 1, "one device is all that is supported yet; set it to 1")
         for name, (given, reason) in refused.items():
             if given:
                 raise InvalidConfigError(f"{name}={getattr(self, name)!r}: {reason}")
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether steps overlap: ``overlap`` is True, or a queue of two steps."""
+        return self.overlap is True or self.overlap == 2
 
     @property
     def token_budget(self) -> int:

@@ -55,7 +55,7 @@ ACCEPTED: list[dict[str, Any]] = [
     *[{"max_model_len": value} for value in (None, 1, 10**9)],
     *[{"max_waiting": value} for value in (None, 1)],
     *[{"num_gpu_blocks": value} for value in (None, 1)],
-    *[{"overlap": value} for value in (False, 0)],
+    *[{"overlap": value} for value in (False, True, 0, 1, 2)],
     *[{"seed": value} for value in (0, 2**63 - 1)],
     {"cache_dir": "~/models"},
     {"kernel_backend": "reference"},
@@ -77,7 +77,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("device", value) for value in (None, 0, ["cpu"])],
     *[("tokenizer_mode", value) for value in ("fast", None)],
     *[("preemption_mode", value) for value in ("swap", "never", None)],
-    *[("overlap", value) for value in (True, 2, -1, "yes", None, math.nan, math.inf)],
+    *[("overlap", value) for value in (3, -1, "yes", None, math.nan, math.inf)],
     *[("enable_prefix_caching", value) for value in (1, None)],
     *[(name, value) for name in ("trust_remote_code", "offline", "enforce_eager") for value in (1, 0, "yes", None)],
     *[

@@ -766,7 +766,7 @@ class TestFuriosa:
             ("cache_dir", "cache", "cache_dir"),
             ("cache_dir", None, "cache_dir"),
             ("paged_attention_num_blocks", 64, "num_gpu_blocks"),
-            ("npu_queue_limit", 1, "overlap"),
+            ("npu_queue_limit", 2, "overlap"),
             ("max_processing_samples", 100, "max_waiting"),
             ("spare_blocks_ratio", 0.2, "watermark"),
             ("is_offline", True, "offline"),
@@ -782,7 +782,7 @@ class TestFuriosa:
         [
             ("pipeline_parallel_size", 2, "pipeline_parallel_size"),
             ("data_parallel_size", 4, "data_parallel_size"),
-            ("npu_queue_limit", 2, "overlap"),
+            ("npu_queue_limit", 3, "overlap"),
         ],
     )
     def test_refused_by_name(self, flag: str, value: Any, field: str) -> None:
@@ -806,7 +806,7 @@ class TestFuriosa:
             seed=7,
             devices="cpu",
             paged_attention_num_blocks=64,
-            npu_queue_limit=1,
+            npu_queue_limit=2,
             max_processing_samples=10,
             spare_blocks_ratio=0.1,
             is_offline=True,

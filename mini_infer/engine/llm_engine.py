@@ -62,7 +62,7 @@ class LLMEngine:
         self.device = parts.runner.device
         self._loop = (
             OverlappedLoop(parts.scheduler, parts.runner, parts.tokenizer, step_queue(self.device))
-            if config.overlap
+            if config.overlaps
             else EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
         )
         self._finished: dict[str, Request] = {}

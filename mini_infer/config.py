@@ -61,7 +61,9 @@ class EngineConfig:
         None, "add_request refuses when this many requests wait; None never does", aliases=("max_processing_samples",)
     )
     overlap: bool | int = option(
-        False, "Plan a step and read the last one while one computes; or how many may be queued, 2", aliases=("npu_queue_limit",)
+        False,
+        "Plan a step and read the last one while one computes; or how many may be queued, 2",
+        aliases=("npu_queue_limit",),
     )
     offline: bool = option(False, "Throughput before latency: a larger default token budget", aliases=("is_offline",))
     enforce_eager: bool = option(False, "Never use CUDA graphs")

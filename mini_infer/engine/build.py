@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 
 from mini_infer import kernels
 from mini_infer.config import EngineConfig
+from mini_infer.engine.block_tables import BlockTables
+from mini_infer.engine.decode_graphs import DecodeGraphs, cuda_capture, graph_sizes
 from mini_infer.engine.device import resolve_device, resolve_dtype
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.model_runner import ModelRunner
@@ -82,8 +84,11 @@ def build(config: EngineConfig) -> Parts:
     if warning is not None:
         logger.warning(warning)
 
-    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, device)
+    width = -(-max_model_len // config.block_size)
+    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
     _warm_up(runner, num_blocks * config.block_size)
+    if device.type == "cuda" and not config.enforce_eager:
+        runner = _with_graphs(runner, graph_sizes(config.max_num_seqs), width)
     block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
     make_scheduler: Callable[..., Scheduler] = Scheduler
     trace = None
@@ -131,9 +136,10 @@ def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device)
 
 
 def _runner(
-    config: EngineConfig, model: Decoder, num_blocks: int, num_cpu_blocks: int, device: torch.device
+    config: EngineConfig, model: Decoder, num_blocks: int, num_cpu_blocks: int, width: int, device: torch.device
 ) -> ModelRunner:
-    """A runner with a cache of ``num_blocks`` blocks on the device and ``num_cpu_blocks`` in CPU memory.
+    """A runner with a cache of ``num_blocks`` blocks on the device and ``num_cpu_blocks`` in CPU memory, for sequences
+    of up to ``width`` blocks.
 
     Raises:
         OutOfMemoryError: the device cannot hold that many.
@@ -154,7 +160,20 @@ def _runner(
             f"{num_blocks} KV blocks of {config.block_size} tokens do not fit on {device}, or {num_cpu_blocks} in CPU "
             "memory; lower num_gpu_blocks or num_cpu_blocks"
         ) from error
-    return ModelRunner(model, kv_cache, config.block_size, device, config.kernel_backend)
+    tables = BlockTables(config.max_num_seqs, width, device)
+    return ModelRunner(model, kv_cache, config.block_size, device, config.kernel_backend, tables, graphs=None)
+
+
+def _with_graphs(runner: ModelRunner, sizes: list[int], width: int) -> ModelRunner:
+    """The runner with a CUDA graph for decodes of each size; as it is, where a kernel cannot be recorded."""
+    forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
+    try:
+        with torch.inference_mode(), kernels.use_backend(runner.kernel_backend):
+            graphs = DecodeGraphs(forward, sizes, width, runner.device, cuda_capture())
+    except RuntimeError as error:  # it asks the device for something, as the reference's attention does
+        logger.warning("decode steps run without CUDA graphs, since they cannot be recorded: %s", error)
+        return runner
+    return replace(runner, graphs=graphs)
 
 
 def _warm_up(runner: ModelRunner, num_slots: int) -> None:
@@ -198,7 +217,7 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) 
     each = min(config.token_budget // num_sequences, model.config.max_position_embeddings)
     blocks_each = min(-(-each // config.block_size), blocks_per_sequence)
     try:
-        runner = _runner(config, model, blocks_each, 0, device)
+        runner = _runner(config, model, blocks_each, 0, blocks_each, device)
         table = list(range(blocks_each))  # all share these blocks: only the size of the step matters
         step = [(Sequence("profile", [0] * each, each, each, block_table=table), each) for _ in range(num_sequences)]
         hidden = runner.forward(step)

@@ -1,13 +1,20 @@
 """Which device, and which dtype on it."""
 
 import logging
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mini_infer.exceptions import InvalidConfigError
 
 logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 16
+"""Bytes; Triton reads so many at once."""
 
 _DTYPES = {
     "float16": torch.float16,
@@ -41,6 +48,42 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is reused only once it was copied
+
+
+def send_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors on the device: to a GPU all of them in one copy, which nobody waits for."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    packed, places = pack(arrays, pinned=True)
+    return unpack(packed.to(device, non_blocking=True), places)
+
+
+class Place(NamedTuple):
+    """Where an array is in a buffer of bytes."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def pack(arrays: Sequence[np.ndarray], pinned: bool) -> tuple[Tensor, list[Place]]:
+    """Copy arrays into one buffer, each where any dtype may begin."""
+    places, size = [], 0
+    for array in arrays:
+        places.append(Place(size, torch.from_numpy(array).dtype, array.shape))
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    for array, view in zip(arrays, unpack(buffer, places), strict=True):
+        view.copy_(torch.from_numpy(array))
+    return buffer, places
+
+
+def unpack(buffer: Tensor, places: Sequence[Place]) -> list[Tensor]:
+    """The arrays that ``pack`` put into a buffer, as views of it."""
+    return [
+        buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for offset, dtype, shape in places
+    ]
 
 
 def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

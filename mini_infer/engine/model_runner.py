@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from mini_infer import kernels
+from mini_infer.engine.block_tables import BlockTables
+from mini_infer.engine.decode_graphs import DecodeGraphs
+from mini_infer.engine.device import send_arrays
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
 from mini_infer.scheduler import SchedulerOutputs
@@ -25,6 +28,8 @@ class ModelRunner:
         block_size: tokens per block.
         device: where all of it lives.
         kernel_backend: for every op; None takes the best for the device.
+        tables: the block tables of the sequences that run.
+        graphs: how to run decodes; None runs them like everything else.
     """
 
     model: Decoder
@@ -32,6 +37,8 @@ class ModelRunner:
     block_size: int
     device: torch.device
     kernel_backend: str | None
+    tables: BlockTables
+    graphs: DecodeGraphs | None
 
     def copy_blocks(self, plan: SchedulerOutputs) -> None:
         """Carry out a plan's copies; each kind reads what was there before the next one writes."""
@@ -56,11 +63,17 @@ class ModelRunner:
 
     def prepare(self, scheduled: Sequence[tuple[SequenceMetadata, int]]) -> Batch:
         """``forward``'s first half: all that depends on the sequences, which may then move on."""
-        return build_batch(scheduled, self.block_size, self.device)
+        num_rows = None
+        if self.graphs is not None and all(num_new == 1 for _, num_new in scheduled):
+            num_rows = self.graphs.size_for(len(scheduled))
+        with torch.inference_mode():
+            return build_batch(scheduled, self.tables, self.block_size, self.device, num_rows)
 
     def run(self, batch: Batch) -> Tensor:
         """``forward``'s second half: all that the device does."""
         with torch.inference_mode(), kernels.use_backend(self.kernel_backend):
+            if self.graphs is not None and self.graphs.fits(batch):
+                return self.graphs.run(batch)
             return self.model.forward(batch, self.kv_cache.layers)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -69,10 +82,23 @@ class ModelRunner:
             return self.model.compute_logits(hidden)
 
 
-def build_batch(scheduled: Sequence[tuple[SequenceMetadata, int]], block_size: int, device: torch.device) -> Batch:
+def build_batch(
+    scheduled: Sequence[tuple[SequenceMetadata, int]],
+    tables: BlockTables,
+    block_size: int,
+    device: torch.device,
+    num_rows: int | None = None,
+) -> Batch:
     """Flatten the scheduled tokens into one row, with each token's position and slot.
 
     Everything is computed in numpy, a handful of vector operations for the whole step, and sent once.
+
+    Args:
+        scheduled: as for ``ModelRunner.forward``.
+        tables: the block tables on the device, which this brings up to date.
+        block_size: tokens per block.
+        device: where to send it.
+        num_rows: pad decodes to so many, with rows that read and write nothing.
     """
     counts = np.array([num_new for _, num_new in scheduled], dtype=np.int32)
     computed = np.array([sequence.num_computed_tokens for sequence, _ in scheduled], dtype=np.int32)
@@ -86,23 +112,41 @@ def build_batch(scheduled: Sequence[tuple[SequenceMetadata, int]], block_size: i
     )
     rows = np.repeat(np.arange(len(scheduled)), counts)
     positions = np.arange(query_start[-1]) - query_start[rows] + computed[rows]
+    table_rows, changed = tables.update([sequence for sequence, _ in scheduled])
+    blocks = tables.host[table_rows[rows], positions // block_size].astype(np.int64)
+    slot_mapping = blocks * block_size + positions % block_size
+    context_lens = computed + counts
 
-    block_tables = np.zeros((len(scheduled), max(len(s.block_table) for s, _ in scheduled)), dtype=np.int32)
-    for row, (sequence, _) in enumerate(scheduled):
-        block_tables[row, : len(sequence.block_table)] = sequence.block_table
-    slot_mapping = block_tables[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    if num_rows is not None:
+        spare = (0, num_rows - len(scheduled))
+        token_ids, positions, context_lens, table_rows = (
+            np.pad(array, spare) for array in (token_ids, positions, context_lens, table_rows)
+        )
+        slot_mapping = np.pad(slot_mapping, spare, constant_values=-1)
+        query_start = np.arange(num_rows + 1, dtype=np.int32)
 
-    def send(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    sent = send_arrays(
+        [
+            token_ids,
+            positions,
+            slot_mapping,
+            query_start,
+            context_lens,
+            table_rows,
+            changed,
+            tables.host.ravel()[changed],
+        ],
+        device,
+    )
+    if device.type != "cpu" and len(changed) > 0:
+        tables.tensor.view(-1)[sent[6]] = sent[7]
+    width = max(len(sequence.block_table) for sequence, _ in scheduled)
     return Batch(
-        token_ids=send(token_ids),
-        positions=send(positions),
-        slot_mapping=send(slot_mapping),
-        query_start=send(query_start),
-        context_lens=send(computed + counts),
-        block_tables=send(block_tables),
-        num_decodes=int((counts == 1).sum()),
-        max_query_len=int(counts.max()),
-        max_context_len=int((computed + counts).max()),
+        token_ids=sent[0],
+        positions=sent[1],
+        slot_mapping=sent[2],
+        query_start=sent[3],
+        context_lens=sent[4],
+        block_tables=tables.tensor[:, :width].index_select(0, sent[5]),
+        num_decodes=int((counts == 1).sum()) if num_rows is None else num_rows,
     )

@@ -128,6 +128,7 @@ class OverlappedLoop(EngineLoop):
         device = runner.device
         sampling, targets, origins = (send(torch.tensor(ids), device) for ids in (rows, places, sources))
 
+        @torch.inference_mode()
         def step() -> Sampled:
             runner.copy_blocks(plan)
             if before is not None and places:

@@ -20,8 +20,6 @@ class Batch:
         context_lens: int32 ``[S]``, tokens of each sequence in the cache once this step's are written.
         block_tables: int32 ``[S, max_blocks]``, block ids; entries beyond a sequence's own blocks are arbitrary.
         num_decodes: how many leading sequences have exactly one new token.
-        max_query_len: the most new tokens of any one sequence.
-        max_context_len: the largest entry of ``context_lens``; known on the host, so no kernel has to ask the device.
     """
 
     token_ids: Tensor
@@ -31,5 +29,3 @@ class Batch:
     context_lens: Tensor
     block_tables: Tensor
     num_decodes: int
-    max_query_len: int
-    max_context_len: int

@@ -75,8 +75,6 @@ class PagedRun:
                 [self.tables[s] + [999] * (width - len(self.tables[s])) for s in order], dtype=torch.int32
             ),
             num_decodes=sum(chunks[s] == 1 for s in order),
-            max_query_len=max(chunks.values()),
-            max_context_len=max(span.stop for span in spans.values()),
         )
         logits = self.model.compute_logits(self.model(batch, self.kv_cache))
         for s, rows in zip(order, logits.split([chunks[s] for s in order]), strict=True):

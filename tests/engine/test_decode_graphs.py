@@ -1,0 +1,196 @@
+"""What CUDA graphs need, without a GPU: sizes, padding, static inputs, block tables that are sent by difference.
+
+A recording is played back here by calling the recorded function again, on the same static inputs.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mini_infer import LLM, SamplingParams
+from mini_infer.engine.block_tables import BlockTables
+from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
+from mini_infer.engine.device import pack, unpack
+from mini_infer.engine.model_runner import build_batch
+from mini_infer.models import Batch
+from mini_infer.scheduler import Sequence
+from tests.engine.checkpoints import make_engine_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["mistral", "qwen3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_engine_checkpoint(tmp_path_factory.mktemp(request.param), request.param, seed=9, num_hidden_layers=2)
+
+
+def test_sizes_cover_every_batch_and_end_with_the_largest() -> None:
+    for most in (1, 2, 3, 7, 8, 9, 16, 17, 100, 256):
+        sizes = graph_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most and sizes[0] == 1
+        for num_seqs in range(1, most + 1):
+            size = next(size for size in sizes if size >= num_seqs)
+            assert size - num_seqs < max(16, num_seqs)  # little is padded
+    assert graph_sizes(256) == [1, 2, 4, 8, *range(16, 257, 16)]
+
+
+def decode(table: list[int], num_tokens: int) -> Sequence:
+    """A sequence whose last token is to be computed."""
+    tokens = [(7 * i + len(table)) % 250 for i in range(num_tokens)]
+    return Sequence("r", tokens, 1, 1000, num_computed_tokens=num_tokens - 1, block_table=table)
+
+
+def random_table(draw: random.Random, num_tokens: int, block_size: int) -> list[int]:
+    return [draw.randrange(1000) for _ in range(-(-num_tokens // block_size))]
+
+
+def test_tables_follow_the_sequences_and_only_changes_are_sent() -> None:
+    for seed in range(60):
+        draw = random.Random(seed)
+        num_rows, width = draw.randint(1, 6), 12
+        tables = BlockTables(num_rows, width, CPU)
+        device = np.full(num_rows * width, -1, dtype=np.int32)  # what a GPU would have, updated by what is sent
+        sequences = [decode([draw.randrange(1000)], 2) for _ in range(10)]
+        for _ in range(80):
+            for sequence in sequences:
+                table = sequence.block_table
+                match draw.randrange(6):
+                    case 0 if len(table) < width:
+                        table.append(draw.randrange(1000))
+                    case 1 if table:  # its own copy of the last block
+                        table[-1] = draw.randrange(1000)
+                    case 2 if draw.random() < 0.2:  # preempted, and back with other blocks
+                        sequence.block_table = [draw.randrange(1000) for _ in range(draw.randint(1, width))]
+            step = draw.sample(sequences, draw.randint(1, num_rows))
+            before = device.copy()
+            rows, changed = tables.update(step)
+            device[changed] = tables.host.ravel()[changed]
+            assert len(set(rows.tolist())) == len(step)
+            for row, sequence in zip(rows, step, strict=True):
+                got = device.reshape(num_rows, width)[row, : len(sequence.block_table)]
+                assert got.tolist() == sequence.block_table, seed
+            again, nothing = tables.update(step)
+            assert again.tolist() == rows.tolist() and len(nothing) == 0
+            assert len(changed) <= sum(len(sequence.block_table) for sequence in step)
+            assert (np.flatnonzero(device != before)[:, None] == changed).any(axis=1).all()
+
+
+def test_a_growing_sequence_sends_one_block_at_a_time() -> None:
+    tables, sequence = BlockTables(2, 100, CPU), decode([5], 1)
+    tables.update([sequence])
+    for block in range(99):
+        sequence.block_table.append(block)
+        assert tables.update([sequence])[1].tolist() == [block + 1]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_padding_adds_rows_that_read_and_write_nothing(block_size: int) -> None:
+    draw = random.Random(block_size)
+    for num_rows in (1, 2, 8, 33):
+        lengths = [draw.randint(1, 90) for _ in range(draw.randint(1, num_rows))]
+        step = [(decode(random_table(draw, length, block_size), length), 1) for length in lengths]
+        plain = build_batch(step, BlockTables(40, 90, CPU), block_size, CPU)
+        padded = build_batch(step, BlockTables(40, 90, CPU), block_size, CPU, num_rows)
+        n = len(step)
+        for name in ("token_ids", "positions", "slot_mapping", "context_lens", "block_tables"):
+            assert getattr(padded, name)[:n].tolist() == getattr(plain, name).tolist(), name
+            assert len(getattr(padded, name)) == num_rows
+        assert padded.slot_mapping[n:].tolist() == [-1] * (num_rows - n)
+        assert padded.context_lens[n:].tolist() == [0] * (num_rows - n)
+        assert padded.query_start.tolist() == list(range(num_rows + 1)) and padded.num_decodes == num_rows
+        for row, length in enumerate(lengths):
+            table = step[row][0].block_table
+            assert plain.slot_mapping[row] == table[(length - 1) // block_size] * block_size + (length - 1) % block_size
+
+
+def test_arrays_travel_in_one_buffer() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        arrays = []
+        for _ in range(rng.integers(1, 9)):
+            shape = tuple(rng.integers(0, 7, size=rng.integers(1, 3)))
+            arrays.append(rng.integers(-(2**31), 2**31, size=shape).astype(rng.choice([np.int32, np.int64])))
+        buffer, places = pack(arrays, pinned=False)
+        for array, tensor in zip(arrays, unpack(buffer.clone(), places), strict=True):
+            assert torch.equal(tensor, torch.from_numpy(array)) and tensor.dtype == torch.from_numpy(array).dtype
+            assert tensor.data_ptr() % 4 == 0
+
+
+class Recorder:
+    """Plays a recording back by calling the function again, and counts how often."""
+
+    def __init__(self) -> None:
+        self.num_replays = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        hidden = run()
+
+        def replay() -> None:
+            self.num_replays += 1
+            with torch.inference_mode():
+                hidden.copy_(run())
+
+        return replay, hidden
+
+
+def add_graphs(engine: LLM, sizes: list[int]) -> Recorder:
+    runner, recorder = engine._loop._runner, Recorder()
+    with torch.inference_mode():
+        forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
+        graphs = DecodeGraphs(forward, sizes, runner.tables.host.shape[1], CPU, recorder)
+    engine._loop._runner = replace(runner, graphs=graphs)
+    return recorder
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("sizes", [[1, 2, 4, 5], [3], [8]])
+def test_replayed_steps_give_the_same_tokens(checkpoint: Path, sizes: list[int], overlap: bool) -> None:
+    """Under preemption, forks, and batches that no graph is large enough for."""
+    draw = random.Random(len(sizes))
+    prompts = [[draw.randrange(250) for _ in range(draw.randint(1, 30))] for _ in range(14)]
+    params = [
+        SamplingParams(
+            n=draw.choice([1, 1, 3]),
+            temperature=draw.choice([0.0, 0.9]),
+            seed=draw.randrange(99),
+            max_tokens=draw.randint(1, 20),
+            ignore_eos=True,
+        )
+        for _ in prompts
+    ]
+    fields = {
+        "dtype": "float64",
+        "max_model_len": 64,
+        "block_size": 4,
+        "num_gpu_blocks": 20,
+        "num_cpu_blocks": 8,
+        "preemption_mode": "swap",
+        "max_num_seqs": 5,
+        "max_num_batched_tokens": 40,
+    }
+    plain = LLM(checkpoint, **fields)
+    expected = [[c.token_ids for c in output.outputs] for output in plain.generate(prompts, params)]
+    engine = LLM(checkpoint, overlap=overlap, **fields)
+    recorder = add_graphs(engine, sizes)
+    assert [[c.token_ids for c in output.outputs] for output in engine.generate(prompts, params)] == expected
+    assert recorder.num_replays > 10
+    assert engine.stats().num_preemptions > 0 and engine.stats().num_used_blocks == 0
+
+
+def test_a_batch_with_prompts_has_no_graph(checkpoint: Path) -> None:
+    graphs = DecodeGraphs(lambda batch: torch.zeros(len(batch.token_ids), 4), [2, 4], 3, CPU, Recorder())
+    assert [graphs.size_for(n) for n in range(1, 6)] == [2, 2, 4, 4, None]
+
+    def batch(num_tokens: int, num_decodes: int) -> Batch:
+        empty = torch.zeros(num_tokens, dtype=torch.int64)
+        return Batch(empty, empty, empty, empty, empty, empty[:, None], num_decodes)
+
+    assert graphs.fits(batch(4, 4)) and graphs.fits(batch(2, 2))
+    assert not graphs.fits(batch(3, 3)) and not graphs.fits(batch(4, 3)) and not graphs.fits(batch(4, 0))

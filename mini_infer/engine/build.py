@@ -121,9 +121,8 @@ def build(config: EngineConfig) -> Parts:
 def _preemption_costs(model: Decoder, bytes_per_block: int, device: torch.device) -> PreemptionCosts:
     """What swapping and recomputing cost, from round figures: a GPU behind 16 lanes of PCIe 4 that reaches half of an
     A100's peak, or a CPU that copies within its own memory."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     copy_bytes_per_second, flops_per_second = (5e9, 2e11) if device.type == "cpu" else (2.5e10, 1.5e14)
-    return PreemptionCosts.estimate(bytes_per_block, copy_bytes_per_second, num_parameters, flops_per_second)
+    return PreemptionCosts.estimate(bytes_per_block, copy_bytes_per_second, model.num_parameters, flops_per_second)
 
 
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def generation_progress(num_requests: int, wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; where that is no terminal, only its last state is written.
+    """A progress bar on stderr, or below the cell of a notebook; none where it would end up in a file.
 
     Yields:
         A function to call with the numbers of requests finished and tokens generated so far.
@@ -22,7 +22,9 @@ def generation_progress(num_requests: int, wanted: bool) -> Iterator[Callable[[i
         TextColumn("{task.fields[speed]:.0f} tok/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not wanted) as bar:
+    console = Console(stderr=True)
+    shown = wanted and (console.is_terminal or console.is_jupyter)
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("Generating", total=num_requests, speed=0.0)
         start = time.monotonic()
         yield lambda finished, tokens: bar.update(

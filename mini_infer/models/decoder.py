@@ -29,6 +29,8 @@ class Decoder(nn.Module):
 
     Attributes:
         config: what the model was built from.
+        dtype: of every parameter.
+        num_parameters: numbers in all of them; a tied embedding counts once.
     """
 
     cos: Tensor
@@ -44,6 +46,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, window, dtype) for window in config.sliding_windows)
         self.norm = _parameter((config.hidden_size,), dtype)
         self.output = Linear(config.hidden_size, config.vocab_size, False, dtype)
+        self.num_parameters = sum(parameter.numel() for parameter in self.parameters())  # packed ones are not listed
         cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings)
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)

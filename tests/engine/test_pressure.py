@@ -108,6 +108,15 @@ def test_tokens_are_what_they_would_be_alone(checkpoint: Path) -> None:
     check_workloads(checkpoint, range(10))
 
 
+def test_auto_weighs_the_whole_model_against_the_copies() -> None:
+    """Recomputing a block of the tutor's takes some 6 M multiplications per token; copying it is cheaper."""
+    engine = LLM(num_gpu_blocks=12, num_cpu_blocks=32, max_model_len=160, preemption_mode="auto")
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    engine.generate([[5 + i] * 40 for i in range(3)], params)
+    stats = engine.stats()
+    assert stats.num_swap_preemptions > 0 and stats.num_recompute_preemptions == 0
+
+
 @pytest.mark.slow
 def test_tokens_are_what_they_would_be_alone_in_many_workloads(checkpoint: Path) -> None:
     check_workloads(checkpoint, range(10, 60))

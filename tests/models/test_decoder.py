@@ -152,6 +152,14 @@ def test_narrow_dtypes_stay_near_the_wide_model(tmp_path: Path, dtype: torch.dty
     assert (narrow.float() - wide).norm() / wide.norm() < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_once_and_packed_ones_too(tmp_path: Path, family: str, tied: bool) -> None:
+    path = make_checkpoint(tmp_path, family, 0, torch.float32, tie_word_embeddings=tied)
+    model = load_model(path, ModelConfig.from_directory(path), torch.float32, torch.device("cpu"))
+    assert model.num_parameters == AutoModelForCausalLM.from_pretrained(path).num_parameters()
+
+
 def test_nothing_has_a_gradient(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama", 3, attention_bias=True, mlp_bias=True)
     model = load_model(path, ModelConfig.from_directory(path), torch.float32, "cpu")

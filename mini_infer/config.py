@@ -66,7 +66,9 @@ class EngineConfig:
         aliases=("npu_queue_limit",),
     )
     offline: bool = option(False, "Throughput before latency: a larger default token budget", aliases=("is_offline",))
-    enforce_eager: bool = option(False, "Never use CUDA graphs")
+    enforce_eager: bool = option(
+        False, "Never record decode steps and replay them (CUDA graphs, and their like on a CPU)"
+    )
     kernel_backend: str | None = option(None, "Kernel backend for every op; None takes the best for the device")
     cache_dir: str | os.PathLike[str] | None = option(None, "Where Hub downloads are kept; None is its own default")
     trace: str | os.PathLike[str] | None = option(

@@ -86,9 +86,9 @@ def build(config: EngineConfig) -> Parts:
 
     width = -(-max_model_len // config.block_size)
     runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
+    if not config.enforce_eager:
+        runner = _with_graphs(runner, config.max_num_seqs, width)
     _warm_up(runner, num_blocks * config.block_size)
-    if device.type == "cuda" and not config.enforce_eager:
-        runner = _with_graphs(runner, graph_sizes(config.max_num_seqs), width)
     block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
     make_scheduler: Callable[..., Scheduler] = Scheduler
     trace = None
@@ -128,8 +128,6 @@ def _preemption_costs(model: Decoder, bytes_per_block: int, device: torch.device
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
     if device.type == "cpu" and "cpu" in broken_backends():
         logger.warning("the fast CPU kernels need numba, and it is not here: pip install 'mini-infer[cpu]'")
-    if device.type == "cpu" and config.enforce_eager:
-        logger.info("enforce_eager means nothing on a CPU: there are no CUDA graphs to avoid")
     if device.type == "cpu" and config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         logger.info("gpu_memory_utilization means nothing on a CPU: set num_gpu_blocks for more KV memory")
 
@@ -163,26 +161,31 @@ def _runner(
     return ModelRunner(model, kv_cache, config.block_size, device, config.kernel_backend, tables, graphs=None)
 
 
-def _with_graphs(runner: ModelRunner, sizes: list[int], width: int) -> ModelRunner:
-    """The runner with a CUDA graph for decodes of each size; as it is, where a kernel cannot be recorded."""
+def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
+    """The runner with graphs for its decodes, where launches can be recorded."""
     forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
-    try:
-        with torch.inference_mode(), kernels.use_backend(runner.kernel_backend):
-            graphs = DecodeGraphs(forward, sizes, width, runner.device, cuda_capture())
-    except RuntimeError as error:  # it asks the device for something, as the reference's attention does
-        logger.warning("decode steps run without CUDA graphs, since they cannot be recorded: %s", error)
-        return runner
+    with torch.inference_mode(), kernels.use_backend(runner.kernel_backend):
+        if runner.device.type == "cuda":
+            graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, runner.device, cuda_capture())
+            graphs.record_all()
+        elif kernels.backend_of("paged_attention") == "cpu":
+            from mini_infer.kernels.cpu.recording import cpu_capture
+
+            graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())
+        else:
+            return runner
     return replace(runner, graphs=graphs)
 
 
 def _warm_up(runner: ModelRunner, num_slots: int) -> None:
-    """Run a prompt and a decode, so that no request waits for the kernels to be compiled and loaded.
+    """Run a prompt and a decode, so that no request waits for the kernels to be compiled and loaded; the decode twice,
+    since the first time it may be recorded and the second time replayed.
 
     Their keys and values go to blocks that nobody owns yet.
     """
     num_tokens = min(2, num_slots, runner.model.config.max_position_embeddings)
     table = list(range(-(-num_tokens // runner.block_size)))
-    for num_computed in range(num_tokens):  # all tokens at once, then the last one
+    for num_computed in (0, num_tokens - 1, num_tokens - 1):  # all tokens at once, then the last one
         sequence = Sequence("warm-up", [0] * num_tokens, num_tokens, num_tokens, block_table=table)
         sequence.num_computed_tokens = num_computed
         hidden = runner.forward([(sequence, num_tokens - num_computed)])

@@ -1,30 +1,36 @@
-"""Decode steps as CUDA graphs: the launches of a whole forward pass, recorded once and sent as one.
+"""Decode steps as graphs: the launches of a whole forward pass, recorded once and sent as one.
 
 A decode step of a small model takes about a millisecond on a GPU, and is some ten launches for each layer; a launch
 from Python takes longer than many of these kernels. A graph records the launches with all their arguments and replays
-them at a few microseconds each. What is recorded cannot change, so
+them at a few microseconds each. On NVIDIA's and AMD's GPUs the driver does that; on a CPU, `kernels.cpu.recording`.
+What is recorded cannot change, so
 
-- every size of batch needs a graph of its own. There is one for 1, 2, 4, 8 and for multiples of 16; a step takes the
-  next larger one, whose spare rows have slot -1, which writes nowhere, and a context of 0 tokens, which reads nothing;
+- every size of batch needs a graph of its own. On a GPU, where recording takes a while, there is one for 1, 2, 4, 8
+  and for multiples of 16, made as the engine is built. A step takes the next larger one, and its spare rows have slot
+  -1, which writes nowhere, and a context of 0 tokens, which reads nothing. On a CPU every size is recorded when it
+  first comes: that takes no longer than the step itself, while a spare row would cost time in every step;
 - inputs are read from the same memory each time: static tensors, which a step's own are copied to;
 - nothing may depend on values that the host would have to know. The number of programs that share a context follows
-  from the width of the block tables, which is fixed; lengths are read on the device.
+  from the width of the block tables, which is fixed; lengths are read by the kernels.
 
-All graphs take their intermediate results from one pool of memory, since only one of them runs at a time. Prompt chunks
+All graphs take their intermediate results from the same memory, since only one of them runs at a time. Prompt chunks
 are large enough to hide their launches, and run without a graph.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mini_infer.models import Batch
 
+logger = logging.getLogger(__name__)
+
 Capture: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""Records what a function does on the device: how to replay it, and the tensor that its result then is in."""
+"""Runs a function and records what it does on the device: how to replay it, and the tensor that its result is in."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -32,14 +38,8 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if size < max_num_seqs} | {max_num_seqs})
 
 
-class _Graph(NamedTuple):
-    batch: Batch
-    hidden: Tensor
-    replay: Callable[[], None]
-
-
 class DecodeGraphs:
-    """One graph for each batch size; made once, as the engine is built.
+    """One graph for each batch size, recorded when it is first needed.
 
     Args:
         forward: the model's forward pass, hidden states ``[T, hidden_size]`` of a batch.
@@ -57,12 +57,16 @@ class DecodeGraphs:
         device: torch.device,
         capture: Capture,
     ) -> None:
-        self._graphs: dict[int, _Graph] = {}
-        for size in sorted(sizes, reverse=True):  # the largest first: the others fit into the memory that it took
-            batch = _static_batch(size, width, device)
-            replay, hidden = capture(lambda batch=batch: forward(batch))  # type: ignore[misc]
-            self._graphs[size] = _Graph(batch, hidden, replay)
-        self._sizes = sorted(self._graphs)
+        self._forward = forward
+        self._capture = capture
+        self._sizes = sorted(sizes)
+        self._inputs = _static_batch(self._sizes[-1], width, device)
+        self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+
+    def record_all(self) -> None:
+        """Record every size now; the largest first, so that the others fit into the memory that it took."""
+        for size in reversed(self._sizes):
+            self._record(size)
 
     def size_for(self, num_seqs: int) -> int | None:
         """How many rows the decodes of so many sequences are padded to; None if there is no graph of that size."""
@@ -71,19 +75,43 @@ class DecodeGraphs:
 
     def fits(self, batch: Batch) -> bool:
         """Whether ``run`` takes the batch: decodes alone, of a graph's size."""
-        return batch.num_decodes == len(batch.token_ids) and batch.num_decodes in self._graphs
+        num_rows = len(batch.token_ids)
+        return batch.num_decodes == num_rows and self.size_for(num_rows) == num_rows
 
     def run(self, batch: Batch) -> Tensor:
         """What ``forward`` gives for a batch of decodes, padded to a graph's size.
 
         The result is overwritten by the next run.
         """
-        graph = self._graphs[len(batch.token_ids)]
+        size = len(batch.token_ids)
         for name in ("token_ids", "positions", "slot_mapping", "context_lens"):
-            getattr(graph.batch, name).copy_(getattr(batch, name))
-        graph.batch.block_tables[:, : batch.block_tables.shape[1]].copy_(batch.block_tables)
-        graph.replay()
-        return graph.hidden
+            getattr(self._inputs, name)[:size].copy_(getattr(batch, name))
+        self._inputs.block_tables[:size, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+        if size not in self._graphs:
+            return self._record(size)
+        replay, hidden = self._graphs[size]
+        replay()
+        return hidden
+
+    def _record(self, size: int) -> Tensor:
+        """Record one size; what it gives for the inputs as they are. Where that fails, there are no graphs any more."""
+        inputs = self._inputs
+        batch = Batch(
+            token_ids=inputs.token_ids[:size],
+            positions=inputs.positions[:size],
+            slot_mapping=inputs.slot_mapping[:size],
+            query_start=inputs.query_start[: size + 1],
+            context_lens=inputs.context_lens[:size],
+            block_tables=inputs.block_tables[:size],
+            num_decodes=size,
+        )
+        try:
+            self._graphs[size] = _, hidden = self._capture(lambda: self._forward(batch))
+        except RuntimeError as error:  # it asks for values, as the reference's attention does
+            logger.info("decode steps run without graphs, since they cannot be recorded: %s", error)
+            self._sizes = []
+            return self._forward(batch)
+        return hidden
 
 
 def _static_batch(size: int, width: int, device: torch.device) -> Batch:
@@ -110,6 +138,7 @@ def cuda_capture() -> Capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             hidden = run()
+        graph.replay()  # recording alone computes nothing
         return graph.replay, hidden
 
     return capture

@@ -3,6 +3,7 @@
 A recording is played back here by calling the recorded function again, on the same static inputs.
 """
 
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,6 +148,40 @@ def add_graphs(engine: LLM, sizes: list[int]) -> Recorder:
         graphs = DecodeGraphs(forward, sizes, runner.tables.host.shape[1], CPU, recorder)
     engine._loop._runner = replace(runner, graphs=graphs)
     return recorder
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_recorded_step_on_the_cpu_is_the_step_itself(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("numba")
+    path = make_engine_checkpoint(tmp_path, family, seed=9, head_dim=16, num_hidden_layers=2)
+    draw = random.Random(7)
+    prompts = [[draw.randrange(250) for _ in range(draw.randint(1, 40))] for _ in range(7)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=draw.randint(2, 30), ignore_eos=True, logprobs=1) for _ in prompts
+    ]
+    engines = [LLM(path, dtype="float32", enforce_eager=eager) for eager in (True, False)]
+    graphs = engines[1]._loop._runner.graphs
+    assert engines[0]._loop._runner.graphs is None and graphs is not None
+    for _ in range(2):  # recorded, then replayed from the start
+        for eager, replayed in zip(*(engine.generate(prompts, params) for engine in engines), strict=True):
+            assert eager.token_ids == replayed.token_ids
+            for expected, got in zip(eager.logprobs or (), replayed.logprobs or (), strict=True):
+                assert [e.logprob for e in expected.values()] == pytest.approx(
+                    [e.logprob for e in got.values()], abs=1e-5
+                )
+    assert graphs.size_for(1) == 1  # it has not given up
+
+
+def test_a_model_that_cannot_be_recorded_runs_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Heads of 20 features have no fast attention, and the reference's looks at the lengths."""
+    path = make_engine_checkpoint(tmp_path, "llama", seed=2, head_dim=20, num_hidden_layers=2)
+    with caplog.at_level(logging.INFO):
+        engine = LLM(path, dtype="float32")
+    if engine._loop._runner.graphs is not None:  # there is numba
+        assert "without graphs" in caplog.text
+    prompts, params = [[1, 2, 3], [4]], SamplingParams(temperature=0, max_tokens=8)
+    expected = LLM(path, dtype="float32", enforce_eager=True).generate(prompts, params)
+    assert [o.token_ids for o in engine.generate(prompts, params)] == [o.token_ids for o in expected]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

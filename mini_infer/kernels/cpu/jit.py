@@ -28,8 +28,9 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import llvmlite.binding as llvm
 import numba
@@ -264,7 +265,34 @@ class Kernel:
             return
         data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
         num_threads = 1 if work < _SMALL else min(torch.get_num_threads(), num_tasks)
-        _parallel()(self._address, ctypes.addressof(data), num_threads, 0)
+        launch = Launch(self._address, data, num_threads)
+        parallel()(launch.kernel, ctypes.addressof(data), num_threads, 0)
+        observe = observer.get()
+        if observe is not None:
+            observe(launch)
+
+    def alone(self, num_tasks: int, *args: int) -> None:
+        """Call the kernel once, on this thread."""
+        data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
+        _alone(self._address, ctypes.addressof(data), 1, 0)
+
+
+class Launch(NamedTuple):
+    """What there is to know of a kernel's call.
+
+    Attributes:
+        kernel: address of the machine code.
+        data: the kernel's argument.
+        num_threads: how many threads share the tasks.
+    """
+
+    kernel: int
+    data: "ctypes.Array[ctypes.c_int64]"
+    num_threads: int
+
+
+observer: ContextVar[Callable[[Launch], None] | None] = ContextVar("observer", default=None)
+"""Told of every launch in this context, while one is set."""
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
@@ -280,17 +308,23 @@ def float_bits(value: float) -> int:
 
 
 @functools.cache
-def _parallel() -> Callable[[int, int, int, int], None]:
+def parallel() -> Callable[[int, int, int, int], None]:
     """OpenMP's "call this function with this argument on that many threads", from the runtime that PyTorch loaded."""
     try:
         # By this name the loader finds the library that is in memory already: PyTorch's own.
         library = ctypes.CDLL("libgomp.so.1", mode=getattr(os, "RTLD_NOLOAD", 0) | ctypes.DEFAULT_MODE)
-        parallel = library.GOMP_parallel
+        gomp_parallel = library.GOMP_parallel
     except (OSError, AttributeError):
         return _alone
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel
+    gomp_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    gomp_parallel.restype = None
+    return gomp_parallel
+
+
+def parallel_address() -> int:
+    """Where that function is; 0 where there is none."""
+    function: Any = parallel()
+    return 0 if function is _alone else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _alone(address: int, data: int, num_threads: int, flags: int) -> None:

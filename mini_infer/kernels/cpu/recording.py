@@ -1,0 +1,207 @@
+"""Recording what a function computes on the CPU, to replay it without Python: a CUDA graph, for a processor.
+
+A decode step of a model is a few hundred kernels, and each call from Python takes longer than a small kernel runs:
+arguments are checked, results allocated, integers packed. Nothing of that changes from one step to the next, if inputs
+are read from the same memory each time and every intermediate result lies where it lay before. So
+
+- each launch of one of our kernels is noted, with the very argument that it got, and a loop in machine code launches
+  them again;
+- a new tensor gets its memory from an arena that outlives it. It is given to another tensor as soon as nothing refers
+  to the first one, as in any allocator, and all recordings share it: only one of them runs at a time;
+- PyTorch's own operations, of which a step has a handful, are called again, and what they give is copied to where it
+  was. Views cost nothing: they are made once.
+
+A function that looks at the value of a tensor cannot be recorded, since it might have done something else for another.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mini_infer.kernels.cpu.jit import FIRST, Launch, kernel, observer, parallel_address, pointer
+
+_Item: TypeAlias = Launch | Callable[[], object]
+
+_ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
+_LOOKING = {Tensor.tolist, Tensor.numpy}
+"""Ways to see values that are not operations."""
+
+
+class NotRecordableError(RuntimeError):
+    """What the function does depends on values of tensors."""
+
+
+def cpu_capture() -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]:
+    """A function that calls another, and gives how to replay it and the tensor that its result is in.
+
+    Inputs of the recorded function are tensors that it finds where they were, with other values in them. Nothing else
+    may change between replays; the result is overwritten by each, and intermediate results by any recording.
+
+    Raises:
+        NotRecordableError: by what it returns, if the recorded function looks at values.
+    """
+    arena = _Arena()
+
+    def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        items: list[_Item] = []
+        token = observer.set(items.append)
+        try:
+            with _NoLooking(), _Recorder(items, arena):
+                result = run()
+        finally:
+            observer.reset(token)
+        calls = [
+            _replay_launches([item for item in group if isinstance(item, Launch)]) if launches else _replay_calls(group)
+            for launches, group in groupby(items, key=lambda item: isinstance(item, Launch))
+        ]
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        return replay, result
+
+    return capture
+
+
+class _Arena:
+    """Memory for tensors, each piece used by one after the other."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[np.ndarray, StorageWeakRef]] = []
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """A contiguous tensor of the same shape and dtype."""
+        if like.nbytes == 0:
+            return like
+        fitting = [i for i, (piece, user) in enumerate(self._pieces) if piece.nbytes >= like.nbytes and user.expired()]
+        if fitting:
+            piece, _ = self._pieces.pop(min(fitting, key=lambda i: self._pieces[i][0].nbytes))
+        else:
+            piece = torch.empty(like.nbytes, dtype=torch.uint8).numpy()
+        tensor = torch.frombuffer(piece, dtype=like.dtype, count=like.numel()).view(like.shape)
+        self._pieces.append((piece, StorageWeakRef(tensor.untyped_storage())))
+        return tensor
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes PyTorch's operations, and has new tensors made in the arena."""
+
+    def __init__(self, items: list[_Item], arena: _Arena) -> None:
+        super().__init__()
+        self._items, self._arena = items, arena
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Unless told that this has nothing to do with its compiler, PyTorch loads that, which takes two seconds."""
+        return False
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if operation in _ALLOCATIONS:
+            return self._arena.tensor(result)
+        if operation._schema.is_mutable:
+            self._items.append(lambda: operation(*args, **kwargs))
+            return result
+        results = tree_leaves(result)
+        if not all(isinstance(tensor, Tensor) for tensor in results):
+            raise NotRecordableError(f"{operation} makes the step depend on what a tensor holds")
+        inputs = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if not all(_address(tensor) in inputs for tensor in results):  # else it is a view
+            self._items.append(lambda: _copy_leaves(operation(*args, **kwargs), results))
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _copy_leaves(values: Any, targets: Sequence[Tensor]) -> None:
+    for value, target in zip(tree_leaves(values), targets, strict=True):
+        target.copy_(value)
+
+
+class _NoLooking(TorchFunctionMode):
+    """Refuses what reads values without being an operation."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in _LOOKING:
+            raise NotRecordableError(f"{function.__name__} makes the step depend on what a tensor holds")
+        return function(*args, **(kwargs or {}))
+
+
+# ---- replaying -------------------------------------------------------------------------------------------------------
+
+
+def _replay_calls(items: Any) -> Callable[[], None]:
+    calls: list[Callable[[], object]] = list(items)
+
+    def replay() -> None:
+        for call in calls:
+            call()
+
+    return replay
+
+
+def _replay_launches(launches: list[Launch]) -> Callable[[], None]:
+    """The launches one after the other, by way of one call."""
+    table = np.array(
+        [(launch.kernel, ctypes.addressof(launch.data), launch.num_threads) for launch in launches], dtype=np.int64
+    )
+    openmp = parallel_address()
+
+    def replay() -> None:
+        assert launches  # keeps the arguments that the table points to
+        _launch_all.alone(len(table), table.ctypes.data, openmp)
+
+    return replay
+
+
+@intrinsic
+def _launch(typing_context, openmp, address, data, num_threads):
+    """Call a kernel on some threads, or on this one where there is no OpenMP."""
+
+    def codegen(context, builder, signature, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        openmp, address, data, num_threads = args
+        data = builder.inttoptr(data, byte)
+        with builder.if_else(builder.icmp_unsigned("!=", openmp, ir.Constant(openmp.type, 0))) as (there, missing):
+            with there:
+                function = ir.FunctionType(ir.VoidType(), [byte, byte, number, number]).as_pointer()
+                builder.call(
+                    builder.inttoptr(openmp, function),
+                    [builder.inttoptr(address, byte), data, builder.trunc(num_threads, number), ir.Constant(number, 0)],
+                )
+            with missing:
+                function = ir.FunctionType(ir.VoidType(), [byte]).as_pointer()
+                builder.call(builder.inttoptr(address, function), [data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@kernel
+def _launch_all(args):
+    table, openmp = pointer(args[FIRST], np.int64), args[FIRST + 1]
+    for i in range(args[1]):
+        data = pointer(table[3 * i + 1], np.int64)
+        data[0] = 0  # the next task
+        data[2] = 0  # the next thread's number
+        _launch(openmp, table[3 * i], table[3 * i + 1], table[3 * i + 2])

@@ -1,0 +1,139 @@
+"""A recording computes what the function computes, whatever its inputs hold by then; and refuses what it could not."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mini_infer import kernels
+
+pytest.importorskip("numba")
+
+from mini_infer.kernels.cpu import jit, recording
+from mini_infer.kernels.cpu.recording import NotRecordableError, cpu_capture
+
+WIDTH = 64
+
+
+class Network:
+    """Random layers of kernels and PyTorch's own operations, like a model's but of any order."""
+
+    def __init__(self, draw: random.Random, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(draw.randrange(2**31))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.norm = normal(WIDTH)
+        self.wide = kernels.pack_linear(normal(2 * WIDTH, WIDTH) / 8, None)
+        self.square = kernels.pack_linear(normal(WIDTH, WIDTH) / 8, normal(WIDTH))
+        self.embedding = kernels.pack_linear(normal(100, WIDTH), None)
+        self.kinds = [draw.choice(["norm", "add", "gate", "view", "copy", "in place", "product"]) for _ in range(12)]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding.rows(ids)
+        residual = torch.zeros_like(hidden)
+        for kind in self.kinds:
+            if kind == "norm":
+                hidden = kernels.rmsnorm(hidden, self.norm, 1e-6)
+            elif kind == "add":
+                hidden, residual = kernels.add_rmsnorm(hidden, residual, self.norm, 1e-6)
+            elif kind == "gate":
+                hidden = kernels.silu_and_mul(self.wide(hidden))
+            elif kind == "view":
+                first, second = self.wide(hidden).unflatten(-1, (2, WIDTH)).unbind(1)
+                hidden = kernels.rmsnorm(second, self.norm, 1e-6) + first
+            elif kind == "copy":
+                hidden = hidden.t().contiguous().t()
+            elif kind == "in place":
+                hidden = self.square(hidden)
+                hidden[:, ::2].mul_(0.5)
+            else:
+                hidden = self.square(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.inference_mode()
+def test_replays_are_the_function_for_other_inputs(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        for seed in range(25):
+            draw = random.Random(seed)
+            networks = [Network(draw, dtype) for _ in range(3)]
+            inputs = [torch.randint(100, (draw.randint(1, 40),)) for _ in networks]
+            capture = cpu_capture()  # all three share its memory
+            recordings = []
+            for network, ids in zip(networks, inputs, strict=True):
+                replay, result = capture(lambda network=network, ids=ids: network(ids))
+                torch.testing.assert_close(result, network(ids), rtol=0, atol=0)
+                recordings.append((replay, result))
+            for _ in range(12):
+                which = draw.randrange(3)
+                inputs[which].random_(0, 100)
+                replay, result = recordings[which]
+                result.fill_(torch.nan)
+                replay()
+                torch.testing.assert_close(result, networks[which](inputs[which]), rtol=0, atol=0, msg=f"seed {seed}")
+    finally:
+        torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def test_a_replay_needs_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "parallel", lambda: jit._alone)
+    monkeypatch.setattr(recording, "parallel_address", lambda: 0)
+    network, ids = Network(random.Random(1), torch.float32), torch.arange(7)
+    replay, result = cpu_capture()(lambda: network(ids))
+    ids.random_(0, 100)
+    replay()
+    torch.testing.assert_close(result, network(ids), rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_memory_of_intermediate_results_is_used_again() -> None:
+    weight, x = torch.randn(WIDTH), torch.randn(50, WIDTH)
+
+    def deep() -> Tensor:
+        y = x
+        for _ in range(40):
+            y = kernels.rmsnorm(y, weight, 1e-6)
+        return y
+
+    addresses: set[int] = set()
+    token = jit.observer.set(lambda launch: addresses.add(launch.data[jit.FIRST + 3]))
+    try:
+        recorder = recording._Recorder([], recording._Arena())
+        with recorder:
+            deep()
+    finally:
+        jit.observer.reset(token)
+    assert len(addresses) == 2  # one is read while the other is written
+
+
+LOOKS: dict[str, Callable[[Tensor], object]] = {
+    "tolist": lambda x: x.tolist(),
+    "item": lambda x: x.sum().item(),
+    "numpy": lambda x: x.numpy(),
+    "bool": lambda x: bool(x.any()),
+    "int": lambda x: int(x[0]),
+    "nonzero and its size": lambda x: len(x.nonzero().tolist()),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@torch.inference_mode()
+def test_what_looks_at_values_is_refused(look: Callable[[Tensor], object]) -> None:
+    x = torch.arange(5)
+
+    def run() -> Tensor:
+        look(x)
+        return x + 1
+
+    with pytest.raises(NotRecordableError, match="depend"):
+        cpu_capture()(run)
+    assert jit.observer.get() is None
+    assert look(x) is not None  # nothing of the refusal is left

@@ -15,8 +15,9 @@ HAS_TORCH := -c 'from importlib.metadata import version; \
 demo: $(VENV)/core.stamp
 	@$(BIN)/mini-infer demo
 
+# One process per core; what must stay together, such as the blocks of a page, says so.
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist loadgroup
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m ''
@@ -32,6 +33,7 @@ bench: $(VENV)/dev.stamp
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build --strict -f mkdocs.zh.yml
 
 clean:
 	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
@@ -48,8 +50,8 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
-	@echo "Adding what tests, linters and the server need."
-	@$(PIP_INSTALL) -e '.[cpu,dev,serve]'
+	@echo "Adding what tests, linters, the server and the documentation need."
+	@$(PIP_INSTALL) -e '.[cpu,dev,docs,serve]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/core.stamp

@@ -1,96 +1,358 @@
 """Puts results into the documentation: ``python -m benchmarks.tables``.
 
-A page holds a pair of markers, ``<!-- compare -->`` and ``<!-- /compare -->``; what stands between them is replaced by
-a table made of a results file, in the page's language.
+A page holds pairs of markers, such as ``<!-- compare -->`` and ``<!-- /compare -->``; what stands between them is
+replaced by a table made of the results files, in the page's language. The charts in ``docs/assets`` are drawn from the
+same files. No measured number is typed by hand.
 """
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bars import Bar, Group, chart
 from benchmarks.report import RESULTS
 
-DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"en": DOCS / "cpu.md", "zh": DOCS / "zh" / "cpu.md"}
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "docs" / "assets"
 
-WORDS = {
+WORDS: Mapping[str, Mapping[str, str]] = {
     "en": {
-        "head": "| workload | Mini-Infer | sampled | vLLM | transformers | over vLLM | over transformers "
+        "machine": "{cores} cores of an {model}",
+        "source": "{machine}, {date}; `{command}`, `benchmarks/results/{file}`.",
+        "compare": "| workload | Mini-Infer | sampled | vLLM | transformers | over vLLM | over transformers "
         "| of the floor |",
+        "figures": "| output tokens per second, bfloat16 | Mini-Infer | vLLM | transformers |",
+        "figures_note": "Random weights in the shape of Qwen3-0.6B and in a tiny one; medians of {rounds} alternating "
+        "rounds; {machine}, {date}; a dash: not measured. How, and how to repeat it: [Benchmarks]({page}).",
         "1 request": "0.6B shape, 1 request, 32 in, 128 out",
         "16 requests": "0.6B shape, 16 requests, 32-256 in, 16-128 out",
         "64 requests": "0.6B shape, 64 requests, 32-64 in and out",
         "4 long prompts": "0.6B shape, 4 requests, 1500 in, 64 out",
         "tiny": "tiny shape, 64 requests, 32-256 in, 16-128 out",
-        "rest": "Output tokens per second, medians of {rounds} alternating rounds in bfloat16, on {cpu}, {date}. "
+        "rest": "Output tokens per second, medians of {rounds} alternating rounds in bfloat16, on {machine}, {date}. "
         "Start of the process to the first token (0.6B): {warm} s, with nothing compiled yet {cold} s. Peak memory "
         "with a KV pool of {pool} MB in full use: {peak} MB, {over} times weights and pool.",
         "kernels": "| operation | shape | reference | `cpu` | speedup | rate | of peak |",
-        "machine": "bfloat16, {cpu}, {date}; `pytest --benchmark`, `benchmarks/results/kernels-cpu.json`.",
+        "kernel": "| bfloat16 | floor | reference | `cpu` | of the floor |",
+        "batching": "| question | figure | command |",
+        "static": "Tokens per second of continuous batching, over static batches of {batch}",
+        "waste": "KV memory that is held and holds no token",
+        "occupancy": "KV memory in use while requests wait",
+        "reuse": "Mean time to first token of {clients} clients that share {prefix} of {total} prompt tokens: without "
+        "prefix caching over with",
+        "plan": "Planning a step of 256 sequences of 8000 tokens",
+        "requests": "Requests per second through the scheduler alone, {requests} of them",
+        "serving": "| milliseconds | p50 | p90 | p99 |",
+        "ttft": "time to first token",
+        "itl": "inter-token latency",
+        "e2e": "whole answer",
+        "event_loop_lag": "lag of the event loop",
+        "serving_rest": "{requests} requests from {clients} clients at once, of whom {left} left in the middle: "
+        "{rate} output tokens per second; {equal} of {equal_of} answers equal the offline engine's, {wrong} differ; "
+        "{blocks} KV blocks in use afterwards.",
+        "gpu": "| section | figure | measured | bar | |",
+        "no_gpu": "No figures are given here yet: neither the kernels nor the engine have been timed on a GPU. When "
+        "they have, they will come from that file.",
+        "pass": "reached",
+        "miss": "missed",
+        "untaken": "not taken",
+        "chart_compare": "Output tokens per second on a CPU",
+        "chart_kernels": "Share of the machine's limit reached on a CPU",
+        "reference": "reference",
     },
     "zh": {
-        "head": "| 负载 | Mini-Infer | 随机采样 | vLLM | transformers | 对 vLLM | 对 transformers | 占下限 |",
+        "machine": "{model} 的 {cores} 个核心",
+        "source": "{machine}，{date}；`{command}`，`benchmarks/results/{file}`。",
+        "compare": "| 负载 | Mini-Infer | 随机采样 | vLLM | transformers | 对 vLLM | 对 transformers | 占下限 |",
+        "figures": "| 每秒输出词元数，bfloat16 | Mini-Infer | vLLM | transformers |",
+        "figures_note": "Qwen3-0.6B 规模和一个微型规模，随机权重；轮流运行 {rounds} 轮取中位数；{machine}，{date}；"
+        "短横表示未测。怎样测的、怎样重做，见[性能测量]({page})。",
         "1 request": "0.6B 规模，1 个请求，输入 32、输出 128",
         "16 requests": "0.6B 规模，16 个请求，输入 32-256、输出 16-128",
         "64 requests": "0.6B 规模，64 个请求，输入、输出各 32-64",
         "4 long prompts": "0.6B 规模，4 个请求，输入 1500、输出 64",
         "tiny": "微型规模，64 个请求，输入 32-256、输出 16-128",
-        "rest": "单位为每秒输出词元数，bfloat16，轮流运行 {rounds} 轮取中位数；{cpu}，{date}。"
+        "rest": "单位为每秒输出词元数，bfloat16，轮流运行 {rounds} 轮取中位数；{machine}，{date}。"
         "从进程启动到首个词元（0.6B）：{warm} 秒；算子尚未编译时 {cold} 秒。"
         "{pool} MB 的 KV 池全部用满时，内存峰值 {peak} MB，是权重与 KV 池之和的 {over} 倍。",
         "kernels": "| 操作 | 形状 | 参考实现 | `cpu` | 加速比 | 速率 | 占峰值 |",
-        "machine": "bfloat16，{cpu}，{date}；`pytest --benchmark`，`benchmarks/results/kernels-cpu.json`。",
+        "kernel": "| bfloat16 | 下限 | 参考实现 | `cpu` | 占下限 |",
+        "batching": "| 问题 | 数字 | 命令 |",
+        "static": "连续批处理每秒的词元数，相对每批 {batch} 个的静态批",
+        "waste": "已占用却没有存放词元的 KV 内存",
+        "occupancy": "有请求排队时 KV 内存的使用率",
+        "reuse": "{clients} 个客户端共享提示词 {total} 个词元中的 {prefix} 个，平均首词元时间：关闭前缀缓存与开启之比",
+        "plan": "为 256 个 8000 词元的序列安排一步",
+        "requests": "单独运行调度器，每秒处理的请求数，共 {requests} 个",
+        "serving": "| 毫秒 | p50 | p90 | p99 |",
+        "ttft": "首词元时间",
+        "itl": "词元间延迟",
+        "e2e": "完整回答",
+        "event_loop_lag": "事件循环的滞后",
+        "serving_rest": "{clients} 个客户端同时发出 {requests} 个请求，其中 {left} 个中途离开：每秒输出 {rate} 个词元；"
+        "{equal_of} 个回答中有 {equal} 个与离线引擎的完全相同，{wrong} 个不同；结束后仍被占用的 KV 块为 {blocks} 个。",
+        "gpu": "| 项目 | 数字 | 实测 | 标准 | |",
+        "no_gpu": "这里暂时没有数字，因为算子和引擎都还没有在 GPU 上测过。测过之后，一切数字都将取自该文件。",
+        "pass": "达标",
+        "miss": "未达标",
+        "untaken": "未能测得",
+        "chart_compare": "CPU 上每秒输出的词元数",
+        "chart_kernels": "算子在 CPU 上达到本机极限的百分比",
+        "reference": "参考实现",
     },
 }
 
+BENCHMARKS_PAGE = {"en": "docs/benchmarks.md", "zh": "docs/zh/benchmarks.md"}
+"""As the README links to it."""
 
-def compare_table(results: dict[str, Any], words: dict[str, str]) -> str:
-    """Mini-Infer beside its peers."""
-    figures, lines = results["figures"], [words["head"], "|---|" + "---:|" * 7]
-    for model, found in figures["models"].items():
+
+def results(name: str) -> dict[str, Any]:
+    """What stands in ``benchmarks/results/NAME.json``."""
+    read: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return read
+
+
+def tables(language: str) -> dict[str, str]:
+    """Every table there is, in a language, by the name in its markers."""
+    words = WORDS[language]
+    kernels = results("kernels-cpu")
+    each = {f"kernel {op}": kernel_table(kernels, op, words) for op in _ops(kernels)}
+    return each | {
+        "compare": compare_table(results("compare-cpu"), results("compare-memory"), words),
+        "figures": figures_table(results("compare-cpu"), words, BENCHMARKS_PAGE[language]),
+        "kernels": kernels_table(kernels, words),
+        "batching": batching_table(words),
+        "serving": serving_table(results("serving"), words),
+        "gpu": gpu_tables(words),
+    }
+
+
+def charts(language: str) -> dict[str, str]:
+    """Every chart there is, in a language, by its file's name."""
+    words = WORDS[language]
+    return {
+        f"compare-cpu.{language}.svg": compare_chart(results("compare-cpu"), words),
+        f"kernels-cpu.{language}.svg": kernels_chart(results("kernels-cpu"), words),
+    }
+
+
+# ---- Mini-Infer beside its peers ---------------------------------------------------------------------------------
+
+
+def _workloads(compared: dict[str, Any], words: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each workload is called, and how each engine did."""
+    for model, found in compared["figures"]["models"].items():
         for workload in found["workloads"]:
-            engines = workload["engines"]
-            ours = engines["mini-infer"]["tokens_per_second"]
+            yield words["tiny" if model == "tiny" else workload["name"]], workload["engines"]
 
-            def rate(label: str, engines: dict[str, Any] = engines) -> str:
-                return f"{engines[label]['tokens_per_second']:.1f}" if label in engines else "-"
 
-            def over(label: str, engines: dict[str, Any] = engines) -> str:
-                ratio = engines[label]["mini_infer_is_times_as_fast"] if label in engines else None
-                return f"{ratio:.2f}x" if ratio else "-"
+def _rate(engines: dict[str, Any], label: str) -> str:
+    if label not in engines:
+        return "-"
+    rate = engines[label]["tokens_per_second"]
+    return f"{rate:,.{0 if rate >= 1000 else 1}f}"
 
-            share = f"{100 * engines['mini-infer']['share_of_the_machine']:.0f} %"
-            name = words["tiny" if model == "tiny" else workload["name"]]
-            cells = [name, f"**{ours:.1f}**", rate("mini-infer, sampled"), rate("vllm"), rate("transformers")]
-            lines.append("| " + " | ".join([*cells, over("vllm"), over("transformers"), share]) + " |")
-    found = figures["models"]["qwen3-0.6b"]
+
+def compare_table(compared: dict[str, Any], memory: dict[str, Any], words: Mapping[str, str]) -> str:
+    """Mini-Infer beside its peers; memory comes from a run of its own, made with the memory in full use."""
+    lines = [words["compare"], "|---|" + "---:|" * 7]
+    for name, engines in _workloads(compared, words):
+
+        def over(label: str, engines: dict[str, Any] = engines) -> str:
+            ratio = engines[label]["mini_infer_is_times_as_fast"] if label in engines else None
+            return f"{ratio:.2f}x" if ratio else "-"
+
+        rates = [_rate(engines, label) for label in ("mini-infer, sampled", "vllm", "transformers")]
+        share = f"{100 * engines['mini-infer']['share_of_the_machine']:.0f} %"
+        cells = [name, f"**{_rate(engines, 'mini-infer')}**", *rates, over("vllm"), over("transformers"), share]
+        lines.append("| " + " | ".join(cells) + " |")
+    startup = compared["figures"]["models"]["qwen3-0.6b"]["startup"]
+    used = memory["figures"]["models"]["qwen3-0.6b"]["memory"]
     rest = words["rest"].format(
-        rounds=figures["rounds"],
-        cpu=results["hardware"]["cpu"],
-        date=results["date"],
-        warm=found["startup"]["jit_cache_warm_seconds"],
-        cold=found["startup"]["jit_cache_cold_seconds"],
-        pool=found["memory"]["kv_pool_mb"],
-        peak=found["memory"]["peak_memory_mb"],
-        over=found["memory"]["over_weights_and_pool"],
+        rounds=compared["figures"]["rounds"],
+        machine=_machine(compared, words),
+        date=compared["date"],
+        warm=startup["jit_cache_warm_seconds"],
+        cold=startup["jit_cache_cold_seconds"],
+        pool=used["kv_pool_mb"],
+        peak=used["peak_memory_mb"],
+        over=f"{used['over_weights_and_pool']:.2f}",
     )
     return "\n".join([*lines, "", rest])
 
 
-def kernels_table(results: dict[str, Any], words: dict[str, str]) -> str:
+def figures_table(compared: dict[str, Any], words: Mapping[str, str], page: str) -> str:
+    """The same in short, for the README."""
+    lines = [words["figures"], "|---|" + "---:|" * 3]
+    for name, engines in _workloads(compared, words):
+        cells = [f"**{_rate(engines, 'mini-infer')}**", _rate(engines, "vllm"), _rate(engines, "transformers")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    note = words["figures_note"].format(
+        rounds=compared["figures"]["rounds"], machine=_machine(compared, words), date=compared["date"], page=page
+    )
+    return "\n".join([*lines, "", note])
+
+
+def compare_chart(compared: dict[str, Any], words: Mapping[str, str]) -> str:
+    """The same as bars."""
+    names = {"mini-infer": "Mini-Infer", "vllm": "vLLM", "transformers": "transformers"}
+    groups = []
+    for name, engines in _workloads(compared, words):
+        there = [label for label in names if label in engines]
+        best = max(engines[label]["tokens_per_second"] for label in there)
+        bars = [
+            Bar(list(names).index(label), engines[label]["tokens_per_second"] / best, _rate(engines, label))
+            for label in there
+        ]
+        groups.append(Group(name, bars))
+    return chart(words["chart_compare"], list(names.values()), groups)
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+
+
+def _bfloat16(kernels: dict[str, Any], backend: str) -> list[dict[str, Any]]:
+    rows = kernels["figures"]["kernels"]
+    return [row for row in rows if row["dtype"] == "bfloat16" and row["backend"] == backend]
+
+
+def _ops(kernels: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["op"] for row in _bfloat16(kernels, "cpu")))
+
+
+def _pairs(kernels: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each measurement of the CPU's kernels with that of their reference."""
+    before = {(row["op"], row["shape"]): row for row in _bfloat16(kernels, "reference")}
+    for row in _bfloat16(kernels, "cpu"):
+        yield row, before[row["op"], row["shape"]]
+
+
+def kernels_table(kernels: dict[str, Any], words: Mapping[str, str]) -> str:
     """Each operation beside its reference, in bfloat16."""
-    rows = [row for row in results["figures"]["kernels"] if row["dtype"] == "bfloat16"]
-    before = {(row["op"], row["shape"]): row["microseconds"] for row in rows if row["backend"] == "reference"}
     lines = [words["kernels"], "|---|---|" + "---:|" * 5]
-    for row in rows:
-        if row["backend"] == "cpu":
-            times = f"{before[row['op'], row['shape']]:,.0f} µs | {row['microseconds']:,.0f} µs"
-            rate = f"{row['rate']:.3g} {row['unit']} | {row['percent_of_peak']:.0f} %"
-            speedup = f"{row['speedup_over_reference']:.1f}x"
-            lines.append(f"| `{row['op']}` | {row['shape']} | {times} | {speedup} | {rate} |")
-    machine = words["machine"].format(cpu=results["hardware"]["cpu"], date=results["date"])
-    return "\n".join([*lines, "", machine])
+    for row, reference in _pairs(kernels):
+        times = f"{reference['microseconds']:,.0f} µs | {row['microseconds']:,.0f} µs"
+        rate = f"{row['rate']:.3g} {row['unit']} | {row['percent_of_peak']:.0f} %"
+        speedup = f"{row['speedup_over_reference']:.1f}x"
+        lines.append(f"| `{row['op']}` | {row['shape']} | {times} | {speedup} | {rate} |")
+    return "\n".join([*lines, "", _source(kernels, "kernels-cpu", words)])
+
+
+def kernel_table(kernels: dict[str, Any], op: str, words: Mapping[str, str]) -> str:
+    """One operation, beside the time that its bytes or its arithmetic must take."""
+    lines = [words["kernel"], "|---|" + "---:|" * 4]
+    for row, reference in _pairs(kernels):
+        if row["op"] == op:
+            floor = row["microseconds"] * row["percent_of_peak"] / 100
+            times = (floor, reference["microseconds"], row["microseconds"])
+            cells = " | ".join(f"{time:,.{0 if time >= 100 else 1}f} µs" for time in times)
+            lines.append(f"| {row['shape']} | {cells} | {row['percent_of_peak']:.0f} % |")
+    return "\n".join(lines)
+
+
+def kernels_chart(kernels: dict[str, Any], words: Mapping[str, str]) -> str:
+    """How much of the machine each kernel uses, beside its reference, at the sizes of a real model."""
+    pairs = [pair for pair in _pairs(kernels) if not pair[0]["shape"].startswith("tutor")]
+    longest = max(row["percent_of_peak"] for row, _ in pairs)
+    groups = [
+        Group(
+            f"{row['op']}: {row['shape']}",
+            [
+                Bar(series, each["percent_of_peak"] / longest, f"{each['percent_of_peak']:.0f} %")
+                for series, each in enumerate((row, reference))
+            ],
+        )
+        for row, reference in pairs
+    ]
+    return chart(words["chart_kernels"], ["cpu", words["reference"]], groups)
+
+
+def gpu_tables(words: Mapping[str, str]) -> str:
+    """What the GPU suite measured, for each GPU that it ran on: the figures that are held against something."""
+    tables = []
+    for path in sorted(path for path in RESULTS.glob("gpu-*.json") if not path.stem.endswith("-tiny")):
+        found = results(path.stem)
+        lines = [words["gpu"], "|---|---|---:|---:|---|"]
+        for section, measured in found["figures"].items():
+            for row in measured["figures"]:
+                if row["bar"] is not None:
+                    value = "-" if row["value"] is None else f"{_short(row['value'])} {row['unit']}".strip()
+                    bar = f"{'≤' if row['at_most'] else '≥'} {row['bar']:,g}"
+                    lines.append(f"| `{section}` | {row['what']} | {value} | {bar} | {words[row['verdict']]} |")
+        source = words["source"].format(
+            machine=found["hardware"]["gpu"], date=found["date"], command=found["command"], file=path.name
+        )
+        tables.append("\n".join([*lines, "", source]))
+    return "\n\n".join(tables) or words["no_gpu"]
+
+
+# ---- scheduling and serving --------------------------------------------------------------------------------------
+
+
+def batching_table(words: Mapping[str, str]) -> str:
+    """What continuous batching, prefix reuse and the scheduler bring or cost."""
+    batching, reuse, scheduler = results("continuous_batching"), results("prefix_reuse"), results("scheduler")
+    some, shared, planned = batching["figures"], reuse["figures"], scheduler["figures"]
+    total = shared["prefix_tokens"] + shared["suffix_tokens"]
+    rows = [
+        (words["static"].format(batch=some["batch_size"]), f"{some['continuous_over_static']:.2f}x", batching),
+        (words["waste"], f"{100 * some['kv_waste']:.1f} %", batching),
+        (words["occupancy"], f"{100 * some['pool_occupancy_while_requests_wait']:.1f} %", batching),
+        (
+            words["reuse"].format(clients=shared["clients"], prefix=shared["prefix_tokens"], total=total),
+            f"{shared['ratio']:.1f}x",
+            reuse,
+        ),
+        (words["plan"], f"{planned['step_ms_256_sequences_of_8000_tokens']:.2f} ms", scheduler),
+        (
+            words["requests"].format(requests=f"{planned['requests']:,}"),
+            f"{planned['requests_per_second']:,}",
+            scheduler,
+        ),
+    ]
+    lines = [words["batching"], "|---|---:|---|"]
+    lines += [f"| {question} | {figure} | `{found['command']}` |" for question, figure, found in rows]
+    return "\n".join(lines)
+
+
+def serving_table(served: dict[str, Any], words: Mapping[str, str]) -> str:
+    """Many clients at once, some of which leave."""
+    figures = served["figures"]
+    lines = [words["serving"], "|---|" + "---:|" * 3]
+    for what in ("ttft", "itl", "e2e", "event_loop_lag"):
+        cells = " | ".join(f"{figures[f'{what}_{p}'] * 1e3:,.1f}" for p in ("p50", "p90", "p99"))
+        lines.append(f"| {words[what]} | {cells} |")
+    rest = words["serving_rest"].format(
+        requests=figures["requests"],
+        clients=figures["clients"],
+        left=figures["disconnects"],
+        rate=f"{figures['output_tokens_per_second']:,.0f}",
+        equal=figures["equal_to_offline"],
+        equal_of=figures["requests"] - figures["disconnects"],
+        wrong=figures["wrong"],
+        blocks=f"{figures['kv_blocks_in_use_afterwards']:.0f}",
+    )
+    return "\n".join([*lines, "", rest, "", _source(served, "serving", words)])
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+# ---- into the pages ----------------------------------------------------------------------------------------------
+
+
+def _machine(found: dict[str, Any], words: Mapping[str, str]) -> str:
+    cores, model = found["hardware"]["cpu"].split(" x ")
+    return words["machine"].format(cores=cores, model=model)
+
+
+def _source(found: dict[str, Any], name: str, words: Mapping[str, str]) -> str:
+    return words["source"].format(
+        machine=_machine(found, words), date=found["date"], command=found["command"], file=f"{name}.json"
+    )
 
 
 def fill(page: str, name: str, table: str) -> str:
@@ -105,15 +367,33 @@ def fill(page: str, name: str, table: str) -> str:
     return re.sub(pattern, lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page, flags=re.DOTALL)
 
 
+def pages() -> dict[Path, str]:
+    """The pages that may hold tables, and the language of each."""
+    english = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+    chinese = [*sorted((ROOT / "docs" / "zh").glob("*.md")), ROOT / "README.zh.md"]
+    return dict.fromkeys(english, "en") | dict.fromkeys(chinese, "zh")
+
+
+def filled(page: str, tables: Mapping[str, str]) -> str:
+    """The page with every table that it has markers for."""
+    for name, table in tables.items():
+        if f"<!-- {name} -->" in page:
+            page = fill(page, name, table)
+    return page
+
+
+def files() -> dict[Path, str]:
+    """Every page and every chart as it should be."""
+    made = {language: tables(language) for language in WORDS}
+    found = {path: filled(path.read_text(encoding="utf-8"), made[language]) for path, language in pages().items()}
+    return found | {ASSETS / name: svg for language in WORDS for name, svg in charts(language).items()}
+
+
 def main() -> None:
-    tables = {"compare": ("compare-cpu.json", compare_table), "kernels": ("kernels-cpu.json", kernels_table)}
-    for language, path in PAGES.items():
-        page = path.read_text(encoding="utf-8")
-        for name, (file, table) in tables.items():
-            results = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-            page = fill(page, name, table(results, WORDS[language]))
-        path.write_text(page, encoding="utf-8")
-        print(f"wrote {path.relative_to(DOCS.parent)}")
+    for path, content in files().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            path.write_text(content, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

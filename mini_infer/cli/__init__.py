@@ -9,6 +9,7 @@ from rich.console import Console
 import mini_infer
 from mini_infer.cli.flags import engine_flags, sampling_flags
 from mini_infer.cli.group import Group
+from mini_infer.cli.learn import Language
 from mini_infer.config import EngineConfig
 
 app = typer.Typer(
@@ -21,7 +22,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
 
-ASK, LOOK = "Ask a model", "Look inside"
+ASK, LOOK, LEARN = "Ask a model", "Look inside", "Learn"
 
 
 def _print_version(wanted: bool) -> None:
@@ -250,3 +251,57 @@ def trace(
     from mini_infer.cli.trace import show_trace
 
     show_trace(path, Console(), rows)
+
+
+course = typer.Typer(
+    invoke_without_command=True,
+    epilog="mini-infer learn\n\nmini-infer learn start 7\n\nmini-infer learn check 7 --lang zh",
+)
+app.add_typer(course, name="learn", rich_help_panel=LEARN)
+
+ChapterArgument = Annotated[
+    str, typer.Argument(metavar="N", help="The chapter's number, or its folder's name.", show_default=False)
+]
+LanguageOption = Annotated[
+    Language | None,
+    typer.Option("--lang", help="Explain in this language; by default the locale's.", show_default=False),
+]
+
+
+@course.callback()
+def learn_list(context: typer.Context, lang: LanguageOption = None) -> None:
+    """Work through the course: list its chapters, begin an exercise, have the answer graded. · 学习课程并批改练习"""
+    from mini_infer.cli.learn import list_chapters
+
+    context.obj = lang
+    if context.invoked_subcommand is None:
+        list_chapters(Console(), Language.of(lang))
+
+
+@course.command("start")
+def learn_start(
+    context: typer.Context,
+    chapter: ChapterArgument,
+    lang: LanguageOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the answer that is there.")] = False,
+) -> None:
+    """Put a chapter's skeleton into ./learn, with the hole to fill in."""
+    from mini_infer.cli.learn import start_exercise
+
+    start_exercise(Console(), Language.of(lang or context.obj), chapter, force)
+
+
+@course.command("check")
+def learn_check(context: typer.Context, chapter: ChapterArgument, lang: LanguageOption = None) -> None:
+    """Grade the answer in ./learn and explain the first failure."""
+    from mini_infer.cli.learn import check_answer
+
+    raise typer.Exit(0 if check_answer(Console(), Language.of(lang or context.obj), chapter) else 1)
+
+
+@course.command("solution")
+def learn_solution(context: typer.Context, chapter: ChapterArgument, lang: LanguageOption = None) -> None:
+    """Print a chapter's solution."""
+    from mini_infer.cli.learn import show_solution
+
+    show_solution(Console(), Language.of(lang or context.obj), chapter)

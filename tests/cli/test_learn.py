@@ -1,0 +1,208 @@
+"""``mini-infer learn`` from beginning to end, in a folder of the reader's own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mini_infer.cli import app, learn
+
+from .test_cli import run
+
+NAME = "03_paging"
+ANSWER = Path("learn", f"{NAME}.py")
+CHECKS = '''
+def test_sums(answer, explain):
+    """small sums · 小的和"""
+    explain("Two numbers are added.", "两个数相加。")
+    assert answer.add(1, 2) == 3
+
+def test_negative(answer, explain):
+    explain("Negative numbers are added, too.", "负数也能相加。")
+    assert answer.add(-1, -2) == -3
+'''
+SKELETON = 'def add(a, b):\n    """Add."""\n    ...\n'
+SOLUTION = "def add(a, b):\n    return a + b\n"
+
+
+def ask(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["learn", *arguments])
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, and English as the locale."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LC_ALL", "LC_MESSAGES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANG", "en_GB.UTF-8")
+    return tmp_path
+
+
+@pytest.fixture
+def course(reader: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A course of two small chapters, graded as the real one is."""
+    course = reader / "checkout" / "tutorials"
+    for name, title in (("01_first", "First"), (NAME, "Paging")):
+        chapter = course / name
+        chapter.mkdir(parents=True)
+        (chapter / "checks.py").write_text(CHECKS, encoding="utf-8")
+        (chapter / "solution.py").write_text(SOLUTION, encoding="utf-8")
+        for language, heading in (("en", title), ("zh", "分页")):
+            (chapter / f"exercise.{language}.py").write_text(SKELETON, encoding="utf-8")
+            (chapter / f"{language}.md").write_text(f"# 3. {heading}\n", encoding="utf-8")
+    (course / "conftest.py").write_text((learn.COURSE / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(learn, "COURSE", course)
+    monkeypatch.setattr(learn, "ROOT", course.parent)
+    return course
+
+
+def write(source: str) -> None:
+    ANSWER.parent.mkdir(exist_ok=True)
+    ANSWER.write_text(source, encoding="utf-8")
+
+
+def test_a_reader_works_through_a_chapter(course: Path) -> None:
+    listed = ask()
+    assert listed.exit_code == 0 and "not begun" in listed.output and "mini-infer learn start 1" in listed.output
+
+    started = ask("start", "3")
+    assert started.exit_code == 0 and str(ANSWER) in started.output and "check 3" in started.output
+    assert ANSWER.read_text(encoding="utf-8") == SKELETON
+    assert "begun" in ask().output
+
+    checked = ask("check", "3")
+    assert checked.exit_code == 1
+    assert "✗ small sums" in checked.output and "Two numbers are added." in checked.output
+    assert f"still a ... to fill in: {ANSWER}:3" in checked.output
+
+    write("def add(a, b):\n    print('adding', a)\n    return abs(a) + b\n")
+    checked = ask("check", "3")
+    assert checked.exit_code == 1
+    assert "✓ small sums" in checked.output and "✗ negative" in checked.output
+    assert "Negative numbers" in checked.output and "Two numbers" not in checked.output
+    assert "-1 == -3" in checked.output and "adding -1" in checked.output
+
+    write(SOLUTION)
+    checked = ask("check", "3")
+    assert checked.exit_code == 0 and "✓ negative" in checked.output and "All 2 checks pass" in checked.output
+    assert "passed on 20" in ask().output
+
+
+def test_the_reader_of_chinese(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANG", "zh_CN.UTF-8")
+    assert "未开始" in ask().output and "分页" in ask().output
+    assert ask("start", NAME).exit_code == 0
+    checked = ask("check", "3").output
+    assert (
+        "✗ 小的和" in checked and "两个数相加。" in checked and "下一步：" in checked and "Two numbers" not in checked
+    )
+    assert "Two numbers" in ask("check", "3", "--lang", "en").output
+    assert "Two numbers" in ask("--lang", "en", "check", "3").output
+    monkeypatch.setenv("LC_ALL", "C")
+    assert "not begun" in ask().output
+
+
+def test_an_answer_is_never_overwritten(course: Path) -> None:
+    write("mine = 1\n")
+    refused = ask("start", "3")
+    assert refused.exit_code == 1 and "left as it is" in refused.output
+    assert ANSWER.read_text(encoding="utf-8") == "mine = 1\n"
+    assert ask("start", "3", "--force").exit_code == 0
+    assert ANSWER.read_text(encoding="utf-8") == SKELETON
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("def add(a, b)\n    return a\n", ["SyntaxError", f"{ANSWER}:1", "def add(a, b)", "cannot be loaded"]),
+        ("import nothing_of_this_name\n", ["ModuleNotFoundError", f"{ANSWER}:1", "cannot be loaded"]),
+        ("def add(a, b):\n    x = a\n    return x[0]\n", ["TypeError", f"{ANSWER}:3", "return x[0]", "Two numbers"]),
+        ("def add(a, b):\n    exit(3)\n", ["SystemExit", f"{ANSWER}:2"]),
+        ("import os\n\ndef add(a, b):\n    os._exit(3)\n", ["before they were done", "exit status 3"]),
+        ("", ["AttributeError", "add"]),
+    ],
+    ids=["syntax", "import", "exception", "exit", "the process is gone", "empty"],
+)
+def test_an_answer_that_breaks(course: Path, source: str, shown: list[str]) -> None:
+    write(source)
+    checked = ask("check", "3")
+    assert checked.exit_code == 1 and "Traceback" not in checked.output
+    for words in shown:
+        assert words in checked.output, checked.output
+
+
+def test_an_answer_that_does_not_end(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn, "LIMIT", 4.0)
+    write("def add(a, b):\n    while True:\n        pass\n")
+    start = time.monotonic()
+    checked = ask("check", "3", "--lang", "zh")
+    assert checked.exit_code == 1 and "不会结束的循环" in checked.output and "两个数相加" in checked.output
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("garbage", ["", "[1, 2]", "{", '{"03_paging": 7, "x": null}', "\x00", '{"03_paging": "soon"}'])
+def test_progress_that_cannot_be_read(course: Path, garbage: str) -> None:
+    write(SOLUTION)
+    learn.PROGRESS.write_text(garbage, encoding="utf-8")
+    assert ask().exit_code == 0
+    assert ask("check", "3").exit_code == 0
+    assert list(json.loads(learn.PROGRESS.read_text(encoding="utf-8"))) == [NAME]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["start", "99"], "there is no chapter '99'"),
+        (["check", "paging"], "there is no chapter 'paging'"),
+        (["solution", "-1"], ""),
+        (["check", "3"], f"there is no {ANSWER}"),
+        (["check", "3", "--lang", "fr"], "'fr'"),
+        (["begin"], "begin"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_used_is_one_line(course: Path, arguments: Any, words: str) -> None:
+    refused = ask(*arguments)
+    assert refused.exit_code == 2 and words in refused.output
+    assert refused.output.startswith("error: ") and refused.output.count("\n") == 1
+
+
+def test_the_solution(course: Path) -> None:
+    assert ask("solution", "3").output == SOLUTION
+
+
+def test_without_the_course(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learn, "COURSE", course / "nowhere")
+    refused = ask()
+    assert refused.exit_code == 1 and "clone the repository" in refused.output and refused.output.count("\n") == 1
+    assert "克隆" in ask("--lang", "zh").output
+
+
+def test_without_pytest(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(SOLUTION)
+    monkeypatch.setattr(learn.importlib.util, "find_spec", lambda name: None)
+    refused = ask("check", "3")
+    assert refused.exit_code == 1 and "pip install" in refused.output and refused.output.count("\n") == 1
+
+
+def test_the_course_itself(reader: Path) -> None:
+    """The real thing, as the installed command runs it."""
+    listed = run("learn", cwd=reader)
+    assert listed.returncode == 0 and "learn start" in listed.stdout
+    number = str(learn._chapters(learn.Language.en)[0].number)
+    assert run("learn", "start", number, "--lang", "zh", cwd=reader).returncode == 0
+    checked = run("learn", "check", number, "--lang", "zh", cwd=reader)
+    assert checked.returncode == 1 and "✗" in checked.stdout and "下一步" in checked.stdout, checked.stderr
+
+
+def test_a_list_needs_no_torch(reader: Path) -> None:
+    code = "import sys; from mini_infer.cli import app; app(['learn'], standalone_mode=False); "
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=learn.ROOT)
+    assert done.stdout.split()[-1] == "False"

@@ -1,0 +1,106 @@
+"""Every exercise of the course: its skeletons fail, its solution passes, its wrong answers are told what is wrong.
+
+A chapter's answers are graded once, each in a process of its own, and one grading gives the words of both languages.
+"""
+
+import ast
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pages = pytest.importorskip("tutorials.pages", reason="the course needs sybil")
+
+COURSE = Path(pages.__file__).parent
+CHAPTERS = sorted(checks.parent for checks in COURSE.glob("[01][0-9]_*/checks.py"))
+SKELETONS = ("exercise.en.py", "exercise.zh.py")
+LIMIT = 240  # seconds for one answer; they should take ten
+
+
+def answers(chapter: Path) -> list[str]:
+    return [*SKELETONS, "solution.py", *sorted(f"wrong/{path.name}" for path in chapter.glob("wrong/*.py"))]
+
+
+def named(chapter: Path, *names: str) -> Any:
+    """A test's parameters, with a readable id."""
+    return pytest.param(chapter, *names, id=" ".join([chapter.name, *names]))
+
+
+def grade(checks: str, answer: str, record: str) -> None:
+    """Runs in a process of its own."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take longer to import than most answers to grade
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={pages.ROOT}"]
+    raise SystemExit(pytest.main([checks, *options, "--answer", answer, "--record", record]))
+
+
+@cache
+def graded(chapter: Path) -> dict[str, list[dict[str, Any]]]:
+    """What happened with each answer of a chapter."""
+    context = pages.processes()
+
+    def run(answer: str) -> list[dict[str, Any]]:
+        with tempfile.NamedTemporaryFile(prefix="record-") as record:
+            arguments = str(chapter / "checks.py"), str(chapter / answer), record.name
+            process = context.Process(target=grade, args=arguments)
+            process.start()
+            process.join(LIMIT)
+            assert process.exitcode is not None, f"grading {answer} is still not done after {LIMIT} s"
+            return [json.loads(line) for line in Path(record.name).read_text(encoding="utf-8").splitlines()]
+
+    names = answers(chapter)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(run, names), strict=True))
+
+
+def failure(events: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The failure, and the explanation that its reader sees, in both languages."""
+    failed = [event for event in events if event["event"] == "failed"]
+    assert failed, f"it passes: {[event['en'] for event in events if event['event'] == 'start']}"
+    assert failed[0]["phase"] == "call", f"it cannot be loaded: {failed[0]['error']}"
+    explanation = {"en": "", "zh": ""}
+    for event in events:
+        if event["event"] in ("start", "explain"):
+            explanation = event if event["event"] == "explain" else {"en": "", "zh": ""}
+    return failed[0], explanation
+
+
+@pytest.mark.parametrize("chapter, answer", [named(chapter, name) for chapter in CHAPTERS for name in SKELETONS])
+def test_a_skeleton_fails_and_is_explained(chapter: Path, answer: str) -> None:
+    _, explanation = failure(graded(chapter)[answer])
+    assert explanation["en"] and explanation["zh"], "nothing explains the first failure"
+
+
+@pytest.mark.parametrize("chapter", [named(chapter) for chapter in CHAPTERS])
+def test_the_solution_passes(chapter: Path) -> None:
+    events = graded(chapter)["solution.py"]
+    failed = [event["error"] for event in events if event["event"] == "failed"]
+    assert not failed, failed[0]
+    assert events and events[-1]["event"] == "finished"
+    assert not [event for event in events if event["event"] == "skipped"], "a check was skipped"
+
+
+@pytest.mark.parametrize("chapter", [named(chapter) for chapter in CHAPTERS])
+def test_there_are_three_wrong_answers(chapter: Path) -> None:
+    assert len(answers(chapter)) >= len(SKELETONS) + 1 + 3
+
+
+@pytest.mark.parametrize(
+    "chapter, answer",
+    [named(chapter, name) for chapter in CHAPTERS for name in answers(chapter) if name.startswith("wrong/")],
+)
+def test_a_wrong_answer_is_told_its_mistake(chapter: Path, answer: str) -> None:
+    first = ast.parse((chapter / answer).read_text(encoding="utf-8")).body[0]
+    assert isinstance(first, ast.Assign) and ast.unparse(first.targets[0]) == "HINT", "HINT = {...} comes first"
+    hint = ast.literal_eval(first.value)
+    failed, explanation = failure(graded(chapter)[answer])
+    for language in ("en", "zh"):
+        told = " ".join(explanation[language].lower().split())
+        assert hint[language].lower() in told, f"told: {explanation[language]}\nbecause: {failed['error']}"

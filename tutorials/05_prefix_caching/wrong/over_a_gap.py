@@ -1,0 +1,16 @@
+HINT = {"en": "stop at the first gap", "zh": "第一个缺口"}
+
+
+def match_prefix(token_ids: list[int], block_size: int, cached: dict[int, int]) -> tuple[list[int], list[int]]:
+    hashes: list[int] = []
+    parent = None
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = hash((parent, tuple(token_ids[start : start + block_size])))
+        hashes.append(parent)
+
+    blocks: list[int] = []
+    for block_hash in hashes[: (len(token_ids) - 1) // block_size]:
+        if block_hash not in cached:
+            continue
+        blocks.append(cached[block_hash])
+    return hashes, blocks

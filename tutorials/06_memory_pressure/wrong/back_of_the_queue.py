@@ -1,0 +1,16 @@
+HINT = {"en": "goes before D", "zh": "排在 D 之前"}
+
+
+def make_room(sequence, running, waiting, blocks):
+    if sequence.num_computed_tokens // blocks.block_size < len(sequence.block_table):
+        return True
+    while not blocks.can_allocate(1):
+        victim = running.pop()
+        blocks.free(victim.block_table)
+        victim.block_table = []
+        victim.num_computed_tokens = 0
+        waiting.append(victim)
+        if victim is sequence:
+            return False
+    sequence.block_table += blocks.allocate(1)
+    return True

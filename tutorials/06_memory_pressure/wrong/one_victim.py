@@ -1,0 +1,16 @@
+HINT = {"en": "for as long as there is no block", "zh": "一直抢占下去"}
+
+
+def make_room(sequence, running, waiting, blocks):
+    if sequence.num_computed_tokens // blocks.block_size < len(sequence.block_table):
+        return True
+    if not blocks.can_allocate(1):
+        victim = running.pop()
+        blocks.free(victim.block_table)
+        victim.block_table = []
+        victim.num_computed_tokens = 0
+        waiting.appendleft(victim)
+        if victim is sequence:
+            return False
+    sequence.block_table += blocks.allocate(1)
+    return True

@@ -1,0 +1,59 @@
+HINT = {"en": "One too many cannot be helped", "zh": "多一步无法避免"}
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    name: str
+    max_tokens: int
+    stop_token_id: int
+
+
+class Handle(Protocol):
+    def wait(self) -> list[int]: ...
+
+
+Launch = Callable[[list[str]], Handle]
+
+
+def has_ended(request: Request, token_ids: list[int]) -> bool:
+    return len(token_ids) == request.max_tokens or request.stop_token_id in token_ids
+
+
+def run_synchronously(requests: list[Request], launch: Launch) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {request.name: [] for request in requests}
+    while step := [request for request in requests if not has_ended(request, tokens[request.name])]:
+        token_ids = launch([request.name for request in step]).wait()
+        for request, token_id in zip(step, token_ids, strict=True):
+            tokens[request.name].append(token_id)
+    return tokens
+
+
+def run_overlapped(requests: list[Request], launch: Launch) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {request.name: [] for request in requests}
+    num_launched = dict.fromkeys(tokens, 0)
+    flight: tuple[list[Request], Handle] | None = None
+    ended: set[str] = set()
+    while True:
+        step = [
+            request
+            for request in requests
+            if num_launched[request.name] < request.max_tokens and request.name not in ended
+        ]
+        following = None
+        if step:
+            following = step, launch([request.name for request in step])
+            for request in step:
+                num_launched[request.name] += 1
+        elif flight is None:
+            return tokens
+        ended = {request.name for request in requests if has_ended(request, tokens[request.name])}
+        if flight is not None:
+            launched, handle = flight
+            for request, token_id in zip(launched, handle.wait(), strict=True):
+                if not has_ended(request, tokens[request.name]):
+                    tokens[request.name].append(token_id)
+        flight = following

@@ -1,0 +1,23 @@
+HINT = {"en": "Nothing can complete it any more", "zh": "不会再有文字把它补全"}
+
+import codecs
+
+
+class TextStream:
+    def __init__(self, stop_strings: list[str]) -> None:
+        self.stop_strings = stop_strings
+        self.stopped = False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+
+    def append(self, piece: bytes, is_last: bool) -> str:
+        text = self.held + self.decoder.decode(piece, is_last)
+        places = [text.index(stop) for stop in self.stop_strings if stop in text]
+        if places:
+            self.stopped = True
+            return text[: min(places)]
+        sizes = (size for stop in self.stop_strings for size in range(1, len(stop)) if text.endswith(stop[:size]))
+        num_held = max(sizes, default=0)
+        certain = text[: len(text) - num_held]
+        self.held = text[len(certain) :]
+        return certain

@@ -1,0 +1,19 @@
+HINT = {"en": "has to be held back", "zh": "必须先留着"}
+
+import codecs
+
+
+class TextStream:
+    def __init__(self, stop_strings: list[str]) -> None:
+        self.stop_strings = stop_strings
+        self.stopped = False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+
+    def append(self, piece: bytes, is_last: bool) -> str:
+        text = self.held + self.decoder.decode(piece, is_last)
+        places = [text.index(stop) for stop in self.stop_strings if stop in text]
+        if places:
+            self.stopped = True
+            return text[: min(places)]
+        return text

@@ -15,9 +15,9 @@ HAS_TORCH := -c 'from importlib.metadata import version; \
 demo: $(VENV)/core.stamp
 	@$(BIN)/mini-infer demo
 
-# One process per core; what must stay together, such as the blocks of a page, says so.
+# One process per core. The tests of a file stay together: the blocks of a page build on each other.
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -q -n auto --dist loadgroup
+	$(BIN)/pytest -q -n auto --dist loadfile
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m ''

@@ -1,5 +1,6 @@
 """The command line, run as people run it: in a process of its own."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch: pytest.MonkeyPatch) ->
     def broken(console: object) -> None:
         raise ZeroDivisionError("so much\nfor that")
 
-    monkeypatch.setattr("mini_infer.cli.kernels.show_kernels", broken)
+    module = importlib.import_module("mini_infer.cli.kernels")  # the package has a function of that name, too
+    monkeypatch.setattr(module, "show_kernels", broken)
     done = CliRunner().invoke(app, ["kernels"])
     assert (done.exit_code, done.stderr) == (1, "error: ZeroDivisionError: so much for that; --debug shows where\n")
 

@@ -185,6 +185,7 @@ def test_beside_the_engine(answer, explain):
     """beside the engine's scheduler · 与引擎的调度器并排"""
     from torch import device
 
+    from mini_infer.engine.block_tables import BlockTables
     from mini_infer.engine.model_runner import build_batch
 
     for seed in range(20):
@@ -217,7 +218,9 @@ def test_beside_the_engine(answer, explain):
                 (Sequence("", s.token_ids, 0, 0, num_computed_tokens=s.num_computed_tokens, block_table=tables[s]), n)
                 for s, n in plan.scheduled
             ]
-            assert slots == build_batch(mine, block_size, device("cpu")).slot_mapping.tolist()
+            longest = max(len(sequence.block_table) for sequence, _ in mine)
+            batch = build_batch(mine, BlockTables(len(mine), longest, device("cpu")), block_size, device("cpu"))
+            assert slots == batch.slot_mapping.tolist()
             parents = [item.sequence for item in plan.scheduled if item.samples]
             scheduler.advance(plan)
             if draw.random() < 0.3 and len(scheduler.running) < scheduler.max_num_seqs:

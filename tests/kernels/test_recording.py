@@ -83,6 +83,16 @@ def test_replays_are_the_function_for_other_inputs(dtype: torch.dtype, threads: 
 
 
 @torch.inference_mode()
+def test_a_replay_outlives_what_recorded_it() -> None:
+    network, ids = Network(random.Random(2), torch.float32), torch.arange(30)
+    replay, result = cpu_capture()(lambda: network(ids))
+    others = [torch.full((4000,), torch.nan) for _ in range(200)]  # would take the memory if it were free
+    replay()
+    assert all(other.isnan().all() for other in others)
+    torch.testing.assert_close(result, network(ids), rtol=0, atol=0)
+
+
+@torch.inference_mode()
 def test_a_replay_needs_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "parallel", lambda: jit._alone)
     monkeypatch.setattr(recording, "parallel_address", lambda: 0)

@@ -1,4 +1,4 @@
-"""The pictures of chapter 11: host and device in time, from measured phases; and launches, from sizes."""
+"""The pictures of chapter 11, from measurements: host and device in time; and steps, eager and replayed."""
 
 import json
 from collections.abc import Callable
@@ -8,27 +8,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MEASURED = Path(__file__).with_name("phases.json")
-FASTER = 10  # than the CPU that was measured, so that it looks like a device of its own
+PHASES, REPLAYS = (Path(__file__).with_name(name) for name in ("phases.json", "replays.json"))
+FASTER = 3  # than the CPU that was measured, so that it looks like a device of its own
 STEPS = 4
 PLAN, DEVICE, READ = "tab:blue", "tab:orange", "#8fbcdf"
-
-LAUNCH = 5.0  # microseconds, from Python
-SHORTEST = 2.0  # microseconds, of a kernel
-BYTES_PER_MICROSECOND = 3e6
-HIDDEN, QUERIES, KEYS, FEED_FORWARD = 1024, 2048, 1024, 3072  # sizes of Qwen3-0.6B
-WEIGHTS = {  # of one layer, by the kernel that reads them
-    "add_rmsnorm": 0,
-    "qkv": HIDDEN * (QUERIES + 2 * KEYS),
-    "qk_norm_rope": 0,
-    "write_kv": 0,
-    "attention": 0,
-    "out": QUERIES * HIDDEN,
-    "add_rmsnorm ": 0,
-    "gate, up": 2 * HIDDEN * FEED_FORWARD,
-    "silu_and_mul": 0,
-    "down": FEED_FORWARD * HIDDEN,
-}
 
 Text = Callable[[str, str], str]
 Bar = tuple[float, float, str]
@@ -36,12 +19,12 @@ Bar = tuple[float, float, str]
 
 
 def draw(text: Text) -> dict[str, Figure]:
-    return {"timeline": timeline(text), "launches": launches(text)}
+    return {"timeline": timeline(text), "replays": replays(text)}
 
 
 def timeline(text: Text) -> Figure:
     """Four steps, in turns and overlapped."""
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    measured = json.loads(PHASES.read_text(encoding="utf-8"))
     plan, device, read = (measured["figures"][name] for name in ("plan_ms", "device_ms", "read_ms"))
     device /= FASTER
 
@@ -100,33 +83,22 @@ def rows(axes: Axes, bars: tuple[list[Bar], list[Bar]], title: str, text: Text) 
     axes.set_title(title, loc="left", fontsize=11)
 
 
-def launches(text: Text) -> Figure:
-    """One layer, with a launch for each kernel and as part of a graph."""
-    lengths = {name: max(SHORTEST, 2 * size / BYTES_PER_MICROSECOND) for name, size in WEIGHTS.items()}
-    eager: tuple[list[Bar], list[Bar]] = [], []
-    end = 0.0
-    for place, length in enumerate(lengths.values()):
-        eager[0].append((place * LAUNCH, LAUNCH, PLAN))
-        begin = max(end, (place + 1) * LAUNCH)
-        eager[1].append((begin, length, DEVICE))
-        end = begin + length
-    graph: tuple[list[Bar], list[Bar]] = [(0.0, LAUNCH, PLAN)], []
-    end = LAUNCH
-    for length in lengths.values():
-        graph[1].append((end, length, DEVICE))
-        end += length
+def replays(text: Text) -> Figure:
+    """A decode step's time by the number of sequences: what a replay takes, and what the calls from Python add."""
+    measured = json.loads(REPLAYS.read_text(encoding="utf-8"))
+    sequences, eager, replayed = (measured["figures"][name] for name in ("sequences", "eager_ms", "replayed_ms"))
+    calls = [slow - fast for slow, fast in zip(eager, replayed, strict=True)]
+    ratios = [f"{slow / fast:.1f}x" for slow, fast in zip(eager, replayed, strict=True)]
 
-    figure, (upper, lower) = plt.subplots(2, sharex=True, figsize=(7, 3.8))
-    rows(upper, eager, text("a launch for each kernel", "逐个启动算子"), text)
-    rows(lower, graph, text("one launch for the graph", "一次启动整张图"), text)
-    lower.set_xlabel(text("microseconds, one layer; computed, not measured", "微秒，一层；由计算得出，并非实测"))
-    figure.legend(
-        handles=[
-            plt.Rectangle((0, 0), 1, 1, color=PLAN, label=text("launch", "启动")),
-            plt.Rectangle((0, 0), 1, 1, color=DEVICE, label=text("kernel", "算子")),
-        ],
-        loc="outside upper center",
-        ncols=2,
-        frameon=False,
-    )
+    figure, axes = plt.subplots(figsize=(7, 3.8))
+    places = range(len(sequences))
+    axes.bar(places, replayed, 0.7, color=DEVICE, label=text("replayed", "重放"))
+    bars = axes.bar(places, calls, 0.7, replayed, color=PLAN, label=text("what eager takes more", "逐个启动多用的时间"))
+    axes.bar_label(bars, ratios, padding=2)
+    axes.set_xticks(places, sequences)
+    axes.tick_params(axis="x", length=0)
+    about = text("sequences in the step; measured on {}", "步中的序列数；测自 {}")
+    axes.set_xlabel(about.format(measured["hardware"]["cpu"]))
+    axes.set_ylabel(text("milliseconds for a step", "一步的毫秒数"))
+    axes.legend(loc="upper left", frameon=False)
     return figure

@@ -1,4 +1,4 @@
-"""Measures the phases that a picture of chapter 11 is drawn from, and writes them to phases.json.
+"""Measures what the pictures of chapter 11 are drawn from, and writes it to phases.json and replays.json.
 
 PYTHONPATH=. python tutorials/11_hiding_the_host/measure.py
 """
@@ -13,10 +13,12 @@ from pathlib import Path
 from benchmarks.report import save
 from mini_infer import LLM, SamplingParams
 
-SEQUENCES, TOKENS = 64, 100
+SEQUENCES, TOKENS, ROUNDS = 64, 100, 5
+COMMAND = "PYTHONPATH=. python tutorials/11_hiding_the_host/measure.py"
 
 
-def main() -> None:
+def phases() -> dict[str, float]:
+    """Milliseconds of the host's and the device's parts of a decode step."""
     path = Path(tempfile.mkdtemp()) / "steps.json"
     llm = LLM(dtype="float32", trace=path)
     runner, prepare, preparing = llm._loop._runner, llm._loop._runner.prepare, []
@@ -39,14 +41,40 @@ def main() -> None:
             spent[event["name"]].append(event["dur"] / 1e3)
     # The first steps compute the prompts. Of the rest the lower quartile: others may use the machine, too.
     typical = {name: statistics.quantiles(times[5:])[0] for name, times in {**spent, "prepare": preparing}.items()}
-    figures = {
+    return {
         "sequences": SEQUENCES,
         "plan_ms": typical["schedule"] + typical["copy"] + typical["prepare"],
         "device_ms": typical["forward"] - typical["prepare"] + typical["sample"],
         "read_ms": typical["publish"],
     }
-    command = "PYTHONPATH=. python tutorials/11_hiding_the_host/measure.py"
-    print(save("phases", command, figures, Path(__file__).parent).read_text())
+
+
+def replays() -> dict[str, list[float]]:
+    """Milliseconds of a decode step by the number of sequences, each kernel called from Python or replayed."""
+    sizes, engines = [1, 2, 4, 8, 16, 32, 64], (LLM(dtype="float32", enforce_eager=True), LLM(dtype="float32"))
+    best: list[list[float]] = [[], []]
+    for size in sizes:  # by turns, since others may use the machine, too
+        rounds = [[step_ms(llm, size) for llm in engines] for _ in range(ROUNDS)]
+        for times, of_engine in zip(best, zip(*rounds, strict=True), strict=True):
+            times.append(min(of_engine))
+    return {"sequences": sizes, "eager_ms": best[0], "replayed_ms": best[1]}
+
+
+def step_ms(llm: LLM, num_sequences: int) -> float:
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
+    for i in range(num_sequences):
+        llm.add_request([100 + i] * 16, params)
+    times = []
+    while not llm.is_finished():
+        begin = time.perf_counter()
+        llm.step()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.quantiles(times[5:])[0]
+
+
+def main() -> None:
+    for measure in (phases, replays):
+        print(save(measure.__name__, COMMAND, measure(), Path(__file__).parent).read_text())
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def cpu_capture() -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], 
         ]
 
         def replay() -> None:
+            assert arena  # lives as long as what uses its memory
             for call in calls:
                 call()
 

@@ -108,7 +108,8 @@ def list_chapters(console: Console, language: Language) -> None:
             state = Text(text("begun", "进行中"), "yellow")
         else:
             state = Text(text("not begun", "未开始"), "bright_black")
-        following = following or (None if date else chapter)
+        if not date and (following is None or (chapter.answer.exists() and not following.answer.exists())):
+            following = chapter
         table.add_row(str(chapter.number), Text(chapter.title(language)), state)
     console.print(table)
     if following is None:
@@ -368,7 +369,7 @@ def _chapter(wanted: str, language: Language) -> Chapter:
             return chapter
     numbers = ", ".join(str(chapter.number) for chapter in chapters)
     raise NoSuchExerciseError(
-        language.text(f"there is no chapter {wanted!r}; there are {numbers}", f"没有第 {wanted!r} 章；现有 {numbers}")
+        language.text(f"there is no chapter {wanted!r}; there are {numbers}", f"没有第 {wanted} 章；现有 {numbers}")
     )
 
 

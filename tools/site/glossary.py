@@ -20,7 +20,8 @@ WORDS = {
     "zh": {
         "title": "术语表",
         "intro": "一个概念只用一个词：代码、文档如此，内置模型学到的也如此。本页与模型的训练文本出自同一份资料 "
-        "`tools/train_tutor/glossary.yaml`。每条释义以英文名开头。",
+        "`tools/train_tutor/glossary.yaml`。每条释义以英文名开头。例外有一个：其他页面所说的“算子”，内置模型学的是“内核”，"
+        "本页照录。",
         "comparisons": "容易混淆的概念",
         "and": "与",
     },

@@ -43,3 +43,7 @@ class OutOfMemoryError(MiniInferError, MemoryError):
 
 class KernelError(MiniInferError, ValueError):
     """A kernel was called with unusable tensors, or a backend was asked for that is not there."""
+
+
+class NotRecordableError(MiniInferError, RuntimeError):
+    """What a function does depends on values of tensors, so that a recording of it would be wrong for others."""

@@ -32,6 +32,7 @@ class BlockTables:
         self._rows: dict[SequenceMetadata, int] = {}
         self._known: list[BlockTable] = [[] for _ in range(num_rows)]
         self._free = list(range(num_rows - 1, -1, -1))
+        self._unsent: list[int] = []
 
     def update(self, sequences: Sequence[SequenceMetadata]) -> tuple[np.ndarray, np.ndarray]:
         """Bring ``host`` up to date for the sequences of a step.
@@ -39,6 +40,8 @@ class BlockTables:
         Returns:
             Each sequence's row, int64 ``[S]``, and the places in the flattened table that changed, int64 ``[C]``.
         """
+        for row in self._unsent:
+            self._known[row] = []
         rows = [self._row_of(sequence, sequences) for sequence in sequences]
         places: list[int] = []
         for row, sequence in zip(rows, sequences, strict=True):
@@ -49,7 +52,12 @@ class BlockTables:
                 start = row * self.host.shape[1]
                 places.extend(range(start + first, start + len(table)))
                 known[first:] = table[first:]
+                self._unsent.append(row)
         return np.array(rows, dtype=np.int64), np.array(places, dtype=np.int64)
+
+    def note_sent(self) -> None:
+        """What ``update`` said has changed is in ``tensor``. Unless this is called, it is all said again."""
+        self._unsent.clear()
 
     def _row_of(self, sequence: SequenceMetadata, step: Sequence[SequenceMetadata]) -> int:
         row = self._rows.get(sequence)

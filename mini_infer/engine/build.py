@@ -12,7 +12,7 @@ from mini_infer import kernels
 from mini_infer.config import EngineConfig
 from mini_infer.engine.block_tables import BlockTables
 from mini_infer.engine.decode_graphs import DecodeGraphs, cuda_capture, graph_sizes
-from mini_infer.engine.device import resolve_device, resolve_dtype
+from mini_infer.engine.device import on, resolve_device, resolve_dtype
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.tokenizer import Tokenizer
@@ -61,6 +61,11 @@ def build(config: EngineConfig) -> Parts:
     """
     with kernels.use_backend(config.kernel_backend):  # an unknown backend fails here, before anything is loaded
         device = resolve_device(config.device)
+    with on(device):
+        return _build(config, device)
+
+
+def _build(config: EngineConfig, device: torch.device) -> Parts:
     trace_file = None if config.trace is None else TraceFile(config.trace)
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     directory = resolve_model(str(config.model), config.revision, cache_dir)
@@ -88,7 +93,7 @@ def build(config: EngineConfig) -> Parts:
     runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
     if not config.enforce_eager:
         runner = _with_graphs(runner, config.max_num_seqs, width)
-    _warm_up(runner, num_blocks * config.block_size)
+    _warm_up(runner, min(num_blocks, width) * config.block_size)
     block_manager = BlockManager(config.block_size, num_blocks, config.num_cpu_blocks)
     make_scheduler: Callable[..., Scheduler] = Scheduler
     trace = None
@@ -166,8 +171,14 @@ def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRun
     forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
     with torch.inference_mode(), kernels.use_backend(runner.kernel_backend):
         if runner.device.type == "cuda":
-            graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, runner.device, cuda_capture())
-            graphs.record_all()
+            graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, runner.device, cuda_capture(runner.device))
+            try:
+                graphs.record_all()
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemoryError(
+                    f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
+                    "or max_num_seqs, or set enforce_eager=True"
+                ) from error
         elif kernels.backend_of("paged_attention") == "cpu":
             from mini_infer.kernels.cpu.recording import cpu_capture
 

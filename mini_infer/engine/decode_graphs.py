@@ -25,6 +25,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mini_infer.exceptions import NotRecordableError
 from mini_infer.models import Batch
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class DecodeGraphs:
     def record_all(self) -> None:
         """Record every size now; the largest first, so that the others fit into the memory that it took."""
         for size in reversed(self._sizes):
-            self._record(size)
+            if self.size_for(size) is not None:  # it has not given up
+                self._record(size)
 
     def size_for(self, num_seqs: int) -> int | None:
         """How many rows the decodes of so many sequences are padded to; None if there is no graph of that size."""
@@ -107,9 +109,10 @@ class DecodeGraphs:
         )
         try:
             self._graphs[size] = _, hidden = self._capture(lambda: self._forward(batch))
-        except RuntimeError as error:  # it asks for values, as the reference's attention does
+        except NotRecordableError as error:  # as the reference's attention is not
             logger.info("decode steps run without graphs, since they cannot be recorded: %s", error)
             self._sizes = []
+            self._graphs.clear()
             return self._forward(batch)
         return hidden
 
@@ -128,17 +131,37 @@ def _static_batch(size: int, width: int, device: torch.device) -> Batch:
     )
 
 
-def cuda_capture() -> Capture:
+def cuda_capture(device: torch.device) -> Capture:
     """Record CUDA graphs that share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
 
     def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         run()  # compiles and loads the kernels, which a recording cannot
+        _refuse_questions(run)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             hidden = run()
         graph.replay()  # recording alone computes nothing
         return graph.replay, hidden
 
     return capture
+
+
+def _refuse_questions(run: Callable[[], Tensor]) -> None:
+    """Call a function, which must not ask the device for anything: a recording that failed half-way could not be left.
+
+    Raises:
+        NotRecordableError: it asks.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotRecordableError(str(error)) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

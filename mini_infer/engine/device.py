@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,11 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidConfigError(f"device={name!r} but torch sees {torch.cuda.device_count()} GPUs; use 'auto'")
     return device
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which the device is the current one: streams, events and recordings are those of that device."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from mini_infer.config import EngineConfig
 from mini_infer.engine.beam_search import BeamSearch
 from mini_infer.engine.build import build
+from mini_infer.engine.device import on
 from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
 from mini_infer.engine.loop import EngineLoop, StepResult
 from mini_infer.engine.overlap import OverlappedLoop
@@ -406,7 +407,7 @@ class LLMEngine:
 
     def _advance(self) -> StepResult:
         """One step; outputs that nobody listens for wait to be fetched."""
-        with self._lock:
+        with self._lock, on(self.device):
             result = self._loop.advance() if self._trace is None else self._trace.step(self._loop)
             for request in result.finished:
                 self._keep_output(request)

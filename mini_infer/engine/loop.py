@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, tensor
 
 from mini_infer.engine.beam_search import BeamSearch, Continuations, best_continuations
+from mini_infer.engine.device import send
 from mini_infer.engine.logprobs import token_logprobs
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.request import Completion, Request
@@ -157,11 +158,11 @@ class EngineLoop:
 
     def _sample(self, hidden: Tensor, rows: list[int], completions: list[Completion]) -> list[int]:
         """One token for each completion from its row of hidden states; notes their log probabilities."""
-        logits = self._runner.compute_logits(hidden[tensor(rows, device=hidden.device)])
+        logits = self._runner.compute_logits(hidden[send(tensor(rows), hidden.device)])
         sampled, logprobs = sample(logits, [Draw.of(completion) for completion in completions])
         asking = [row for row, completion in enumerate(completions) if completion.params.logprobs is not None]
         if asking:
-            wanted = tensor(asking, device=logits.device)
+            wanted = send(tensor(asking), logits.device)
             num_top = [completions[row].params.logprobs or 0 for row in asking]
             places = token_logprobs(logits[wanted], sampled[wanted], num_top, self._tokenizer.decode_token)
             for row, place in zip(asking, places, strict=True):
@@ -181,7 +182,7 @@ class EngineLoop:
                 rows.append(row)
                 searches.append(request)
                 beams.append(beam)
-        logits = self._runner.compute_logits(hidden[tensor(rows, device=hidden.device)])
+        logits = self._runner.compute_logits(hidden[send(tensor(rows), hidden.device)])
         continuations = best_continuations(logits, [search.num_continuations for search in searches])
         return list(zip(searches, beams, continuations, strict=True))
 
@@ -202,7 +203,7 @@ class EngineLoop:
             targets = sequence.token_ids[max(known, offset) : min(offset + num_new, sequence.num_prompt_tokens)]
             rows = rows[max(known, offset) - offset :][: len(targets)]
             for first in range(0, len(targets), _LOGPROB_ROWS):
-                part = tensor(targets[first : first + _LOGPROB_ROWS], device=hidden.device)
+                part = send(tensor(targets[first : first + _LOGPROB_ROWS]), hidden.device)
                 logits = self._runner.compute_logits(rows[first : first + _LOGPROB_ROWS])
                 request.prompt_logprobs += token_logprobs(
                     logits, part, [num_top] * len(part), self._tokenizer.decode_token

@@ -140,6 +140,7 @@ def build_batch(
     )
     if device.type != "cpu" and len(changed) > 0:
         tables.tensor.view(-1)[sent[6]] = sent[7]
+    tables.note_sent()
     width = max(len(sequence.block_table) for sequence, _ in scheduled)
     return Batch(
         token_ids=sent[0],

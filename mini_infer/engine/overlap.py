@@ -88,7 +88,10 @@ class OverlappedLoop(EngineLoop):
         """
         flight = self._flight
         if self._unhurried:
-            return super().advance() if flight is None else self._land(flight, None)
+            if flight is not None:
+                return self._land(flight, None)
+            self._steps.drain()  # of a step that nobody waited for
+            return super().advance()
         if flight is None:
             self._flight = flight = self._launch(None)
         if flight is None:
@@ -108,14 +111,19 @@ class OverlappedLoop(EngineLoop):
         except BaseException:
             self.scheduler.undo(plan)
             raise
-        self._count(plan)
-        only_prompts = self.scheduler.advance(plan)
-        for group in groups:
-            for other in group[1:]:
-                self.scheduler.fork(group[0].sequence, other.sequence)
-        for completion in completions:
-            self.scheduler.hold(completion.sequence)
-        return _Flight(plan, completions, only_prompts, step)
+        flight = _Flight(plan, completions, [], step)
+        try:
+            self._count(plan)
+            flight.only_prompts.extend(self.scheduler.advance(plan))
+            for group in groups:
+                for other in group[1:]:
+                    self.scheduler.fork(group[0].sequence, other.sequence)
+            for completion in completions:
+                self.scheduler.hold(completion.sequence)
+        except BaseException:  # somebody pressed Ctrl-C
+            self._rewind([flight] if before is None else [before, flight])
+            raise
+        return flight
 
     def _submit(
         self, plan: SchedulerOutputs, rows: list[int], completions: list[Completion], before: _Flight | None

@@ -100,7 +100,10 @@ def _is_plain(draw: Draw) -> bool:
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The logits after penalties, biases and the ban on stopping early; the very same tensor if there are none."""
     penalised = [row for row, draw in enumerate(draws) if draw.params.has_penalties]
-    edits = [(row, token_id, bias) for row, draw in enumerate(draws) for token_id, bias in _biases(draw)]
+    edits: dict[tuple[int, int], float] = {}
+    for row, draw in enumerate(draws):
+        for token_id, bias in _biases(draw):
+            edits[row, token_id] = edits.get((row, token_id), 0.0) + bias
     if not penalised and not edits:
         return logits
     logits = logits.clone() if logits.dtype is torch.float64 else logits.to(torch.float32, copy=True)
@@ -108,9 +111,8 @@ def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         at = send(torch.tensor(penalised), logits.device)
         logits[at] = _penalise(logits[at], [draws[row] for row in penalised])
     if edits:
-        rows, ids, biases = zip(*edits, strict=True)
-        places = (send(torch.tensor(rows), logits.device), send(torch.tensor(ids), logits.device))
-        logits.index_put_(places, send(torch.tensor(biases, dtype=logits.dtype), logits.device), accumulate=True)
+        rows, ids = send(torch.tensor(list(edits)), logits.device).unbind(1)
+        logits[rows, ids] += send(torch.tensor(list(edits.values()), dtype=logits.dtype), logits.device)
     return logits
 
 

@@ -34,6 +34,9 @@ class StepQueue(Protocol):
     def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
         """Have a step computed after those that were submitted before."""
 
+    def drain(self) -> None:
+        """Return when nothing that was submitted still runs beside the caller's own use of the device."""
+
 
 class ThreadQueue:
     """On a CPU the model computes on one thread, with the thread pool that PyTorch keeps for that thread."""
@@ -43,6 +46,9 @@ class ThreadQueue:
 
     def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
         return _ThreadStep(self._worker.submit(step))
+
+    def drain(self) -> None:
+        self._worker.submit(lambda: None).result()
 
 
 class _ThreadStep(NamedTuple):
@@ -64,6 +70,9 @@ class StreamQueue:
         done = torch.cuda.Event()
         done.record()
         return _StreamStep(on_device, in_memory, done)
+
+    def drain(self) -> None:
+        """What the caller launches comes after it, too."""
 
 
 class _StreamStep(NamedTuple):

@@ -64,5 +64,7 @@ class KVCache:
             cache[targets] = arriving
 
     def _ids(self, copies: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        pairs = torch.tensor(copies, dtype=torch.int64).to(self._caches[0].device)
+        pairs = torch.tensor(copies, dtype=torch.int64)
+        if self._caches[0].is_cuda:
+            pairs = pairs.pin_memory().to(self._caches[0].device, non_blocking=True)  # nobody waits for the device
         return pairs[:, 0], pairs[:, 1]

@@ -20,6 +20,7 @@ from mini_infer.engine.block_tables import BlockTables
 from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
 from mini_infer.engine.device import pack, unpack
 from mini_infer.engine.model_runner import build_batch
+from mini_infer.exceptions import NotRecordableError
 from mini_infer.models import Batch
 from mini_infer.scheduler import Sequence
 from tests.engine.checkpoints import make_engine_checkpoint
@@ -71,24 +72,30 @@ def test_tables_follow_the_sequences_and_only_changes_are_sent() -> None:
                         sequence.block_table = [draw.randrange(1000) for _ in range(draw.randint(1, width))]
             step = draw.sample(sequences, draw.randint(1, num_rows))
             before = device.copy()
+            if draw.random() < 0.2:
+                tables.update(draw.sample(sequences, draw.randint(1, num_rows)))  # and then sending it fails
             rows, changed = tables.update(step)
+            tables.note_sent()
             device[changed] = tables.host.ravel()[changed]
             assert len(set(rows.tolist())) == len(step)
             for row, sequence in zip(rows, step, strict=True):
                 got = device.reshape(num_rows, width)[row, : len(sequence.block_table)]
                 assert got.tolist() == sequence.block_table, seed
             again, nothing = tables.update(step)
+            tables.note_sent()
             assert again.tolist() == rows.tolist() and len(nothing) == 0
             assert len(changed) <= sum(len(sequence.block_table) for sequence in step)
-            assert (np.flatnonzero(device != before)[:, None] == changed).any(axis=1).all()
+            assert np.isin(np.flatnonzero(device != before), changed).all()
 
 
 def test_a_growing_sequence_sends_one_block_at_a_time() -> None:
     tables, sequence = BlockTables(2, 100, CPU), decode([5], 1)
     tables.update([sequence])
+    tables.note_sent()
     for block in range(99):
         sequence.block_table.append(block)
         assert tables.update([sequence])[1].tolist() == [block + 1]
+        tables.note_sent()
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -217,6 +224,27 @@ def test_replayed_steps_give_the_same_tokens(checkpoint: Path, sizes: list[int],
     assert [[c.token_ids for c in output.outputs] for output in engine.generate(prompts, params)] == expected
     assert recorder.num_replays > 10
     assert engine.stats().num_preemptions > 0 and engine.stats().num_used_blocks == 0
+
+
+def test_one_refusal_ends_all_recording(checkpoint: Path) -> None:
+    tried = []
+
+    def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        hidden = run()
+        tried.append(len(hidden))
+        if len(hidden) == 4:
+            raise NotRecordableError("it asks")
+        return lambda: None, hidden
+
+    graphs = DecodeGraphs(lambda batch: torch.zeros(len(batch.token_ids), 4), [1, 2, 4, 8], 3, CPU, capture)
+    graphs.record_all()
+    assert tried == [8, 4] and graphs.size_for(1) is None and graphs.size_for(8) is None
+
+
+def test_the_smallest_engine_there_can_be(checkpoint: Path) -> None:
+    engine = LLM(checkpoint, max_model_len=1, block_size=1, num_gpu_blocks=9)
+    (output,) = engine.generate([[3]], SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert output.finish_reason == "length"
 
 
 def test_a_batch_with_prompts_has_no_graph(checkpoint: Path) -> None:

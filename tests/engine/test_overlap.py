@@ -208,6 +208,36 @@ def test_penalties_and_logprobs_are_those_of_the_plain_loop(small: Path) -> None
     assert results(beams[0]) == results(beams[1])
 
 
+def test_nothing_runs_beside_steps_that_take_turns(small: Path) -> None:
+    """A step that is dropped is still computed; a request with log probabilities must not start beside it."""
+
+    class Lazy:
+        """Computes a step as late as it can."""
+
+        def __init__(self) -> None:
+            self.left: list[_LazyStep] = []
+
+        def submit(self, step: Callable[[], Sampled]) -> "_LazyStep":
+            self.left.append(_LazyStep(step, self))
+            return self.left[-1]
+
+        def drain(self) -> None:
+            while self.left:
+                self.left[0].wait()
+
+    greedy = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    plain, engine = LLM(small, dtype="float64"), LLM(small, dtype="float64", overlap=True)
+    assert isinstance(engine._loop, OverlappedLoop)
+    queue = engine._loop._steps = Lazy()
+    (free,) = plain.generate([[5, 6, 7]], greedy)
+    stopping = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[free.token_ids[4]])
+    looking = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)
+    assert results(engine.generate([[5, 6, 7]], stopping)[0]) == results(plain.generate([[5, 6, 7]], stopping)[0])
+    assert len(queue.left) == 1  # the one that was dropped
+    assert results(engine.generate([[8] * 30], looking)[0]) == results(plain.generate([[8] * 30], looking)[0])
+    assert not queue.left
+
+
 def test_streams_of_the_async_engine(small: Path) -> None:
     async def collect(engine: AsyncLLMEngine, prompt: list[int]) -> list[int]:
         params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -223,6 +253,21 @@ def test_streams_of_the_async_engine(small: Path) -> None:
 def test_a_trace_and_overlap_exclude_each_other(small: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidConfigError, match="overlap and trace"):
         LLM(small, overlap=True, trace=tmp_path / "trace.json")
+
+
+class _LazyStep:
+    def __init__(self, step: Callable[[], Sampled], queue: Any) -> None:
+        self._step, self._queue = step, queue
+        self._result: Sampled | None = None
+
+    def sampled(self) -> Sampled:
+        return self.wait()
+
+    def wait(self) -> Sampled:
+        while self._result is None:
+            first = self._queue.left.pop(0)
+            first._result = first._step()
+        return self._result
 
 
 class _Step:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mini_infer import kernels
+from mini_infer.exceptions import NotRecordableError
 
 pytest.importorskip("numba")
 
 from mini_infer.kernels.cpu import jit, recording
-from mini_infer.kernels.cpu.recording import NotRecordableError, cpu_capture
+from mini_infer.kernels.cpu.recording import cpu_capture
 
 WIDTH = 64
 

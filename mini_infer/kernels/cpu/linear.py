@@ -82,7 +82,9 @@ class _Product:
         self._num_panels, self._depth, self._work = panels.shape[0], panels.shape[1], panels.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = (x if PAIRS else x.float()).reshape(-1, self._num_inputs).contiguous()
+        rows = x.reshape(-1, self._num_inputs).contiguous()
+        if not PAIRS and x.dtype is torch.bfloat16:
+            rows = _widened(rows)
         num_tokens = rows.shape[0]
         out = torch.empty((*x.shape[:-1], self._num_outputs), dtype=self._panels.dtype)
         num_chunks = -(-num_tokens // TOKENS)
@@ -100,6 +102,21 @@ class _Product:
             work=self._work,
         )
         return out
+
+
+def _widened(x: Tensor) -> Tensor:
+    """bfloat16 as float32, by a kernel of ours, which can be recorded."""
+    wide = torch.empty(x.shape, dtype=torch.float32)
+    _widen_kernel(len(x), x.data_ptr(), wide.data_ptr(), x.shape[1], work=2 * x.numel())
+    return wide
+
+
+@kernel
+def _widen_kernel(args):
+    x, wide, width = pointer(args[FIRST], np.uint16), pointer(args[FIRST + 1], np.float32), args[FIRST + 2]
+    for row in tasks(args):
+        for i in range(row * width, (row + 1) * width):
+            store(wide, i, load(x, i))
 
 
 @functools.cache

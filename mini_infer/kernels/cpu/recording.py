@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mini_infer.exceptions import NotRecordableError
 from mini_infer.kernels.cpu.jit import FIRST, Launch, kernel, observer, parallel_address, pointer
 
 _Item: TypeAlias = Launch | Callable[[], object]
@@ -37,10 +38,6 @@ _Item: TypeAlias = Launch | Callable[[], object]
 _ALLOCATIONS = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
 _LOOKING = {Tensor.tolist, Tensor.numpy}
 """Ways to see values that are not operations."""
-
-
-class NotRecordableError(RuntimeError):
-    """What the function does depends on values of tensors."""
 
 
 def cpu_capture() -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]:

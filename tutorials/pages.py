@@ -51,6 +51,8 @@ PRELOADED = [
 def environment() -> Iterator[None]:
     """This process's environment as a page has it, for the processes that are started meanwhile."""
     before = dict(os.environ)
+    for name in [name for name in before if name.startswith("PYTEST_")]:  # a page may run pytest itself
+        del os.environ[name]
     os.environ.update(ENVIRONMENT)
     try:
         yield
@@ -127,16 +129,16 @@ class Page:
 
     def bash(self, source: str) -> tuple[str, str]:
         try:
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", source],
-                cwd=self.folder.name,
-                env={**os.environ, **ENVIRONMENT},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=LIMIT,
-            )
+            with environment():
+                done = subprocess.run(
+                    ["bash", "-euo", "pipefail", "-c", source],
+                    cwd=self.folder.name,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    timeout=LIMIT,
+                )
         except subprocess.TimeoutExpired:
             return "", f"the block is still running after {LIMIT} s"
         return done.stdout, f"exit status {done.returncode}\n{done.stderr}" if done.returncode else ""

@@ -297,7 +297,7 @@ def start(checkpoint: str, *arguments: str | Path, **options: Any) -> "subproces
 
 
 MANY = [f"prompt {place}" for place in range(160)]
-SLOWLY = ("--temperature", "1", "--max-tokens", "30", "--ignore-eos", "--max-num-seqs", "2")
+SLOWLY = ("--temperature", "1", "--max-tokens", "60", "--ignore-eos", "--max-num-seqs", "1", "--enforce-eager")
 
 
 @pytest.fixture(scope="module")

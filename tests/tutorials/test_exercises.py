@@ -3,7 +3,6 @@
 A chapter's answers are graded once, each in a process of its own, and one grading gives the words of both languages.
 """
 
-import ast
 import json
 import os
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pages = pytest.importorskip("tutorials.pages", reason="the course needs sybil")
 
@@ -22,8 +22,21 @@ SKELETONS = ("exercise.en.py", "exercise.zh.py")
 LIMIT = 240  # seconds for one answer; they should take ten
 
 
-def answers(chapter: Path) -> list[str]:
-    return [*SKELETONS, "solution.py", *sorted(f"wrong/{path.name}" for path in chapter.glob("wrong/*.py"))]
+def wrong_answers(chapter: Path) -> dict[str, dict[str, Any]]:
+    """A chapter's wrong answers by name: the words that must be told of each, and what it replaces in the solution."""
+    entries = yaml.safe_load((chapter / "wrong.yaml").read_text(encoding="utf-8"))
+    return {entry["name"]: entry for entry in entries}
+
+
+def source(chapter: Path, answer: str) -> str:
+    """The text of an answer: a file of the chapter, or the solution with a mistake."""
+    if answer.endswith(".py"):
+        return (chapter / answer).read_text(encoding="utf-8")
+    text = (chapter / "solution.py").read_text(encoding="utf-8")
+    for change in wrong_answers(chapter)[answer]["replace"]:
+        assert text.count(change["old"]) == 1, f"{answer}: the solution has this {text.count(change['old'])} times"
+        text = text.replace(change["old"], change["new"])
+    return text
 
 
 def named(chapter: Path, *names: str) -> Any:
@@ -47,15 +60,17 @@ def graded(chapter: Path) -> dict[str, list[dict[str, Any]]]:
     context = pages.processes()
 
     def run(answer: str) -> list[dict[str, Any]]:
-        with tempfile.NamedTemporaryFile(prefix="record-") as record:
-            arguments = str(chapter / "checks.py"), str(chapter / answer), record.name
-            process = context.Process(target=grade, args=arguments)
+        with tempfile.TemporaryDirectory(prefix="graded-") as folder:
+            record, file = Path(folder, "record"), Path(folder, f"{chapter.name}.py")
+            record.touch()
+            file.write_text(source(chapter, answer), encoding="utf-8")
+            process = context.Process(target=grade, args=(str(chapter / "checks.py"), str(file), str(record)))
             process.start()
             process.join(LIMIT)
             assert process.exitcode is not None, f"grading {answer} is still not done after {LIMIT} s"
-            return [json.loads(line) for line in Path(record.name).read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
 
-    names = answers(chapter)
+    names = [*SKELETONS, "solution.py", *wrong_answers(chapter)]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(run, names), strict=True))
 
@@ -89,17 +104,15 @@ def test_the_solution_passes(chapter: Path) -> None:
 
 @pytest.mark.parametrize("chapter", [named(chapter) for chapter in CHAPTERS])
 def test_there_are_three_wrong_answers(chapter: Path) -> None:
-    assert len(answers(chapter)) >= len(SKELETONS) + 1 + 3
+    assert len(wrong_answers(chapter)) >= 3
 
 
 @pytest.mark.parametrize(
     "chapter, answer",
-    [named(chapter, name) for chapter in CHAPTERS for name in answers(chapter) if name.startswith("wrong/")],
+    [named(chapter, name) for chapter in CHAPTERS for name in wrong_answers(chapter)],
 )
 def test_a_wrong_answer_is_told_its_mistake(chapter: Path, answer: str) -> None:
-    first = ast.parse((chapter / answer).read_text(encoding="utf-8")).body[0]
-    assert isinstance(first, ast.Assign) and ast.unparse(first.targets[0]) == "HINT", "HINT = {...} comes first"
-    hint = ast.literal_eval(first.value)
+    hint = wrong_answers(chapter)[answer]["hint"]
     failed, explanation = failure(graded(chapter)[answer])
     for language in ("en", "zh"):
         told = " ".join(explanation[language].lower().split())

@@ -16,6 +16,7 @@ A function that looks at the value of a tensor cannot be recorded, since it migh
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -59,17 +60,11 @@ def cpu_capture() -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], 
                 result = run()
         finally:
             observer.reset(token)
-        calls = [
-            _replay_launches([item for item in group if isinstance(item, Launch)]) if launches else _replay_calls(group)
-            for launches, group in groupby(items, key=lambda item: isinstance(item, Launch))
-        ]
-
-        def replay() -> None:
-            assert arena  # lives as long as what uses its memory
-            for call in calls:
-                call()
-
-        return replay, result
+        calls: list[Callable[[], object]] = []
+        for kind, group in groupby(items, key=type):
+            some: list[Any] = list(group)
+            calls += [_Launches.of(some)] if kind is Launch else some
+        return _Recording(calls, arena), result
 
     return capture
 
@@ -148,28 +143,44 @@ class _NoLooking(TorchFunctionMode):
 # ---- replaying -------------------------------------------------------------------------------------------------------
 
 
-def _replay_calls(items: Any) -> Callable[[], None]:
-    calls: list[Callable[[], object]] = list(items)
+@dataclass(frozen=True)
+class _Recording:
+    """What there is to call again.
 
-    def replay() -> None:
-        for call in calls:
+    Attributes:
+        calls: in their order.
+        arena: whose memory they read and write; it lives as long as they do.
+    """
+
+    calls: list[Callable[[], object]]
+    arena: _Arena
+
+    def __call__(self) -> None:
+        for call in self.calls:
             call()
 
-    return replay
 
+@dataclass(frozen=True)
+class _Launches:
+    """Launches one after the other, by way of one call.
 
-def _replay_launches(launches: list[Launch]) -> Callable[[], None]:
-    """The launches one after the other, by way of one call."""
-    table = np.array(
-        [(launch.kernel, ctypes.addressof(launch.data), launch.num_threads) for launch in launches], dtype=np.int64
-    )
-    openmp = parallel_address()
+    Attributes:
+        launches: what they are; they own the arguments that the table points to.
+        table: int64 ``[N, 3]``, addresses of kernel and argument, and the number of threads.
+        openmp: address of what starts threads; 0 where there is none.
+    """
 
-    def replay() -> None:
-        assert launches  # keeps the arguments that the table points to
-        _launch_all.alone(len(table), table.ctypes.data, openmp)
+    launches: list[Launch]
+    table: np.ndarray
+    openmp: int
 
-    return replay
+    @classmethod
+    def of(cls, launches: list[Launch]) -> "_Launches":
+        rows = [(launch.kernel, ctypes.addressof(launch.data), launch.num_threads) for launch in launches]
+        return cls(launches, np.array(rows, dtype=np.int64), parallel_address())
+
+    def __call__(self) -> None:
+        _launch_all.alone(len(self.table), self.table.ctypes.data, self.openmp)
 
 
 @intrinsic

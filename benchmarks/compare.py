@@ -2,7 +2,8 @@
 
 One seeded workload goes through every engine. Each engine lives in a process of its own and is stopped unless it is its
 turn; after a warm-up that does not count, the rounds alternate between them, so that a machine that changes its speed
-changes it for all. Reported are medians; a ratio is the median of the rounds' own ratios.
+changes it for all. For the same reason its limits are measured around every single run. Reported are medians; a ratio
+is the median of the rounds' own ratios, and so is the share of the limit.
 
 ``--table`` runs the workloads that the README cites, and writes one results file with a plot beside it.
 """
@@ -111,16 +112,31 @@ class Contender:
         return done
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a contender did in one round, and what the machine could do meanwhile.
+
+    Attributes:
+        done: times and tokens.
+        machine: the better of just before and just after.
+        floor_seconds: the least time that the workload takes on such a machine.
+    """
+
+    done: Done
+    machine: Machine
+    floor_seconds: float
+
+
 # ---- one scenario ------------------------------------------------------------------------------------------------
 
 
 def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: int, dtype: str) -> dict[str, Any]:
-    """Run a scenario in alternating rounds, measuring what the machine can do before each.
+    """Run a scenario in alternating rounds, measuring what the machine can do before and after each run.
 
     A peer that fails is left out, and the result says why.
     """
     workload, precision = scenario.workload, getattr(torch, dtype)
-    machine = Machine.measure(torch.device("cpu"), precision)
+    shape = ModelConfig.from_directory(model)
     contenders = [
         Contender(worker.engine.label, worker, scenario.sampling)
         for worker in workers
@@ -133,9 +149,9 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
             if worker.engine.module == "ours"
         ]
     failed: dict[str, str] = {}
-    runs: dict[str, list[Done]] = {contender.label: [] for contender in contenders}
+    runs: dict[str, list[Run]] = {contender.label: [] for contender in contenders}
+    before = Machine.measure(torch.device("cpu"), precision)
     for round_ in range(rounds + 1):
-        machine = machine.best(Machine.measure(torch.device("cpu"), precision))
         for contender in [c for c in contenders if c.label not in failed]:
             what = f"round {round_} of {rounds}" if round_ else "warming up"
             with console.status(f"{scenario.name}: {contender.label}, {what}"):
@@ -145,14 +161,21 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
                     failed[contender.label] = error.reason
                     console.print(f"left out: {error}", style="red", soft_wrap=True)
                     continue
+            after = Machine.measure(torch.device("cpu"), precision)
             if round_:
-                runs[contender.label].append(done)
+                machine = before.best(after)
+                least = floor(shape, precision.itemsize, workload, machine, SEATS)
+                runs[contender.label].append(Run(done, machine, least.seconds))
+            before = after
     ran = [contender for contender in contenders if contender.label not in failed]
     if not ran or ran[0] is not contenders[0]:
         raise typer.Exit(1)
     with console.status(f"{scenario.name}: comparing tokens"):
         agreements = _agreements(workload, ran, runs, dtype)
-    least = floor(ModelConfig.from_directory(model), precision.itemsize, workload, machine, SEATS)
+    ours = runs[ran[0].label]
+    bytes_per_second = statistics.median(run.machine.bytes_per_second for run in ours)
+    flops_per_second = statistics.median(run.machine.flops_per_second for run in ours)
+    least = floor(shape, precision.itemsize, workload, Machine(bytes_per_second, flops_per_second), SEATS)
     return {
         "name": scenario.name,
         "requests": scenario.num_requests,
@@ -160,30 +183,21 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
         "output_tokens": workload.num_output_tokens,
         "sampling": dict(zip(("temperature", "top_k", "top_p"), scenario.sampling, strict=True)),
         "machine": {
-            "read_gb_per_second": round(machine.bytes_per_second / 1e9, 1),
-            "matrix_tflops": round(machine.flops_per_second / 1e12, 3),
+            "read_gb_per_second": round(bytes_per_second / 1e9, 1),
+            "read_gb_per_second_of_each_round": [round(run.machine.bytes_per_second / 1e9, 1) for run in ours],
+            "matrix_tflops": round(flops_per_second / 1e12, 3),
             "limit": least.limit,
             "floor_seconds": round(least.seconds, 3),
             "floor_tokens_per_second": round(workload.num_output_tokens / least.seconds, 1),
         },
-        "engines": {
-            c.label: _figures(c, workload, runs[c.label], runs[ran[0].label], least.seconds)
-            | agreements.get(c.label, {})
-            for c in ran
-        },
+        "engines": {c.label: _figures(c, workload, runs[c.label], ours) | agreements.get(c.label, {}) for c in ran},
         "failed": failed,
     }
 
 
-def _figures(
-    contender: Contender,
-    workload: Workload,
-    runs: list[Done],
-    ours: list[Done],
-    floor_seconds: float,
-) -> dict[str, Any]:
+def _figures(contender: Contender, workload: Workload, runs: list[Run], ours: list[Run]) -> dict[str, Any]:
     def median(of: Callable[[Done], float]) -> float:
-        return statistics.median(map(of, runs))
+        return statistics.median(of(run.done) for run in runs)
 
     def inter_token(run: Done) -> float:
         """The median request's mean."""
@@ -195,11 +209,11 @@ def _figures(
     peak = contender.worker.peak_memory()
     return {
         "tokens_per_second": round(median(lambda run: workload.num_output_tokens / run.seconds), 2),
-        "tokens_per_second_of_each_round": [round(workload.num_output_tokens / run.seconds, 2) for run in runs],
+        "tokens_per_second_of_each_round": [round(workload.num_output_tokens / run.done.seconds, 2) for run in runs],
         "mini_infer_is_times_as_fast": round(
-            statistics.median(run.seconds / own.seconds for run, own in zip(runs, ours, strict=True)), 3
+            statistics.median(run.done.seconds / own.done.seconds for run, own in zip(runs, ours, strict=True)), 3
         ),
-        "share_of_the_machine": round(floor_seconds / median(lambda run: run.seconds), 3),
+        "share_of_the_machine": round(statistics.median(run.floor_seconds / run.done.seconds for run in runs), 3),
         "ttft_mean_seconds": round(median(lambda run: statistics.mean(run.first)), 4),
         "ttft_p50_seconds": round(median(lambda run: statistics.median(run.first)), 4),
         "itl_seconds": round(median(inter_token), 5),
@@ -211,19 +225,19 @@ def _figures(
 
 
 def _agreements(
-    workload: Workload, contenders: list[Contender], runs: dict[str, list[Done]], dtype: str
+    workload: Workload, contenders: list[Contender], runs: dict[str, list[Run]], dtype: str
 ) -> dict[str, dict[str, Any]]:
     """How far each engine's greedy tokens are those of transformers, and how sure transformers was where they part."""
     judge = next((c for c in contenders if c.worker.engine.module == "hf_generate" and c.sampling[0] == 0), None)
     if judge is None:
         return {}
-    truth = runs[judge.label][0].token_ids
+    truth = runs[judge.label][0].done.token_ids
     found = {}
     for contender in contenders:
         if contender is judge or contender.sampling[0] > 0:
             continue
         shared, gaps = 0, []
-        for prompt, right, made in zip(workload.prompts, truth, runs[contender.label][0].token_ids, strict=True):
+        for prompt, right, made in zip(workload.prompts, truth, runs[contender.label][0].done.token_ids, strict=True):
             same = next((i for i, (a, b) in enumerate(zip(right, made, strict=True)) if a != b), len(right))
             shared += same
             if same < len(right):

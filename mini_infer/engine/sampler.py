@@ -19,10 +19,10 @@ _GROUP = 64
 """Neighbours in the vocabulary that are looked at together for the largest logits."""
 
 _SHARE = 2
-"""A ``top_k`` above the vocabulary divided by this leaves too much for that to pay."""
+"""That pays where the tokens looked at are at most the vocabulary divided by this."""
 
 _SORTED = 512
-"""Tokens that are sorted for ``top_p`` before all are."""
+"""Tokens that are sorted for ``top_p`` before all are, where ``top_k`` does not leave fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,11 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     adjusted = _adjust(logits, draws)
     token_ids = raw_ids if adjusted is logits else adjusted.argmax(dim=-1)
     drawing = [row for row, draw in enumerate(draws) if not draw.params.greedy]
-    if drawing:
-        everyone = len(drawing) == len(draws)  # then no row needs to be copied
+    if len(drawing) == len(draws):  # then no row needs to be copied
+        token_ids = _draw(adjusted, draws)
+    elif drawing:
         rows = send(torch.tensor(drawing), logits.device)
-        chosen = _draw(adjusted if everyone else adjusted[rows], [draws[row] for row in drawing])
+        chosen = _draw(adjusted[rows], [draws[row] for row in drawing])
         token_ids = token_ids.index_copy(0, rows, chosen)
     # logprob(a) - logprob(b) = logit(a) - logit(b): the sum over the vocabulary is made once.
     chosen_logits, largest = (_wide(logits.gather(1, ids[:, None])[:, 0]) for ids in (token_ids, raw_ids))
@@ -146,23 +147,23 @@ def _count(token_ids: Sequence[list[int]], like: Tensor) -> Tensor:
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """One token per row, drawn from the filtered distribution by inverting its cumulative sum."""
     params = [draw.params for draw in draws]
-    vocab_size = logits.shape[-1]
-    token_ids = torch.empty(len(params), dtype=torch.int64, device=logits.device)
     # How many are left in `_likeliest` the host must ask for, which on a GPU costs more than it saves.
-    has_few = [0 < p.top_k <= vocab_size // _SHARE and not logits.is_cuda for p in params]
-    few = [row for row, reduced in enumerate(has_few) if reduced]
-    many = [row for row, reduced in enumerate(has_few) if not reduced]
-    for rows in (few, many):
+    most = 0 if logits.is_cuda else logits.shape[-1] // _SHARE
+    has_few = [0 < p.top_k * _GROUP <= most for p in params]
+    if not any(has_few):
+        return _invert(_wide(logits), draws)
+    token_ids = torch.empty(len(params), dtype=torch.int64)
+    for reduced in (True, False):
+        rows = [row for row, few in enumerate(has_few) if few is reduced]
         if not rows:
             continue
-        at = send(torch.tensor(rows), logits.device)
-        some = logits if len(rows) == len(params) else logits[at]
+        some = logits if len(rows) == len(params) else logits[rows]
         chosen = [draws[row] for row in rows]
-        if rows is few:
+        if reduced:
             some, ids = _likeliest(some, max(params[row].top_k for row in rows))
-            token_ids[at] = ids.gather(1, _invert(_wide(some), chosen)[:, None])[:, 0]
+            token_ids[rows] = ids.gather(1, _invert(_wide(some), chosen)[:, None])[:, 0]
         else:
-            token_ids[at] = _invert(_wide(some), chosen)
+            token_ids[rows] = _invert(_wide(some), chosen)
     return token_ids
 
 
@@ -200,9 +201,8 @@ def _invert(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Where in each row the completion's own random number falls; ``[S]``."""
     # The largest logit, made finite, is moved to 0 first, so that no temperature makes inf - inf of it.
     logits = logits.clamp(max=torch.finfo(logits.dtype).max)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / _column(draws, "temperature", logits)
-    probs = _filter(logits, draws).softmax(dim=-1)
-    cumulative = probs.to(torch.float64).cumsum(dim=-1)
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(_column(draws, "temperature", logits))
+    cumulative = _weights(logits, draws).to(torch.float64).cumsum(dim=-1)
     total = cumulative[:, -1:]
     keys = [(draw.seed, draw.index, draw.position) for draw in draws]
     uniform = send(torch.from_numpy(uniforms(*zip(*keys, strict=True))), logits.device)[:, None]
@@ -212,59 +212,85 @@ def _invert(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _filter(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Logits with -inf where ``top_k``, ``top_p`` or ``min_p`` drop a token. Tokens as likely as the k-th all stay."""
+def _weights(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """e^logits, and 0 where ``top_k``, ``top_p`` or ``min_p`` drop a token. Tokens as likely as the k-th all stay.
+
+    Args:
+        logits: divided by the temperature; the largest of each row is 0.
+        draws: whose rows they are.
+    """
     params = [draw.params for draw in draws]
     num_tokens = logits.shape[-1]
-    if any(0 < p.top_k < num_tokens for p in params):
-        kept = [min(p.top_k, num_tokens) if p.top_k > 0 else num_tokens for p in params]
-        largest_k = max(k for k in kept if k < num_tokens)
-        top = logits.topk(largest_k, dim=-1).values
-        last = send(torch.tensor([min(k, largest_k) - 1 for k in kept]), logits.device)
-        threshold = top.gather(1, last[:, None])
-        everything = send(torch.tensor([k == num_tokens for k in kept]), logits.device)
-        logits = logits.masked_fill(logits < threshold.masked_fill(everything[:, None], -torch.inf), -torch.inf)
-    if any(p.top_p < 1 for p in params):
-        keep_top_p = _keep_top_p_unasked if logits.is_cuda else _keep_top_p
-        logits = keep_top_p(logits, _column(draws, "top_p", logits))
+    top_k = [min(p.top_k, num_tokens) if p.top_k > 0 else num_tokens for p in params]
+    has_top_k, has_top_p = min(top_k) < num_tokens, any(p.top_p < 1 for p in params)
+    weights = logits.exp()
+    if has_top_k or has_top_p:
+        # One more than top_k leaves, which shows that these are all.
+        ranked = _ranked(logits, max(k + 1 if k < num_tokens else _SORTED for k in top_k))
+    if has_top_k:
+        last = send(torch.tensor([k - 1 if k < num_tokens else 0 for k in top_k]), logits.device)
+        everything = send(torch.tensor([k == num_tokens for k in top_k]), logits.device)
+        threshold = ranked.gather(1, last[:, None]).masked_fill(everything[:, None], -torch.inf)
+        weights.masked_fill_(logits < threshold, 0)
+        ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
+    if has_top_p:
+        top_p = _column(draws, "top_p", logits)
+        weights = _keep_top_p_unasked(weights, top_p) if logits.is_cuda else _keep_top_p(weights, top_p, ranked.exp())
     if any(p.min_p > 0 for p in params):
-        threshold = logits.amax(dim=-1, keepdim=True) + _column(draws, "min_p", logits).log()
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    return logits
+        threshold = weights.amax(dim=-1, keepdim=True) * _column(draws, "min_p", logits)
+        weights = weights.masked_fill(weights < threshold, 0)
+    return weights
 
 
-def _keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """-inf for all but the likeliest tokens that together reach ``top_p`` ``[S, 1]``.
+def _ranked(numbers: Tensor, count: int) -> Tensor:
+    """The largest numbers of each row, at most ``count`` of them, in descending order."""
+    width = numbers.shape[-1]
+    if width > _SORTED or numbers.is_cuda:
+        return numbers.topk(min(count, width), dim=-1).values
+    ascending = torch.from_numpy(np.sort(numbers.numpy(), axis=-1))  # of so few, ten times as fast as topk
+    return ascending.flip(-1)[:, :count]
 
-    The few likeliest are sorted first; only if in some row they do not reach it, the whole vocabulary is.
+
+def _keep_top_p(weights: Tensor, top_p: Tensor, ranked: Tensor) -> Tensor:
+    """0 for all but the likeliest tokens that together reach ``top_p``; of equals, the first of the vocabulary stay.
+
+    Args:
+        weights: ``[S, V]``, what probabilities are in proportion to.
+        top_p: ``[S, 1]``.
+        ranked: the largest weights, ``[S, C]``. Only if in some row these do not reach ``top_p``, all are sorted.
     """
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    for num_sorted in (min(_SORTED, logits.shape[-1]), logits.shape[-1]):
-        ranked, order = logits.topk(num_sorted, dim=-1)
-        probs = (ranked - normaliser).exp()
-        before = probs.cumsum(dim=-1) - probs  # a token stays while those before it have not reached top_p
-        dropped = (before >= top_p) & (top_p < 1)
-        if num_sorted == logits.shape[-1] or bool((dropped[:, -1:] | (top_p >= 1)).all()):
+    enough = top_p * weights.sum(dim=-1, keepdim=True)
+    while True:
+        before = ranked.cumsum(dim=-1) - ranked
+        stays = (before < enough) | (top_p >= 1)  # a token stays while those before it have not reached top_p
+        if ranked.shape == weights.shape or not bool((stays[:, -1:] & (top_p < 1)).any()):
             break
-    stays = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(1, order, ~dropped)
-    return logits.masked_fill(~stays & (top_p < 1), -torch.inf)
+        ranked = _ranked(weights, weights.shape[-1])
+    num_left = stays.sum(dim=-1, keepdim=True).clamp(min=1)  # of a row of NaN, say
+    least = ranked.gather(1, num_left - 1)
+    dropped = weights < least
+    if bool(((~dropped).sum(dim=-1, keepdim=True) > num_left).any()):  # more are as likely as the last that stays
+        equal = weights == least
+        num_equal = num_left - (weights > least).sum(dim=-1, keepdim=True)
+        dropped |= equal & (equal.cumsum(dim=-1) > num_equal)
+    return weights.masked_fill(dropped & (top_p < 1), 0)
 
 
-def _keep_top_p_unasked(logits: Tensor, top_p: Tensor) -> Tensor:
+def _keep_top_p_unasked(weights: Tensor, top_p: Tensor) -> Tensor:
     """The same without a question to the device: the largest threshold whose tokens reach ``top_p``, by bisection.
 
     Positive floats are in the order of their bits read as integers, so halving that interval ends at the threshold
     itself. Of tokens that are equally likely, all stay.
     """
-    probs = logits.softmax(dim=-1)
-    integer, num_bits = (torch.int64, 63) if probs.dtype is torch.float64 else (torch.int32, 31)
+    enough = top_p * weights.sum(dim=-1, keepdim=True)
+    integer, num_bits = (torch.int64, 63) if weights.dtype is torch.float64 else (torch.int32, 31)
     low = torch.zeros_like(top_p).view(integer)  # reaches top_p, or nothing does
     high = torch.full_like(top_p, 2.0).view(integer)  # does not
     for _ in range(num_bits):
         middle = low + (high - low) // 2
-        reached = (probs * (probs >= middle.view(probs.dtype))).sum(dim=-1, keepdim=True) >= top_p
+        reached = (weights * (weights >= middle.view(weights.dtype))).sum(dim=-1, keepdim=True) >= enough
         low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
-    return logits.masked_fill((probs < low.view(probs.dtype)) & (top_p < 1), -torch.inf)
+    return weights.masked_fill((weights < low.view(weights.dtype)) & (top_p < 1), 0)
 
 
 def _column(draws: Sequence[Draw], name: str, like: Tensor) -> Tensor:

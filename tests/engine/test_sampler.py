@@ -483,11 +483,12 @@ def test_top_p_without_a_question_to_the_device_keeps_the_same_tokens(dtype: tor
         logits[0, vocab_size // 2 :] = -torch.inf
         logits[0, 0] = 0
         top_p = torch.tensor([0.5, 1e-6, 0.3, 0.9, 0.999, 1.0], dtype=dtype)[:, None]
-        expected = sampler._keep_top_p(logits, top_p)
-        torch.testing.assert_close(sampler._keep_top_p_unasked(logits, top_p), expected, rtol=0, atol=0)
+        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        expected = sampler._keep_top_p(weights, top_p, sampler._ranked(weights, 512))
+        torch.testing.assert_close(sampler._keep_top_p_unasked(weights, top_p), expected, rtol=0, atol=0)
 
 
 def test_top_p_without_a_question_keeps_all_of_equal_tokens() -> None:
-    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0, -1.0]])
-    kept = sampler._keep_top_p_unasked(logits, torch.tensor([[0.5]]))
-    assert kept.isfinite().tolist() == [[False, True, True, True, False]]
+    weights = torch.tensor([[0.0, 1.0, 1.0, 1.0, -1.0]]).exp()
+    kept = sampler._keep_top_p_unasked(weights, torch.tensor([[0.5]]))
+    assert (kept > 0).tolist() == [[False, True, True, True, False]]

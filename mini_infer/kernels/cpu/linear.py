@@ -10,8 +10,10 @@ The weight is cut into panels of 64 output features (`COLUMNS`); within a panel 
     ├──────────────┤ = one panel      panel 1: ...
     └──────────────┘
 
-A task is one panel times a few hundred tokens, six tokens at a time. The panel comes from memory for the first six and
-from the core's own cache for the others.
+A task is a run of panels times a few hundred tokens, six tokens at a time. A run is about 2 MiB long, since the
+processor reads ahead only along a line and has to find its pace anew after each jump. A panel comes from memory for the
+first six tokens and from the core's own cache for the others. These would leave memory idle, so meanwhile they ask for
+the next panel.
 
 Bytes: the weight, once. Floor: N * K * itemsize / memory bandwidth for a few tokens, 2 * M * N * K / peak for many. The
 two meet at about a dozen tokens, which is why a small batch decodes for the price of one sequence.
@@ -36,12 +38,15 @@ from mini_infer.kernels.cpu.jit import (
     store,
     tasks,
 )
-from mini_infer.kernels.cpu.tile import COLUMNS, PAIRS, ROWS, VECTORS, tiles
+from mini_infer.kernels.cpu.tile import COLUMNS, LINE, PAIRS, ROWS, VECTORS, tiles
 from mini_infer.kernels.reference import linear as reference
 from mini_infer.kernels.registry import register
 
 TOKENS = 384
 """Tokens of one task at most, so that their x stays in the cache while panels are multiplied with it."""
+
+RUN = 2 << 20
+"""Bytes of weights that a task reads in one go, where that leaves at least two tasks for each thread."""
 
 TILE = ROWS * COLUMNS
 
@@ -88,8 +93,9 @@ class _Product:
         num_tokens = rows.shape[0]
         out = torch.empty((*x.shape[:-1], self._num_outputs), dtype=self._panels.dtype)
         num_chunks = -(-num_tokens // TOKENS)
+        num_runs = min(self._num_panels, max(-(-self._panels.nbytes // RUN), 2 * torch.get_num_threads()))
         self._kernel(
-            self._num_panels * num_chunks,
+            num_runs * num_chunks,
             rows.data_ptr(),
             self._panels_at,
             out.data_ptr(),
@@ -99,6 +105,8 @@ class _Product:
             self._num_outputs,
             num_chunks,
             self._depth,
+            self._num_panels,
+            num_runs,
             work=self._work,
         )
         return out
@@ -143,6 +151,8 @@ def _kernel(element: type) -> Kernel:
     kind = "fma" if element is np.float32 else "dot" if PAIRS else "widen"
     x_bytes = 2 if kind == "dot" else 4
     w_bytes = np.dtype(element).itemsize
+    k_bytes = COLUMNS * w_bytes * (2 if kind == "dot" else 1)  # of a panel at each k
+    lines = -(-k_bytes // (2 * LINE))  # a panel is fetched in two passes or more
 
     @kernel
     def linear(args):
@@ -150,44 +160,39 @@ def _kernel(element: type) -> Kernel:
         out, num_outputs = pointer(args[FIRST + 2], element), args[FIRST + 6]
         bias, has_bias = pointer(args[FIRST + 3], element), args[FIRST + 3] != 0
         num_chunks, depth = args[FIRST + 7], args[FIRST + 8]
+        num_panels, num_runs = args[FIRST + 9], args[FIRST + 10]
         x_stride = num_inputs * x_bytes
-        w_stride = num_inputs // depth * COLUMNS * w_bytes
         sums_at = buffer(TILE)
         sums = pointer(sums_at, np.float32)
         for task in tasks(args):
-            panel, chunk = task // num_chunks, task % num_chunks
-            w = panels + panel * num_inputs * COLUMNS * w_bytes
-            column = panel * COLUMNS
-            width = min(COLUMNS, num_outputs - column)
+            run, chunk = task // num_chunks, task % num_chunks
             begin = num_tokens * chunk // num_chunks
             end = num_tokens * (chunk + 1) // num_chunks
             num_passes = (end - begin + ROWS - 1) // ROWS  # of about as many rows each, rather than a small last one
-            for number in range(num_passes):
-                first = begin + (end - begin) * number // num_passes
-                last = begin + (end - begin) * (number + 1) // num_passes
-                tiles(
-                    kind,
-                    last - first,
-                    VECTORS,
-                    0,
-                    x + first * x_stride,
-                    x_stride,
-                    w,
-                    w_stride,
-                    depth,
-                    sums_at,
-                    COLUMNS * 4,
-                )
-                for row in range(last - first):
-                    place, at = (first + row) * num_outputs + column, row * COLUMNS
-                    if has_bias:
-                        for i in range(width):
-                            store(out, place + i, load(sums, at + i) + load(bias, column + i))
-                    elif width == COLUMNS:
-                        for i in range(COLUMNS):  # a constant number of steps, which needs no check in between
-                            store(out, place + i, load(sums, at + i))
-                    else:
-                        for i in range(width):
-                            store(out, place + i, load(sums, at + i))
+            for panel in range(num_panels * run // num_runs, num_panels * (run + 1) // num_runs):
+                w = panels + panel * depth * k_bytes
+                column = panel * COLUMNS
+                width = min(COLUMNS, num_outputs - column)
+                for number in range(num_passes):
+                    first = begin + (end - begin) * number // num_passes
+                    last = begin + (end - begin) * (number + 1) // num_passes
+                    # Each pass fetches its share of the next panel. A single one need not: it waits for memory anyway.
+                    ahead = w + depth * k_bytes + depth * k_bytes * number // num_passes if num_passes > 1 else w
+                    ahead_stride = k_bytes // num_passes if num_passes > 1 else 0
+                    tiles(
+                        kind, last - first, VECTORS, 0, lines, x + first * x_stride, x_stride, w, k_bytes, depth,
+                        sums_at, COLUMNS * 4, ahead, ahead_stride,
+                    )  # fmt: skip
+                    for row in range(last - first):
+                        place, at = (first + row) * num_outputs + column, row * COLUMNS
+                        if has_bias:
+                            for i in range(width):
+                                store(out, place + i, load(sums, at + i) + load(bias, column + i))
+                        elif width == COLUMNS:
+                            for i in range(COLUMNS):  # a constant number of steps, which needs no check in between
+                                store(out, place + i, load(sums, at + i))
+                        else:
+                            for i in range(width):
+                                store(out, place + i, load(sums, at + i))
 
     return linear

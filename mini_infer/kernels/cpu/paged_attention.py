@@ -9,8 +9,8 @@ A task is one sequence, or some of its KV heads when there are few sequences. It
     2  result    for each block and KV head:  weights [group, block] x values [block, D]  added to [group, D]
 
 In each pass the heads' parts of a block follow one another in memory, so it is read in runs of heads * D * block_size
-numbers. That matters more than anything else here: the processor guesses what is read next only along such a run, and
-4 KiB at a time from random places came in at less than half the speed.
+numbers. The processor guesses what is read next only along such a run, and knows nothing of block tables. We do: while
+one head's part of a block is computed, the one after the next is already fetched.
 
 Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) is simpler than a running
 softmax and costs little. Both passes are `tile`s of few rows, so loading, not arithmetic, is their limit.
@@ -20,6 +20,7 @@ Bytes: every key and value once; floor: bytes / memory bandwidth.
 
 import functools
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import LANES, ROWS, VECTORS, tile, widest
 from mini_infer.kernels.reference import attention as reference
 
+AHEAD = 2
+"""How many pieces before its turn a piece, one head's part of a block, is fetched from memory."""
+
 
 @register_fast("paged_attention", reference.paged_attention)
 def paged_attention(
@@ -67,7 +71,7 @@ def paged_attention(
     room = block_tables.shape[1] * block_size
     num_threads = torch.get_num_threads()
     # Sequences differ in length, so every thread should get a few tasks.
-    num_parts = min(num_kv_heads, -(-4 * num_threads // max(num_seqs, 1)))
+    num_parts = min(num_kv_heads, -(-2 * num_threads // max(num_seqs, 1)))
     scores = torch.empty(num_threads * num_heads * room, dtype=torch.float32)
     _kernel(ELEMENTS[query.dtype], num_heads, num_kv_heads, head_dim, block_size)(
         num_seqs * num_parts,
@@ -85,6 +89,12 @@ def paged_attention(
         work=num_seqs * num_kv_heads * room * head_dim,
     )
     return out
+
+
+@numba.njit
+def _piece(block_tables, table, number, heads, num_kv_heads, first_head):
+    """Which of the cache's pieces, ``block * num_kv_heads + head``, is read as the ``number``th from ``table`` on."""
+    return np.int64(block_tables[table + number // heads]) * num_kv_heads + first_head + number % heads
 
 
 @functools.cache
@@ -115,25 +125,31 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
             sequence, part = task // num_parts, task % num_parts
             first_head = num_kv_heads * part // num_parts
             last_head = num_kv_heads * (part + 1) // num_parts
-            table = sequence * (room // block_size)
+            heads = last_head - first_head
             end = np.int64(context_lens[sequence])
             begin = max(0, end - window) if window > 0 else 0
             first_block, last_block = begin // block_size, (end + block_size - 1) // block_size
+            table = sequence * (room // block_size) + first_block
+            last_piece = (last_block - first_block) * heads - 1
             for i in range(first_head * group * head_dim, last_head * group * head_dim):
                 wide_query[i] = load(query, sequence * num_heads * head_dim + i)
                 sums[i] = np.float32(0)
 
-            for block in range(first_block, last_block):
-                keys = key_cache + np.int64(block_tables[table + block]) * num_kv_heads * head_bytes
-                for kv_head in range(first_head, last_head):
-                    for row in range(kv_head * group, (kv_head + 1) * group, rows):
-                        for token in range(0, block_size, chunk):
-                            tile(
-                                kind, rows, key_vectors, 0,
-                                query_at + row * head_dim * 4, head_dim * 4,
-                                keys + kv_head * head_bytes + token * size, block_size * size, head_dim,
-                                scores_at + (row * room + block * block_size + token) * 4, room * 4,
-                            )  # fmt: skip
+            for number in range(last_piece + 1):
+                place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)
+                later = _piece(block_tables, table, min(number + AHEAD, last_piece), heads, num_kv_heads, first_head)
+                keys, keys_ahead = key_cache + place * head_bytes, key_cache + later * head_bytes
+                first_row = (first_head + number % heads) * group
+                first_token = (first_block + number // heads) * block_size
+                for row in range(first_row, first_row + group, rows):
+                    for token in range(0, block_size, chunk):
+                        tile(
+                            kind, rows, key_vectors, 0, 1,
+                            query_at + row * head_dim * 4, head_dim * 4,
+                            keys + token * size, block_size * size, head_dim,
+                            scores_at + (row * room + first_token + token) * 4, room * 4,
+                            keys_ahead + token * size, block_size * size,
+                        )  # fmt: skip
 
             for row in range(first_head * group, last_head * group):
                 low, high = row * room + begin, row * room + end
@@ -142,20 +158,23 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
                 for i in range(low, high):
                     scores[i] *= inverse
 
-            for block in range(first_block, last_block):
-                values = value_cache + np.int64(block_tables[table + block]) * num_kv_heads * head_bytes
-                token = max(begin, block * block_size)
-                count = min(end, (block + 1) * block_size) - token
-                for kv_head in range(first_head, last_head):
-                    for row in range(kv_head * group, (kv_head + 1) * group, rows):
-                        for column in range(0, head_dim, columns):
-                            tile(
-                                kind, rows, value_vectors, 1,
-                                scores_at + (row * room + token) * 4, room * 4,
-                                values + kv_head * head_bytes + (token % block_size * head_dim + column) * size,
-                                head_dim * size, count,
-                                sums_at + (row * head_dim + column) * 4, head_dim * 4,
-                            )  # fmt: skip
+            for number in range(last_piece + 1):
+                place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)
+                later = _piece(block_tables, table, min(number + AHEAD, last_piece), heads, num_kv_heads, first_head)
+                values, values_ahead = value_cache + place * head_bytes, value_cache + later * head_bytes
+                first_row = (first_head + number % heads) * group
+                first_token = (first_block + number // heads) * block_size
+                token = max(begin, first_token)
+                count = min(end, first_token + block_size) - token
+                for row in range(first_row, first_row + group, rows):
+                    for column in range(0, head_dim, columns):
+                        tile(
+                            kind, rows, value_vectors, 1, 2,
+                            scores_at + (row * room + token) * 4, room * 4,
+                            values + ((token - first_token) * head_dim + column) * size, head_dim * size, count,
+                            sums_at + (row * head_dim + column) * 4, head_dim * 4,
+                            values_ahead + column * size, head_dim * size,
+                        )  # fmt: skip
 
             for i in range(first_head * group * head_dim, last_head * group * head_dim):
                 store(out, sequence * num_heads * head_dim + i, sums[i])

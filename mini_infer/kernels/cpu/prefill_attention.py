@@ -157,9 +157,9 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                     high = (first_position + row + num_rows - 1) // COLUMNS + 1
                     for number in range(low, high):
                         tiles(
-                            kind, num_rows, VECTORS, 0, x, x_stride,
+                            kind, num_rows, VECTORS, 0, 0, x, x_stride,
                             packed_keys_at + number * COLUMNS * head_dim * size, COLUMNS * step * size,
-                            head_dim // step, scores_at + number * COLUMNS * 4, room * 4,
+                            head_dim // step, scores_at + number * COLUMNS * 4, room * 4, 0, 0,
                         )  # fmt: skip
                     low, high = low * COLUMNS, high * COLUMNS
                     for i in range(num_rows):
@@ -174,9 +174,9 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                         inverses[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)
                     for column in range(0, head_dim, columns):
                         tiles(
-                            kind, num_rows, value_vectors, 0, weights_at + low * x_size, room * x_size,
+                            kind, num_rows, value_vectors, 0, 0, weights_at + low * x_size, room * x_size,
                             packed_values_at + (low * head_dim + column * step) * size,
-                            head_dim * step * size, (high - low) // step, sums_at, columns * 4,
+                            head_dim * step * size, (high - low) // step, sums_at, columns * 4, 0, 0,
                         )  # fmt: skip
                         for i in range(num_rows):
                             to = ((first_query + row + i) * num_heads + head) * head_dim + column

@@ -40,6 +40,9 @@ ROWS, VECTORS = (6, 4) if has_feature("avx512f") else (6, 2)
 
 COLUMNS = VECTORS * LANES
 
+LINE = 64
+"""Bytes that memory gives at once."""
+
 PAIRS = has_feature("avx512bf16")
 """Whether bfloat16 is multiplied as "dot"; else it is widened."""
 
@@ -64,28 +67,46 @@ _PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
 
 
 @intrinsic(prefer_literal=True)
-def tile(typing_context, kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
-    """One tile. The first four arguments must be constants.
+def tile(
+    typing_context,
+    kind,
+    rows,
+    vectors,
+    accumulate,
+    lines,
+    x,
+    x_stride,
+    w,
+    w_stride,
+    count,
+    out,
+    out_stride,
+    ahead,
+    ahead_stride,
+):
+    """One tile. The first five arguments must be constants.
 
     Args:
         kind: what x and w hold, see above.
         rows, vectors: the size of the tile; it is ``vectors * LANES`` columns wide.
         accumulate: add to what ``out`` holds, instead of writing over it.
+        lines: how many cache lines of what will be read later are asked for at each k.
         x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot"
             ``[rows, count, 2]``, bfloat16.
         w, w_stride: the same of w ``[count, columns]``; for "dot" ``[count, columns, 2]``.
         count: how many k; at least one is always computed.
         out, out_stride: the same of the sums, float32 ``[rows, columns]``.
+        ahead, ahead_stride: where those lines are at the first k, and how many bytes further at each following one.
     """
-    constants = (kind, rows, vectors, accumulate)
+    constants = (kind, rows, vectors, accumulate, lines)
     if not all(isinstance(constant, types.Literal) for constant in constants):
         return None
 
     def codegen(context, builder, signature, args):
-        _write_tile(builder, *(constant.literal_value for constant in constants), *args[4:])
+        _write_tile(builder, *(constant.literal_value for constant in constants), *args[5:])
         return context.get_dummy_value()
 
-    return types.void(*constants, *[types.int64] * 7), codegen
+    return types.void(*constants, *[types.int64] * 9), codegen
 
 
 def _write_tile(
@@ -94,6 +115,7 @@ def _write_tile(
     rows: int,
     vectors: int,
     accumulate: int,
+    lines: int,
     x: Any,
     x_stride: Any,
     w: Any,
@@ -101,6 +123,8 @@ def _write_tile(
     count: Any,
     out: Any,
     out_stride: Any,
+    ahead: Any,
+    ahead_stride: Any,
 ) -> None:
     """Write the loop in LLVM's language."""
     places = [(row, vector) for row in range(rows) for vector in range(vectors)]
@@ -124,6 +148,8 @@ def _write_tile(
         _multiply_add(builder, kind, sum_, w_vectors[vector], x_vectors[row])
         for sum_, (row, vector) in zip(sums, places, strict=True)
     ]
+    for line in range(lines):
+        _fetch(builder, builder.add(ahead, builder.mul(k, ahead_stride)), LINE * line)
     next_k = builder.add(k, ir.Constant(_I64, 1))
     builder.cbranch(builder.icmp_signed("<", next_k, count), loop, after)
     for phi, first, following in zip([k, *sums], [ir.Constant(_I64, 0), *starts], [next_k, *new], strict=True):
@@ -137,6 +163,16 @@ def _write_tile(
 
 def _at(builder: Any, address: Any, offset: int, what: Any) -> Any:
     return builder.inttoptr(builder.add(address, ir.Constant(_I64, offset)), what.as_pointer())
+
+
+def _fetch(builder: Any, address: Any, offset: int) -> None:
+    """Ask for a cache line, and do not wait: it is brought to the core's second cache."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    place = builder.inttoptr(builder.add(address, ir.Constant(_I64, offset)), byte)
+    to_read, second_cache, data = 0, 2, 1
+    builder.call(function, [place, *(ir.Constant(_I32, value) for value in (to_read, second_cache, data))])
 
 
 def _load_w(builder: Any, kind: Kind, address: Any, vector: int) -> Any:
@@ -168,28 +204,35 @@ def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
     return builder.call(function, values)
 
 
-def tiles(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+def tiles(
+    kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride
+):
     """A `tile` whose number of rows, up to `ROWS`, is not a constant."""
     raise RuntimeError("tiles is part of compiled kernels; from Python call kernels.pack_linear")
 
 
 @overload(tiles, prefer_literal=True)
-def _tiles(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+def _tiles(
+    kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride
+):
     what, wide, adds = kind.literal_value, vectors.literal_value, accumulate.literal_value
+    more = lines.literal_value
 
-    def choose(kind, rows, vectors, accumulate, x, x_stride, w, w_stride, count, out, out_stride):
+    def choose(
+        kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride
+    ):
         if rows == 1:
-            tile(what, 1, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+            tile(what, 1, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
         elif rows == 2:
-            tile(what, 2, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+            tile(what, 2, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
         elif rows == 3:
-            tile(what, 3, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+            tile(what, 3, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
         elif rows == 4:
-            tile(what, 4, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+            tile(what, 4, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
         elif rows == 5:
-            tile(what, 5, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+            tile(what, 5, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
         else:
-            tile(what, 6, wide, adds, x, x_stride, w, w_stride, count, out, out_stride)
+            tile(what, 6, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
 
     return choose
 

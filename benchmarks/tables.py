@@ -36,6 +36,9 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "with a KV pool of {pool} MB in full use: {peak} MB, {over} times weights and pool.",
         "kernels": "| operation | shape | reference | `cpu` | speedup | rate | of peak |",
         "kernel": "| bfloat16 | floor | reference | `cpu` | of the floor |",
+        "tricks": "| trick | measured on | without | with | speedup |",
+        "runs": "3. Tasks of 2 MiB instead of one panel | product 1024 to 151936, batch {tokens}",
+        "recording": "9. A decode step replayed instead of called | {shape} shape, batch {tokens}",
         "batching": "| question | figure | command |",
         "static": "Tokens per second of continuous batching, over static batches of {batch}",
         "waste": "KV memory that is held and holds no token",
@@ -79,6 +82,9 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "{pool} MB 的 KV 池全部用满时，内存峰值 {peak} MB，是权重与 KV 池之和的 {over} 倍。",
         "kernels": "| 操作 | 形状 | 参考实现 | `cpu` | 加速比 | 速率 | 占峰值 |",
         "kernel": "| bfloat16 | 下限 | 参考实现 | `cpu` | 占下限 |",
+        "tricks": "| 技巧 | 测量对象 | 不用 | 使用 | 加速比 |",
+        "runs": "3. 一个任务 2 MiB，而不是一块面板 | 乘法 1024 到 151936，批大小 {tokens}",
+        "recording": "9. 解码步重放，而不是逐个调用 | {shape} 规模，批大小 {tokens}",
         "batching": "| 问题 | 数字 | 命令 |",
         "static": "连续批处理每秒的词元数，相对每批 {batch} 个的静态批",
         "waste": "已占用却没有存放词元的 KV 内存",
@@ -123,6 +129,7 @@ def tables(language: str) -> dict[str, str]:
         "compare": compare_table(results("compare-cpu"), results("compare-memory"), words),
         "figures": figures_table(results("compare-cpu"), words, BENCHMARKS_PAGE[language]),
         "kernels": kernels_table(kernels, words),
+        "tricks": tricks_table(results("tricks-cpu"), words),
         "batching": batching_table(words),
         "serving": serving_table(results("serving"), words),
         "gpu": gpu_tables(words),
@@ -238,6 +245,15 @@ def kernels_table(kernels: dict[str, Any], words: Mapping[str, str]) -> str:
         speedup = f"{row['speedup_over_reference']:.1f}x"
         lines.append(f"| `{row['op']}` | {row['shape']} | {times} | {speedup} | {rate} |")
     return "\n".join([*lines, "", _source(kernels, "kernels-cpu", words)])
+
+
+def tricks_table(tricks: dict[str, Any], words: Mapping[str, str]) -> str:
+    """What can be switched off, without it and with it."""
+    lines = [words["tricks"], "|---|---|" + "---:|" * 3]
+    for row in tricks["figures"]["tricks"]:
+        times = f"{row['before_ms']:.2f} ms | {row['after_ms']:.2f} ms | {row['speedup']:.2f}x"
+        lines.append(f"| {words[row['trick']].format_map(row)} | {times} |")
+    return "\n".join([*lines, "", _source(tricks, "tricks-cpu", words)])
 
 
 def kernel_table(kernels: dict[str, Any], op: str, words: Mapping[str, str]) -> str:

@@ -6,7 +6,8 @@
 The blocks of a page run in order in one process: with pytest-xdist, take --dist loadfile.
 
 A checks.py holds functions test_*, simplest first. Its docstring may name a check in both languages: "English · 中文".
-They take fixtures: `answer`, `explain` and `parity`, described below.
+They take fixtures: `answer`, `explain` and `parity`, described below. What an assertion says is in both languages, too:
+what came, and what was expected.
 """
 
 import importlib.util
@@ -97,7 +98,7 @@ def parity(request: pytest.FixtureRequest, answer: ModuleType, explain: Callable
                 f'No backend "mine" has {op}: is @register("{op}", backend="mine") above your function?',
                 f'没有名为 mine 的后端实现了 {op}：函数上面写了 @register("{op}", backend="mine") 吗？',
             )
-            pytest.fail(f"{op} is not registered", pytrace=False)
+            raise AssertionError(f"{op} is not registered · {op} 没有注册")
         if EXPLANATION not in request.node.stash:
             explain(
                 f"The project's own parity tests of {op}, over many shapes, strides and dtypes. The first that fails "
@@ -110,7 +111,8 @@ def parity(request: pytest.FixtureRequest, answer: ModuleType, explain: Callable
         pytest.main([str(ROOT / "tests" / "kernels"), f"--rootdir={ROOT}", *options], plugins=[tests])
         if tests.failure:
             pytest.fail(tests.failure, pytrace=False)
-        assert tests.passed, f"no parity test of {op} was run"
+        if not tests.passed:
+            raise RuntimeError(f"no parity test of {op} was run")
 
     return run
 
@@ -161,30 +163,50 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         texts = item.stash.get(EXPLANATION, None)
         if texts is not None:
             report.sections.insert(0, ("explanation", texts[LANGUAGES.index(item.config.option.lang)]))
-        error = _error(item.config.option.answer, call.excinfo)
-        write(event="failed", phase=call.when, printed=report.capstdout, **error)
+        write(event="failed", phase=call.when, printed=report.capstdout, **_error(item, call.excinfo.value))
     elif report.when == "call":
         write(event="passed" if report.passed else "skipped")
     return report
 
 
-def _error(answer: str | None, raised: pytest.ExceptionInfo[BaseException]) -> dict[str, Any]:
-    """What was raised, in short, and the last line of the answer on the way there, if the answer raised it."""
-    error = raised.value
-    text = str(error)
-    if isinstance(error, AssertionError):
-        text = text.partition("\nassert ")[0]  # its own message, if it has one, and not also how it was computed
-    elif not isinstance(error, pytest.fail.Exception):
-        text = f"{type(error).__name__}: {text}"
-    place = None
-    if answer and isinstance(error, SyntaxError) and error.filename == str(_absolute(answer)):
-        text = f"{type(error).__name__}: {error.msg}"
+def _error(item: pytest.Item, error: BaseException) -> dict[str, Any]:
+    """What was raised, in short and in both languages, and where.
+
+    `place` is the last line of the answer on the way there, if any. `ours` is the check's line, if the error is neither
+    the answer's nor what the check found out: then it may be nobody's fault but ours.
+    """
+    answer, checks = str(_absolute(item.config.option.answer or "")), str(item.path)
+    told = traceback.TracebackException.from_exception(error)
+    found_out = isinstance(error, pytest.fail.Exception)
+    en = zh = str(error) if found_out else f"{type(error).__name__}: {error}"
+    if isinstance(error, AssertionError) and told.stack[-1].filename in (checks, __file__):
+        found_out = True
+        words = str(error).partition("\nassert ")[0]  # its own message, if it has one, and not also how it was computed
+        en, _, zh = words.partition(" · ")
+    if isinstance(error, SyntaxError) and error.filename == answer:
+        en = zh = f"{type(error).__name__}: {error.msg}"
         place = [error.lineno, (error.text or "").strip()]
-    elif answer:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [[frame.lineno, frame.line] for frame in frames if frame.filename == str(_absolute(answer))]
-        place = lines[-1] if lines else None
-    return {"error": text, "place": place}
+    else:
+        place = _last_line(told, answer)
+    ours = None if place or found_out else _last_line(told, checks)
+    return {"en": en, "zh": zh or en, "place": place, "ours": ours}
+
+
+def _last_line(told: traceback.TracebackException | None, file: str) -> list[Any] | None:
+    """The innermost line of a file, also among what caused the error: Triton wraps what a kernel raises."""
+    line = None
+    while told is not None:
+        for frame in told.stack:
+            if frame.filename == file:
+                line = [frame.lineno, frame.line]
+        told = told.__cause__
+    return line
+
+
+def pytest_exception_interact(node: pytest.Item | pytest.Collector, call: pytest.CallInfo, report: Any) -> None:
+    if isinstance(report, pytest.CollectReport):  # checks.py cannot be imported
+        error = call.excinfo.value.__cause__ or call.excinfo.value
+        node.config.stash[RECORD](event="unusable", error=f"{type(error).__name__}: {error}")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -62,5 +62,6 @@ def fail(error: Exception) -> int:
         message = f"{type(error).__name__}: {error}; --debug shows where"
     if message:
         message = " ".join(message.split("\n"))
-        Console(stderr=True).print(Text.assemble(("error: ", "red"), message), soft_wrap=True)
+        label = getattr(error, "label", "error: ")  # of an error that speaks the reader's language
+        Console(stderr=True).print(Text.assemble((label, "red"), message), soft_wrap=True)
     return status

@@ -61,8 +61,12 @@ class Language(str, Enum):
 class CourseError(MiniInferError):
     """The course cannot be run here, or an answer would be lost."""
 
+    def __init__(self, language: Language, en: str, zh: str) -> None:
+        super().__init__(language.text(en, zh))
+        self.label = language.text("error: ", "错误：")
 
-class NoSuchExerciseError(InvalidRequestError):
+
+class NoSuchExerciseError(CourseError, InvalidRequestError):
     """The reader named a chapter, or an answer, that is not there."""
 
 
@@ -124,10 +128,9 @@ def start_exercise(console: Console, language: Language, wanted: str, force: boo
     text, chapter = language.text, _chapter(wanted, language)
     if chapter.answer.exists() and not force:
         raise CourseError(
-            text(
-                f"{chapter.answer} exists and is left as it is; --force replaces it by a fresh skeleton",
-                f"{chapter.answer} 已经存在，未作改动；加 --force 可用新的骨架覆盖它",
-            )
+            language,
+            f"{chapter.answer} exists and is left as it is; --force replaces it by a fresh skeleton",
+            f"{chapter.answer} 已经存在，未作改动；加 --force 可用新的骨架覆盖它",
         )
     skeleton = (chapter.folder / f"exercise.{language.value}.py").read_text(encoding="utf-8")
     FOLDER.mkdir(exist_ok=True)
@@ -152,19 +155,18 @@ def check_answer(console: Console, language: Language, wanted: str) -> bool:
     text, chapter = language.text, _chapter(wanted, language)
     if not chapter.answer.is_file():
         raise NoSuchExerciseError(
-            text(
-                f"there is no {chapter.answer} here; mini-infer learn start {chapter.number} makes it",
-                f"这里没有 {chapter.answer}；先运行 mini-infer learn start {chapter.number}",
-            )
+            language,
+            f"there is no {chapter.answer} here; mini-infer learn start {chapter.number} makes it",
+            f"这里没有 {chapter.answer}；先运行 mini-infer learn start {chapter.number}",
         )
     for module in ("pytest", "hypothesis"):
         if importlib.util.find_spec(module) is None:
             command = f"pip install -e '{ROOT}[dev]'"
-            raise CourseError(text(f"grading needs {module}: {command}", f"批改需要 {module}：{command}"))
+            raise CourseError(language, f"grading needs {module}: {command}", f"批改需要 {module}：{command}")
 
     console.print(f"[bold]{chapter.number}. {chapter.title(language)}[/bold]", highlight=False)
     title, explanation, passed, failure = "", "", 0, None
-    for event in _grade(chapter, language):
+    for event in _grade(chapter):
         match event["event"]:
             case "start":
                 title, explanation = event[language.value], ""
@@ -175,6 +177,12 @@ def check_answer(console: Console, language: Language, wanted: str) -> bool:
                 console.print(Text.assemble(("  ✓ ", "green"), title))
             case "failed" | "timeout" | "broken":
                 failure = event
+            case "unusable":
+                raise CourseError(
+                    language,
+                    f"the checks of chapter {chapter.number} cannot be run here: {event['error']}",
+                    f"第 {chapter.number} 章的检查在这里无法运行：{event['error']}",
+                )
     if failure is None:
         _save(chapter)
         console.print(text(f"All {passed} checks pass.", f"{passed} 项检查全部通过。"), style="green", highlight=False)
@@ -212,10 +220,18 @@ def _explain(console: Console, language: Language, chapter: Chapter, explanation
     console.print()
     console.print(Padding(Text(_wrapped(explanation, console.width - 8)), (0, 4)))
     console.print()
-    _indented(console, failure.get("error", ""), "red")
+    _indented(console, failure.get(language.value, ""), "red")
     if failure.get("place"):
-        line, source = failure["place"]
-        console.print(Padding(Text.assemble((f"{chapter.answer}:{line}", "cyan"), f"  {source}"), (0, 4)))
+        _point(console, chapter.answer, *failure["place"])
+    elif failure.get("ours"):
+        whose = text(
+            "No line of your file raised this. The check could not call your function, or could not use what it "
+            "returned or changed; or the check itself is wrong, here:",
+            "报错的地方不在你的文件里：可能是检查调用不了你的函数，或者用不了它返回或改动的内容，也可能是检查本身有错。"
+            "出错的地方：",
+        )
+        console.print(Padding(Text(_wrapped(whose, console.width - 8)), (1, 4, 0, 4)))
+        _point(console, chapter.folder / "checks.py", *failure["ours"])
     for line in _holes(chapter.answer):
         place = f"{chapter.answer}:{line}"
         hole = text(f"There is still a ... to fill in: {place}", f"还有 ... 没填：{place}")
@@ -249,6 +265,10 @@ def _wrapped(text: str, width: int) -> str:
         if lines[-1] or not piece.isspace():
             lines[-1] += piece
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _point(console: Console, file: Path, line: int, source: str) -> None:
+    console.print(Text.assemble("    ", (f"{file}:{line}", "cyan"), f"  {source}"), soft_wrap=True)
 
 
 def _indented(console: Console, words: str, style: str) -> None:
@@ -286,7 +306,7 @@ def _holes(answer: Path) -> list[int]:
 # --- grading ---------------------------------------------------------------------------------------
 
 
-def _grade(chapter: Chapter, language: Language) -> Iterator[dict[str, Any]]:
+def _grade(chapter: Chapter) -> Iterator[dict[str, Any]]:
     """Run the checks up to the first failure; what happens, as it happens."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "COLUMNS")}
     environment |= {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -311,8 +331,9 @@ def _grade(chapter: Chapter, language: Language) -> Iterator[dict[str, Any]]:
         finally:
             _stop(process)
         if not done:
-            words = said.read_text(encoding="utf-8", errors="replace").strip().split("\n")
-            yield {"event": "broken", "status": process.returncode, "error": "\n".join(words[-MOST_LINES:])}
+            lines = said.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+            words = "\n".join(lines[-MOST_LINES:])
+            yield {"event": "broken", "status": process.returncode, "en": words, "zh": words}
 
 
 def _follow(process: "subprocess.Popen[bytes]", record: Path) -> Generator[dict[str, Any], None, bool]:
@@ -324,7 +345,7 @@ def _follow(process: "subprocess.Popen[bytes]", record: Path) -> Generator[dict[
             *lines, rest = (rest + file.read()).split("\n")
             for line in lines:
                 event = json.loads(line)
-                told |= event["event"] in ("failed", "finished")
+                told |= event["event"] in ("failed", "unusable", "finished")
                 deadline = time.monotonic() + LIMIT
                 yield event
             if ended:
@@ -352,11 +373,10 @@ def _chapters(language: Language) -> list[Chapter]:
     found = [Chapter(checks.parent) for checks in sorted(COURSE.glob("[01][0-9]_*/checks.py"))]
     if not found:
         raise CourseError(
-            language.text(
-                "the course is part of the repository and not of the installed package; clone the repository and "
-                "run pip install -e '.[dev]' in it",
-                "课程在代码仓库里，不在安装包里；请克隆仓库，并在其中运行 pip install -e '.[dev]'",
-            )
+            language,
+            "the course is part of the repository and not of the installed package; clone the repository and run "
+            "pip install -e '.[dev]' in it",
+            "课程在代码仓库里，不在安装包里；请克隆仓库，并在其中运行 pip install -e '.[dev]'",
         )
     return found
 
@@ -369,7 +389,7 @@ def _chapter(wanted: str, language: Language) -> Chapter:
             return chapter
     numbers = ", ".join(str(chapter.number) for chapter in chapters)
     raise NoSuchExerciseError(
-        language.text(f"there is no chapter {wanted!r}; there are {numbers}", f"没有第 {wanted} 章；现有 {numbers}")
+        language, f"there is no chapter {wanted!r}; there are {numbers}", f"没有第 {wanted} 章；现有 {numbers}"
     )
 
 

@@ -20,7 +20,8 @@ CHECKS = '''
 def test_sums(answer, explain):
     """small sums · 小的和"""
     explain("Two numbers are added.", "两个数相加。")
-    assert answer.add(1, 2) == 3
+    got = answer.add(1, 2)
+    assert got == 3, f"got {got}, expected 3 · 得到 {got}，应为 3"
 
 def test_negative(answer, explain):
     explain("Negative numbers are added, too.", "负数也能相加。")
@@ -79,6 +80,7 @@ def test_a_reader_works_through_a_chapter(course: Path) -> None:
     checked = ask("check", "3")
     assert checked.exit_code == 1
     assert "✗ small sums" in checked.output and "Two numbers are added." in checked.output
+    assert "    got None, expected 3 " in checked.output
     assert f"still a ... to fill in: {ANSWER}:3" in checked.output
 
     write("def add(a, b):\n    print('adding', a)\n    return abs(a) + b\n")
@@ -99,9 +101,8 @@ def test_the_reader_of_chinese(course: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "未开始" in ask().output and "分页" in ask().output
     assert ask("start", NAME).exit_code == 0
     checked = ask("check", "3").output
-    assert (
-        "✗ 小的和" in checked and "两个数相加。" in checked and "下一步：" in checked and "Two numbers" not in checked
-    )
+    assert "✗ 小的和" in checked and "两个数相加。" in checked and "下一步：" in checked
+    assert "    得到 None，应为 3 " in checked and "Two numbers" not in checked and "expected" not in checked
     assert "Two numbers" in ask("check", "3", "--lang", "en").output
     assert "Two numbers" in ask("--lang", "en", "check", "3").output
     monkeypatch.setenv("LC_ALL", "C")
@@ -125,9 +126,14 @@ def test_an_answer_is_never_overwritten(course: Path) -> None:
         ("def add(a, b):\n    x = a\n    return x[0]\n", ["TypeError", f"{ANSWER}:3", "return x[0]", "Two numbers"]),
         ("def add(a, b):\n    exit(3)\n", ["SystemExit", f"{ANSWER}:2"]),
         ("import os\n\ndef add(a, b):\n    os._exit(3)\n", ["before they were done", "exit status 3"]),
-        ("", ["AttributeError", "add"]),
+        ("", ["AttributeError", "add", "could not call your"]),
+        ("def add(a, b):\n    assert a, 'yes'\n    assert not b, 'a · b'\n", ["AssertionError: a · b", f"{ANSWER}:3"]),
+        (
+            "from mini_infer.memory import BlockManager\n\ndef add(a, b):\n    BlockManager(4, 4).free([a])\n",
+            ["BlockError: block 1 is freed twice", f"{ANSWER}:4", "BlockManager(4, 4).free([a])"],
+        ),
     ],
-    ids=["syntax", "import", "exception", "exit", "the process is gone", "empty"],
+    ids=["syntax", "import", "exception", "exit", "the process is gone", "empty", "assertion", "inside the engine"],
 )
 def test_an_answer_that_breaks(course: Path, source: str, shown: list[str]) -> None:
     write(source)
@@ -135,6 +141,38 @@ def test_an_answer_that_breaks(course: Path, source: str, shown: list[str]) -> N
     assert checked.exit_code == 1 and "Traceback" not in checked.output
     for words in shown:
         assert words in checked.output, checked.output
+    assert ("No line of your file raised this." in checked.output) == (source == "")
+
+
+def test_an_error_that_no_line_of_the_answer_raised(course: Path) -> None:
+    checks = course / NAME / "checks.py"
+    checks.write_text(CHECKS.replace("got = ", "got = 2 * "), encoding="utf-8")
+    write("def add(a, b):\n    pass\n")
+    place = f"{checks}:5  got = 2 * answer.add(1, 2)\n"
+    en, zh = ask("check", "3").output, ask("check", "3", "--lang", "zh").output
+    assert "TypeError" in en and "No line of your file raised this." in en and place in en, en
+    assert "TypeError" in zh and "报错的地方不在你的文件里" in zh and place in zh, zh
+    assert f"{ANSWER}:" not in en + zh
+
+
+def test_an_error_that_was_caused_by_another(course: Path) -> None:
+    """As Triton's interpreter raises one of its own for what goes wrong in a kernel."""
+    wrapped = "try:\n        got = answer.add(1, 2)\n    except TypeError as error:\n        raise OSError from error"
+    checks = CHECKS.replace("got = answer.add(1, 2)", wrapped)
+    (course / NAME / "checks.py").write_text(checks, encoding="utf-8")
+    write("def add(a, b):\n    return a[0]\n")
+    checked = ask("check", "3").output
+    assert f"{ANSWER}:2  return a[0]\n" in checked and "No line of your file" not in checked, checked
+
+
+def test_checks_that_cannot_be_run_here(course: Path) -> None:
+    (course / NAME / "checks.py").write_text(f"import nothing_of_this_name\n{CHECKS}", encoding="utf-8")
+    write(SOLUTION)
+    refused = ask("check", "3")
+    reason = "ModuleNotFoundError: No module named 'nothing_of_this_name'\n"
+    assert refused.exit_code == 1 and refused.stderr == f"error: the checks of chapter 3 cannot be run here: {reason}"
+    assert str(ANSWER) not in refused.stdout
+    assert ask("check", "3", "--lang", "zh").stderr == f"错误：第 3 章的检查在这里无法运行：{reason}"
 
 
 def test_an_answer_that_does_not_end(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +211,13 @@ def test_what_cannot_be_used_is_one_line(course: Path, arguments: Any, words: st
     assert refused.output.startswith("error: ") and refused.output.count("\n") == 1
 
 
+def test_an_error_in_chinese_is_chinese_from_its_first_word(course: Path) -> None:
+    assert ask("check", "99", "--lang", "zh").output == "错误：没有第 99 章；现有 1, 3\n"
+    assert ask("--lang", "zh", "check", "3").output.startswith(f"错误：这里没有 {ANSWER}；")
+    write(SOLUTION)
+    assert ask("start", "3", "--lang", "zh").output.startswith(f"错误：{ANSWER} 已经存在")
+
+
 def test_the_solution(course: Path) -> None:
     assert ask("solution", "3").output == SOLUTION
 
@@ -181,7 +226,7 @@ def test_without_the_course(course: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(learn, "COURSE", course / "nowhere")
     refused = ask()
     assert refused.exit_code == 1 and "clone the repository" in refused.output and refused.output.count("\n") == 1
-    assert "克隆" in ask("--lang", "zh").output
+    assert ask("--lang", "zh").output.startswith("错误：课程在代码仓库里")
 
 
 def test_without_pytest(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 A chapter's answers are graded once, each in a process of its own, and one grading gives the words of both languages.
 """
 
+import ast
 import json
 import os
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -79,7 +81,7 @@ def failure(events: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str
     """The failure, and the explanation that its reader sees, in both languages."""
     failed = [event for event in events if event["event"] == "failed"]
     assert failed, f"it passes: {[event['en'] for event in events if event['event'] == 'start']}"
-    assert failed[0]["phase"] == "call", f"it cannot be loaded: {failed[0]['error']}"
+    assert failed[0]["phase"] == "call", f"it cannot be loaded: {failed[0]['en']}"
     explanation = {"en": "", "zh": ""}
     for event in events:
         if event["event"] in ("start", "explain"):
@@ -96,7 +98,7 @@ def test_a_skeleton_fails_and_is_explained(chapter: Path, answer: str) -> None:
 @pytest.mark.parametrize("chapter", [named(chapter) for chapter in CHAPTERS])
 def test_the_solution_passes(chapter: Path) -> None:
     events = graded(chapter)["solution.py"]
-    failed = [event["error"] for event in events if event["event"] == "failed"]
+    failed = [event["en"] for event in events if event["event"] == "failed"]
     assert not failed, failed[0]
     assert events and events[-1]["event"] == "finished"
     assert not [event for event in events if event["event"] == "skipped"], "a check was skipped"
@@ -116,4 +118,16 @@ def test_a_wrong_answer_is_told_its_mistake(chapter: Path, answer: str) -> None:
     failed, explanation = failure(graded(chapter)[answer])
     for language in ("en", "zh"):
         told = " ".join(explanation[language].lower().split())
-        assert hint[language].lower() in told, f"told: {explanation[language]}\nbecause: {failed['error']}"
+        assert hint[language].lower() in told, f"told: {explanation[language]}\nbecause: {failed[language]}"
+    assert failed["place"] or failed["ours"] is None, f"it seems to be the fault of {failed['ours']}: {failed['en']}"
+
+
+@pytest.mark.parametrize("chapter", [named(chapter) for chapter in CHAPTERS])
+def test_a_check_says_in_both_languages_what_came(chapter: Path) -> None:
+    for node in ast.walk(ast.parse((chapter / "checks.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assert):
+            parts = ast.walk(node.msg) if node.msg else ()
+            words = "".join(str(part.value) for part in parts if isinstance(part, ast.Constant))
+            en, _, zh = words.partition(" · ")
+            told = re.search("expected|engine|returned None", en) and re.search("[\u4e00-\u9fff]", zh)
+            assert told, f"{chapter.name}/checks.py:{node.lineno}: {words!r}"

@@ -27,8 +27,17 @@ def kept_tokens(probs: list[float], top_p: float) -> list[int]:
 
 def found(token_id: object) -> int:
     """The answer's result as an int."""
-    assert token_id is not None, "sample_top_p returned None"
+    assert token_id is not None, "sample_top_p returned None · sample_top_p 返回了 None"
     return int(token_id)
+
+
+def draws(answer, logits: torch.Tensor, top_p: float, uniform: float, token_id: int) -> None:
+    """The answer draws this token."""
+    drawn = found(answer.sample_top_p(logits, top_p, uniform))
+    assert drawn == token_id, (
+        f"{len(logits)} tokens, top_p={top_p}, uniform={uniform}: got token {drawn}, expected {token_id} · "
+        f"共 {len(logits)} 个词元，top_p={top_p}，uniform={uniform}：得到词元 {drawn}，应为 {token_id}"
+    )
 
 
 def test_all_tokens(answer, explain):
@@ -41,7 +50,7 @@ def test_all_tokens(answer, explain):
     )
     logits = torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64) * math.log(2)
     for uniform, token_id in ((0.0, 0), (0.3, 0), (0.6, 1), (0.74, 1), (0.76, 2), (0.999, 2)):
-        assert found(answer.sample_top_p(logits, 1.0, uniform)) == token_id, f"uniform={uniform}"
+        draws(answer, logits, 1.0, uniform, token_id)
 
 
 def test_one_token(answer, explain):
@@ -52,7 +61,7 @@ def test_one_token(answer, explain):
         "概率最高的词元自己就已达到 top_p，所以每次都该抽到它。使总和跨过 p 的那个词元也要保留，哪怕它就是第一个。",
     )
     for uniform in (0.0, 0.2, 0.9, 0.999):
-        assert found(answer.sample_top_p(logits_of(0.7, 0.2, 0.1), 0.05, uniform)) == 0, f"uniform={uniform}"
+        draws(answer, logits_of(0.7, 0.2, 0.1), 0.05, uniform, 0)
 
 
 def test_smallest_set(answer, explain):
@@ -64,7 +73,9 @@ def test_smallest_set(answer, explain):
         "所以留下 0 和 1，去掉 2。",
     )
     drawn = {found(answer.sample_top_p(logits_of(0.5, 0.3, 0.2), 0.6, n / 100)) for n in range(100)}
-    assert drawn == {0, 1}, f"drawn with 100 numbers: {sorted(drawn)}"
+    assert drawn == {0, 1}, (
+        f"100 numbers drew tokens {sorted(drawn)}, expected [0, 1] · 100 个数抽到的词元是 {sorted(drawn)}，应为 [0, 1]"
+    )
     explain(
         "Probabilities 0.5, 0.25 and 0.25 with top_p=0.5: the first token has reached p exactly, and that is enough. "
         "A set with one more is not the smallest.",
@@ -73,7 +84,9 @@ def test_smallest_set(answer, explain):
     logits = torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64) * math.log(2)
     probs = logits.softmax(dim=-1)
     drawn = {found(answer.sample_top_p(logits, float(probs[0]), n / 100)) for n in range(100)}
-    assert drawn == {0}, f"drawn with 100 numbers: {sorted(drawn)}"
+    assert drawn == {0}, (
+        f"100 numbers drew tokens {sorted(drawn)}, expected [0] · 100 个数抽到的词元是 {sorted(drawn)}，应为 [0]"
+    )
 
 
 def test_scaled_again(answer, explain):
@@ -85,7 +98,7 @@ def test_scaled_again(answer, explain):
         "所以词元 1 从 0.625 开始。如果忘了放大，线段末尾就有一截不属于任何词元。",
     )
     for uniform, token_id in ((0.1, 0), (0.55, 0), (0.62, 0), (0.63, 1), (0.81, 1), (0.99, 1)):
-        assert found(answer.sample_top_p(logits_of(0.5, 0.3, 0.2), 0.6, uniform)) == token_id, f"uniform={uniform}"
+        draws(answer, logits_of(0.5, 0.3, 0.2), 0.6, uniform, token_id)
 
 
 def test_order_of_ids(answer, explain):
@@ -97,8 +110,7 @@ def test_order_of_ids(answer, explain):
     )
     logits = logits_of(0.04, 0.26, 0.5, 0.2)
     for uniform, token_id in ((0.1, 1), (0.25, 1), (0.3, 2), (0.7, 2), (0.85, 3), (0.95, 3)):
-        drawn = found(answer.sample_top_p(logits, 0.9, uniform))
-        assert drawn == token_id, f"uniform={uniform} gave token {drawn}, not {token_id}"
+        draws(answer, logits, 0.9, uniform, token_id)
 
 
 def test_number_zero(answer, explain):
@@ -109,8 +121,7 @@ def test_number_zero(answer, explain):
         "uniform 可能恰好是 0，而这里词元 0 已被去掉，它的累积和也是 0。"
         "要找的是第一个累积和大于（而不是大于等于）这个数的词元。",
     )
-    drawn = found(answer.sample_top_p(logits_of(0.05, 0.15, 0.8), 0.9, 0.0))
-    assert drawn == 1, f"drew token {drawn}, not 1"
+    draws(answer, logits_of(0.05, 0.15, 0.8), 0.9, 0.0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -124,7 +135,7 @@ def test_exhaustive_search(answer, explain, dtype):
     )
     generator = torch.Generator().manual_seed(SEED)
     draw = random.Random(SEED)
-    for case in range(200):
+    for _ in range(200):
         vocab_size = draw.choice([1, 2, 3, 17, 256])
         logits = torch.randn(vocab_size, generator=generator, dtype=torch.float64) * draw.choice([0.5, 2, 8, 500])
         logits = logits.to(dtype)
@@ -145,8 +156,7 @@ def test_exhaustive_search(answer, explain, dtype):
             if uniform < total:
                 expected = token_id
                 break
-        drawn = found(answer.sample_top_p(logits, top_p, uniform))
-        assert drawn == expected, f"case {case}: {vocab_size} tokens, top_p={top_p}, uniform={uniform}"
+        draws(answer, logits, top_p, uniform, expected)
 
 
 def near(probs: list[float], number: float) -> bool:
@@ -171,7 +181,11 @@ def test_distribution(answer, explain):
         mass = math.fsum(probs[i] for i in kept)
         for token_id in range(len(probs)):
             expected = count * probs[token_id] / mass if token_id in kept else 0
-            assert abs(drawn[token_id] - expected) <= 2, f"top_p={top_p}, token {token_id}"
+            times = drawn[token_id]
+            assert abs(times - expected) <= 2, (
+                f"top_p={top_p}: token {token_id} was drawn {times} times, expected {expected:.1f} · "
+                f"top_p={top_p}：词元 {token_id} 被抽到 {times} 次，应为 {expected:.1f} 次"
+            )
 
 
 def test_beside_the_engine(answer, explain):
@@ -189,7 +203,6 @@ def test_beside_the_engine(answer, explain):
     params = SamplingParams(top_p=0.9, seed=SEED, max_tokens=8, logprobs=vocab_size)
     for prompt in ("Once upon a time, a", "从前有一只"):
         output = llm.generate(prompt, params, use_tqdm=False)[0]
-        assert output.logprobs is not None
         for position, entries in enumerate(output.logprobs, start=len(output.prompt_token_ids)):
             logits = torch.empty(vocab_size, dtype=torch.float64)
             for token_id, entry in entries.items():
@@ -197,4 +210,7 @@ def test_beside_the_engine(answer, explain):
             uniform = float(uniforms([SEED], [0], [position])[0])
             expected = output.token_ids[position - len(output.prompt_token_ids)]
             drawn = found(answer.sample_top_p(logits, 0.9, uniform))
-            assert drawn == expected, f"position {position}: token {drawn}, the engine drew {expected}"
+            assert drawn == expected, (
+                f"position {position}: got token {drawn}, the engine drew {expected} · "
+                f"位置 {position}：得到词元 {drawn}，引擎抽到的是 {expected}"
+            )

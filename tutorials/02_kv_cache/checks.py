@@ -43,16 +43,31 @@ def generated(answer, queries: Tensor, keys: Tensor, values: Tensor, spare: int 
     rows = []
     for t in range(len(queries)):
         output = answer.decode_attention(queries[t].clone(), keys[t].clone(), values[t].clone(), *caches, t)
-        assert output is not None, "decode_attention returned None"
-        assert output.shape == queries[t].shape, f"{list(output.shape)}, not {list(queries[t].shape)}"
+        has_shape(output, queries[t])
         rows.append(output)
     return torch.stack(rows)
 
 
-def error(output: Tensor, expected: Tensor) -> float:
-    """Relative, the worst over tokens and heads; NaN is infinitely wrong."""
-    difference = (output.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return float(difference.nan_to_num(math.inf).max())
+def has_shape(output: Tensor, query: Tensor) -> None:
+    assert output is not None, "decode_attention returned None · decode_attention 返回了 None"
+    got, wanted = list(output.shape), list(query.shape)
+    assert got == wanted, f"the result has shape {got}, expected {wanted} · 结果的形状是 {got}，应为 {wanted}"
+
+
+def close(output: Tensor, expected: Tensor, limit: float) -> None:
+    """The relative error of every token and head is below a limit; NaN is infinitely wrong."""
+    errors = ((output.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).nan_to_num(math.inf)
+    token, head = divmod(int(errors.argmax()), errors.shape[1])
+    error, got, wanted = float(errors.max()), begin(output[token, head]), begin(expected[token, head])
+    assert error < limit, (
+        f"token {token}, query head {head}: got {got}, expected {wanted}; relative error {error:.1e}, expected less "
+        f"than {limit:.0e} · "
+        f"词元 {token}，查询头 {head}：得到 {got}，应为 {wanted}；相对误差 {error:.1e}，应小于 {limit:.0e}"
+    )
+
+
+def begin(row: Tensor) -> str:
+    return "[" + ", ".join(f"{x:.4g}" for x in row[:4].tolist()) + (", ...]" if len(row) > 4 else "]")
 
 
 def test_first_token(answer, explain):
@@ -66,8 +81,7 @@ def test_first_token(answer, explain):
         "所以要先把它的键和值写进缓存，再做注意力。其余各行还是 NaN，从未写过的行一律不能读。",
     )
     queries, keys, values = tokens(1, 1, 1, 8)
-    output = generated(answer, queries, keys, values)
-    assert error(output, values) < 1e-12, f"got {output[0, 0].tolist()}\nexpected {values[0, 0].tolist()}"
+    close(generated(answer, queries, keys, values), values, 1e-12)
 
 
 def test_writes_the_cache(answer, explain):
@@ -85,8 +99,15 @@ def test_writes_the_cache(answer, explain):
     answer.decode_attention(queries[num_cached], *new, *caches, num_cached)
     for name, cache, before in (("key_cache", caches[0], keys), ("value_cache", caches[1], values)):
         changed = [row for row in range(len(cache)) if not torch.equal(cache[row], before[row])]
-        assert changed == [num_cached], f"{name}: rows {changed} have changed, not row {num_cached}"
-        assert (cache[num_cached] == 7).all(), f"{name}[{num_cached}] is not the new token's"
+        assert changed == [num_cached], (
+            f"{name}: rows {changed} have changed, expected [{num_cached}] · "
+            f"{name}：改动的行是 {changed}，应为 [{num_cached}]"
+        )
+        row = cache[num_cached].flatten()
+        assert (row == 7).all(), (
+            f"{name}[{num_cached}] begins {begin(row)}, expected the new token's, 7 everywhere · "
+            f"{name}[{num_cached}] 的开头是 {begin(row)}，应当是新词元的数，全为 7"
+        )
 
 
 def test_one_head(answer, explain):
@@ -98,9 +119,7 @@ def test_one_head(answer, explain):
         "同一个查询头对各个键的权重之和为 1。",
     )
     queries, keys, values = tokens(6, 1, 1, 16)
-    output, expected = generated(answer, queries, keys, values), recomputed(queries, keys, values)
-    for t in range(len(output)):
-        assert error(output[t], expected[t]) < 1e-12, f"token {t}: relative error {error(output[t], expected[t]):.1e}"
+    close(generated(answer, queries, keys, values), recomputed(queries, keys, values), 1e-12)
 
 
 def test_several_heads(answer, explain):
@@ -112,8 +131,7 @@ def test_several_heads(answer, explain):
         "softmax 是沿着键、而不是沿着头做的吗？",
     )
     queries, keys, values = tokens(5, 4, 4, 8)
-    output, expected = generated(answer, queries, keys, values), recomputed(queries, keys, values)
-    assert error(output, expected) < 1e-12, f"relative error {error(output, expected):.1e}"
+    close(generated(answer, queries, keys, values), recomputed(queries, keys, values), 1e-12)
 
 
 def test_shared_heads(answer, explain):
@@ -126,10 +144,7 @@ def test_shared_heads(answer, explain):
         "常见的错误是轮流使用（0、1、0、1……）：要让每个 KV 头就地重复，而不是把整排头反复铺开。",
     )
     queries, keys, values = tokens(5, 6, 2, 8)
-    output, expected = generated(answer, queries, keys, values), recomputed(queries, keys, values)
-    for head in range(6):
-        wrong = error(output[:, head], expected[:, head])
-        assert wrong < 1e-12, f"query head {head} (KV head {head // 3}): relative error {wrong:.1e}"
+    close(generated(answer, queries, keys, values), recomputed(queries, keys, values), 1e-12)
 
 
 @pytest.mark.parametrize("case", range(8))
@@ -148,9 +163,10 @@ def test_random_shapes(answer, explain, case):
     )
     queries, keys, values = tokens(length, num_heads, num_kv_heads, head_dim, dtype)
     output = generated(answer, queries, keys, values, spare=0)
-    assert output.dtype is dtype, f"the result is {output.dtype}"
-    wrong = error(output, recomputed(queries, keys, values))
-    assert wrong < limit, f"relative error {wrong:.1e}"
+    assert output.dtype is dtype, (
+        f"the result is {output.dtype}, expected {dtype} · 结果的类型是 {output.dtype}，应为 {dtype}"
+    )
+    close(output, recomputed(queries, keys, values), limit)
 
 
 def test_beside_the_engine(answer, explain):
@@ -167,12 +183,12 @@ def test_beside_the_engine(answer, explain):
     queries, keys, values = tokens(length + 1, 8, 4, 32, torch.float32)
     caches = [x.clone() for x in (keys, values)]
     output = answer.decode_attention(queries[length], keys[length], values[length], *caches, length)
-    assert output is not None, "decode_attention returned None"
+    has_shape(output, queries[length])
     expected = kernels.paged_attention(
         queries[length:],
         keys[None],
         values[None],
         torch.zeros(1, 1, dtype=torch.int32),
         torch.tensor([length + 1], dtype=torch.int32),
-    )[0]
-    assert error(output, expected.double()) < 1e-5, f"relative error {error(output, expected.double()):.1e}"
+    )
+    close(output[None], expected.double(), 1e-5)

@@ -15,6 +15,27 @@ def scattered(block_size):
     return manager
 
 
+def check_slots(slots, wanted, table):
+    assert slots == wanted, (
+        f"slots {slots}, expected {wanted}; the block table is {table} · 槽位是 {slots}，应为 {wanted}；块表是 {table}"
+    )
+
+
+def check_copies(copies, wanted):
+    assert copies == wanted, f"copies {copies}, expected {wanted} · 复制列表是 {copies}，应为 {wanted}"
+
+
+def check_table(table, wanted):
+    assert table == wanted, f"a block table is now {table}, expected {wanted} · 块表变成了 {table}，应为 {wanted}"
+
+
+def check_length(table, wanted):
+    assert len(table) == wanted, (
+        f"the block table {table} has {len(table)} blocks, expected {wanted} · "
+        f"块表 {table} 里有 {len(table)} 个块，应为 {wanted} 个"
+    )
+
+
 def test_the_first_tokens(answer, explain):
     """the first tokens · 最初的词元"""
     explain(
@@ -25,9 +46,9 @@ def test_the_first_tokens(answer, explain):
     )
     manager, table = scattered(4), []
     slots, copies = answer.prepare_slots(table, 0, 3, manager)
-    assert len(table) == 1
-    assert slots == [table[0] * 4 + offset for offset in range(3)]
-    assert copies == []
+    check_length(table, 1)
+    check_slots(slots, [table[0] * 4 + offset for offset in range(3)], table)
+    check_copies(copies, [])
 
 
 def test_later_tokens(answer, explain):
@@ -42,8 +63,9 @@ def test_later_tokens(answer, explain):
     table = manager.allocate(2)
     before = list(table)
     slots, copies = answer.prepare_slots(table, 5, 2, manager)
-    assert slots == [before[1] * 4 + 1, before[1] * 4 + 2]
-    assert (table, copies) == (before, [])
+    check_slots(slots, [before[1] * 4 + 1, before[1] * 4 + 2], table)
+    check_table(table, before)
+    check_copies(copies, [])
 
 
 def test_block_edges(answer, explain):
@@ -59,9 +81,10 @@ def test_block_edges(answer, explain):
         manager = scattered(block_size)
         table = manager.allocate(manager.blocks_for(num_computed))
         slots, _ = answer.prepare_slots(table, num_computed, num_new, manager)
-        assert len(table) == -(-(num_computed + num_new) // block_size)
         end = num_computed + num_new
-        assert slots == [table[p // block_size] * block_size + p % block_size for p in range(num_computed, end)]
+        check_length(table, -(-end // block_size))
+        wanted = [table[p // block_size] * block_size + p % block_size for p in range(num_computed, end)]
+        check_slots(slots, wanted, table)
 
 
 def test_a_table_that_is_long_enough(answer, explain):
@@ -76,8 +99,11 @@ def test_a_table_that_is_long_enough(answer, explain):
     before, num_free = list(table), manager.num_free_blocks
     for num_computed in (0, 5):
         answer.prepare_slots(table, num_computed, 5, manager)
-        assert table == before
-        assert manager.num_free_blocks == num_free
+        check_table(table, before)
+        assert manager.num_free_blocks == num_free, (
+            f"{manager.num_free_blocks} blocks are free, expected {num_free} as before · "
+            f"有 {manager.num_free_blocks} 个块空闲，应当仍为 {num_free} 个"
+        )
 
 
 def fork(table, manager):
@@ -98,17 +124,23 @@ def test_the_last_block_is_shared(answer, explain):
     child = fork(parent, manager)
     before = list(parent)
     slots, copies = answer.prepare_slots(child, 6, 1, manager)
-    assert child[1] not in before
-    assert parent == before
-    assert slots == [child[1] * 4 + 2]
+    assert child[1] not in before, (
+        f"the writer's block table is {child}, expected a block of its own in place of {before[1]} · "
+        f"写的一方的块表是 {child}，{before[1]} 的位置上应当是它自己的一块"
+    )
+    check_table(parent, before)
+    check_slots(slots, [child[1] * 4 + 2], child)
 
     explain(
         "A block that no new token goes into stays shared: of a forked sequence's blocks only the last, partial one is "
         "ever copied, and that copy must be in the list.",
         "没有新词元写入的块要继续共享：分叉出的序列，只有最后那个没写满的块才需要复制，而且要记在返回的列表里。",
     )
-    assert child[0] == parent[0]
-    assert copies == [BlockCopy(before[1], child[1])]
+    assert child[0] == parent[0], (
+        f"the writer's block table is {child}, expected block {parent[0]} in the first place, still shared · "
+        f"写的一方的块表是 {child}，第一块应当仍是共享的 {parent[0]}"
+    )
+    check_copies(copies, [BlockCopy(before[1], child[1])])
 
     explain(
         "After a copy the writer must let go of the old block: it has its own now, and only the other sequence holds "
@@ -116,9 +148,15 @@ def test_the_last_block_is_shared(answer, explain):
         "复制之后，写的一方必须放开旧块：它有了自己的一份，旧块就只归另一个序列。"
         "否则另一个序列写入时也要复制，旧块也永远回不到空闲状态。",
     )
-    assert not manager.is_shared(before[1])
-    assert answer.prepare_slots(parent, 6, 1, manager) == ([before[1] * 4 + 2], [])
-    assert manager.is_shared(before[0])
+    assert not manager.is_shared(before[1]), (
+        f"block {before[1]} still has two owners, expected one · 块 {before[1]} 仍归两个序列，应当只归一个"
+    )
+    slots, copies = answer.prepare_slots(parent, 6, 1, manager)
+    check_slots(slots, [before[1] * 4 + 2], parent)
+    check_copies(copies, [])
+    assert manager.is_shared(before[0]), (
+        f"block {before[0]} has one owner left, expected two · 块 {before[0]} 只归一个序列，应当仍归两个"
+    )
 
 
 def test_the_last_block_is_shared_and_full(answer, explain):
@@ -132,9 +170,9 @@ def test_the_last_block_is_shared_and_full(answer, explain):
     parent = manager.allocate(2)
     child = fork(parent, manager)
     _, copies = answer.prepare_slots(child, 8, 1, manager)
-    assert copies == []
-    assert child[:2] == parent
-    assert len(child) == 3
+    check_copies(copies, [])
+    check_length(child, 3)
+    check_table(child, [*parent, child[2]])
 
 
 class Memory:
@@ -151,7 +189,7 @@ class Memory:
         self.slots.update(zip(slots, tokens, strict=True))
 
     def read(self, table, num_tokens):
-        return [self.slots[table[p // self.size] * self.size + p % self.size] for p in range(num_tokens)]
+        return [self.slots.get(table[p // self.size] * self.size + p % self.size) for p in range(num_tokens)]
 
 
 def test_every_small_fork(answer, explain):
@@ -173,12 +211,19 @@ def test_every_small_fork(answer, explain):
         for name, table, count in (("child", child, first), ("parent", parent, second)):
             tokens = [(name, p) for p in range(count)]
             memory.write(*answer.prepare_slots(table, num_prompt, count, manager), tokens)
-            ends.append((table, prompt + tokens))
-        for table, tokens in ends:
-            assert memory.read(table, len(tokens)) == tokens
-        for table, _ in ends:
+            ends.append((name, table, prompt + tokens))
+        for name, table, tokens in ends:
+            for place, (read, token) in enumerate(zip(memory.read(table, len(tokens)), tokens, strict=True)):
+                assert read == token, (
+                    f"position {place} of the {name}: read {read}, expected {token} · "
+                    f"{name} 的位置 {place}：读到 {read}，应为 {token}"
+                )
+        for _, table, _ in ends:
             manager.free(table)
-        assert manager.num_free_blocks == 64
+        num_free = manager.num_free_blocks
+        assert num_free == 64, (
+            f"{num_free} blocks are free in the end, expected all 64 · 最后有 {num_free} 个块空闲，应当是全部 64 个"
+        )
 
 
 def test_beside_the_engine(answer, explain):
@@ -212,15 +257,23 @@ def test_beside_the_engine(answer, explain):
                 new_slots, copies = answer.prepare_slots(table, sequence.num_computed_tokens, num_new, manager)
                 slots += new_slots
                 num_copies += len(copies)
-            assert manager.num_used_blocks == scheduler.block_manager.num_used_blocks
-            assert num_copies == len(plan.copy)
+            num_used, num_wanted = manager.num_used_blocks, scheduler.block_manager.num_used_blocks
+            assert num_used == num_wanted, (
+                f"{num_used} blocks are in use, the engine uses {num_wanted} · "
+                f"占用了 {num_used} 个块，引擎占用 {num_wanted} 个"
+            )
+            assert num_copies == len(plan.copy), (
+                f"{num_copies} copies, the engine makes {len(plan.copy)} · "
+                f"复制了 {num_copies} 次，引擎复制 {len(plan.copy)} 次"
+            )
             mine = [
                 (Sequence("", s.token_ids, 0, 0, num_computed_tokens=s.num_computed_tokens, block_table=tables[s]), n)
                 for s, n in plan.scheduled
             ]
             longest = max(len(sequence.block_table) for sequence, _ in mine)
             batch = build_batch(mine, BlockTables(len(mine), longest, device("cpu")), block_size, device("cpu"))
-            assert slots == batch.slot_mapping.tolist()
+            wanted = batch.slot_mapping.tolist()
+            assert slots == wanted, f"slots {slots}, the engine's are {wanted} · 槽位是 {slots}，引擎的是 {wanted}"
             parents = [item.sequence for item in plan.scheduled if item.samples]
             scheduler.advance(plan)
             if draw.random() < 0.3 and len(scheduler.running) < scheduler.max_num_seqs:
@@ -232,4 +285,7 @@ def test_beside_the_engine(answer, explain):
             for sequence in parents:
                 if scheduler.append(sequence, 0):
                     manager.free(tables.pop(sequence))
-        assert manager.num_used_blocks == 0
+        num_used = manager.num_used_blocks
+        assert num_used == 0, (
+            f"{num_used} blocks are in use in the end, expected none · 最后仍占用 {num_used} 个块，应当一个也没有"
+        )

@@ -26,6 +26,19 @@ def queue(sequences):
     return [s.request_id for s in sequences]
 
 
+def check(plan, wanted):
+    got = names(plan)
+    assert got == wanted, f"the plan is {got}, expected {wanted} · 计划是 {got}，应为 {wanted}"
+
+
+def check_queues(running, waiting, *wanted):
+    got = queue(running), queue(waiting)
+    assert got == wanted, (
+        f"running is {got[0]} and waiting {got[1]}, expected {wanted[0]} and {wanted[1]} · "
+        f"running 是 {got[0]}，waiting 是 {got[1]}；应为 {wanted[0]} 和 {wanted[1]}"
+    )
+
+
 def test_one_request(answer, explain):
     """one request · 一个请求"""
     explain(
@@ -35,8 +48,8 @@ def test_one_request(answer, explain):
         "running。",
     )
     running, waiting = [], deque([sequence("A", 5)])
-    assert names(answer.schedule(running, waiting, 100, 4)) == [("A", 5)]
-    assert (queue(running), queue(waiting)) == (["A"], [])
+    check(answer.schedule(running, waiting, 100, 4), [("A", 5)])
+    check_queues(running, waiting, ["A"], [])
 
 
 def test_order(answer, explain):
@@ -46,8 +59,8 @@ def test_order(answer, explain):
         "A、B、C 依次在等待，座位和预算都够：先到的在计划里排在前面。",
     )
     running, waiting = [], deque([sequence("A", 5), sequence("B", 3), sequence("C", 2)])
-    assert names(answer.schedule(running, waiting, 100, 4)) == [("A", 5), ("B", 3), ("C", 2)]
-    assert (queue(running), queue(waiting)) == (["A", "B", "C"], [])
+    check(answer.schedule(running, waiting, 100, 4), [("A", 5), ("B", 3), ("C", 2)])
+    check_queues(running, waiting, ["A", "B", "C"], [])
 
 
 def test_seats(answer, explain):
@@ -58,8 +71,8 @@ def test_seats(answer, explain):
         "A、B、C 在等两个座位：A 和 B 坐下，C 继续等。占用的座位数任何时候都不能超过 max_num_seqs，接纳之前就要检查。",
     )
     running, waiting = [], deque([sequence("A", 5), sequence("B", 3), sequence("C", 2)])
-    assert names(answer.schedule(running, waiting, 100, 2)) == [("A", 5), ("B", 3)]
-    assert (queue(running), queue(waiting)) == (["A", "B"], ["C"])
+    check(answer.schedule(running, waiting, 100, 2), [("A", 5), ("B", 3)])
+    check_queues(running, waiting, ["A", "B"], ["C"])
 
 
 def test_joining(answer, explain):
@@ -71,7 +84,7 @@ def test_joining(answer, explain):
         "连续批处理的“连续”正在于此。",
     )
     running, waiting = [decode("A")], deque([sequence("B", 3)])
-    assert names(answer.schedule(running, waiting, 100, 2)) == [("A", 1), ("B", 3)]
+    check(answer.schedule(running, waiting, 100, 2), [("A", 1), ("B", 3)])
 
 
 def test_rest_of_a_prompt(answer, explain):
@@ -80,7 +93,7 @@ def test_rest_of_a_prompt(answer, explain):
         "6 of A's 10 prompt tokens are computed already: what is planned is the part still to be computed, 4 tokens.",
         "A 的提示词有 10 个词元，其中 6 个已经算好：该计划的是还没算的部分，也就是 4 个。",
     )
-    assert names(answer.schedule([sequence("A", 10, num_computed=6)], deque(), 100, 2)) == [("A", 4)]
+    check(answer.schedule([sequence("A", 10, num_computed=6)], deque(), 100, 2), [("A", 4)])
 
 
 def test_long_prompt(answer, explain):
@@ -92,8 +105,8 @@ def test_long_prompt(answer, explain):
         "如果非要等到一步能放下整个提示词，它就永远等不到。",
     )
     running, waiting = [], deque([sequence("A", 10)])
-    assert names(answer.schedule(running, waiting, 4, 2)) == [("A", 4)]
-    assert (queue(running), queue(waiting)) == (["A"], [])
+    check(answer.schedule(running, waiting, 4, 2), [("A", 4)])
+    check_queues(running, waiting, ["A"], [])
 
 
 def test_budget(answer, explain):
@@ -104,7 +117,7 @@ def test_budget(answer, explain):
         "A、B、C 正在解码，D 带着 10 个词元的提示词在等待，预算为 5。解码也要算进预算：用掉 3 个，D 只能算 2 个。",
     )
     running, waiting = [decode("A"), decode("B"), decode("C")], deque([sequence("D", 10)])
-    assert names(answer.schedule(running, waiting, 5, 8)) == [("A", 1), ("B", 1), ("C", 1), ("D", 2)]
+    check(answer.schedule(running, waiting, 5, 8), [("A", 1), ("B", 1), ("C", 1), ("D", 2)])
 
 
 def test_decodes_first(answer, explain):
@@ -116,7 +129,7 @@ def test_decodes_first(answer, explain):
         "文字停住。",
     )
     running = [sequence("A", 20, num_computed=4), decode("B")]
-    assert names(answer.schedule(running, deque(), 4, 2)) == [("B", 1), ("A", 3)]
+    check(answer.schedule(running, deque(), 4, 2), [("B", 1), ("A", 3)])
 
 
 def test_nothing_left(answer, explain):
@@ -127,8 +140,8 @@ def test_nothing_left(answer, explain):
         "预算只有 2，都给了 A 和 B。正在解码的 C 和等待中的 D 一个词元也分不到：两者都不进入计划，D 留在 waiting 里。",
     )
     running, waiting = [decode("A"), decode("B"), decode("C")], deque([sequence("D", 10)])
-    assert names(answer.schedule(running, waiting, 2, 8)) == [("A", 1), ("B", 1)]
-    assert (queue(running), queue(waiting)) == (["A", "B", "C"], ["D"])
+    check(answer.schedule(running, waiting, 2, 8), [("A", 1), ("B", 1)])
+    check_queues(running, waiting, ["A", "B", "C"], ["D"])
 
 
 def compute(plan, running):
@@ -144,15 +157,44 @@ def compute(plan, running):
 def check_plan(plan, running, waiting, everyone, token_budget, max_num_seqs):
     """What holds for every plan of a scheduler that wastes nothing."""
     num_new_tokens = dict(plan)
-    assert len(num_new_tokens) == len(plan), "a sequence is in the plan twice"
-    assert sum(num_new_tokens.values()) <= token_budget, "more tokens than the budget"
-    assert all(1 <= n <= s.num_uncomputed_tokens for s, n in plan), "no token, or more than a sequence has left"
-    assert len(running) <= max_num_seqs, "more sequences than seats"
-    assert set(num_new_tokens) <= set(running), "a sequence in the plan is not in running"
-    assert [*running, *waiting] == everyone, "somebody was lost, or overtaken"
-    if sum(num_new_tokens.values()) < token_budget:
-        assert all(num_new_tokens.get(s) == s.num_uncomputed_tokens for s in running), "budget is left for the running"
-        assert not waiting or len(running) == max_num_seqs, "budget and a seat are left for the waiting"
+    got, spent = names(plan), sum(n for _, n in plan)
+    assert len(num_new_tokens) == len(plan), (
+        f"the plan is {got}, expected nobody twice · 计划是 {got}，每个序列最多出现一次"
+    )
+    assert spent <= token_budget, (
+        f"the plan is {got}: {spent} tokens, expected at most {token_budget} · "
+        f"计划是 {got}，共 {spent} 个词元，不能超过 {token_budget} 个"
+    )
+    for s, n in plan:
+        left = s.num_uncomputed_tokens
+        assert 1 <= n <= left, (
+            f"{s.request_id} gets {n} tokens, expected 1 to {left}, which are left to compute · "
+            f"{s.request_id} 分到 {n} 个词元，应为 1 到 {left} 个，即还没算的部分"
+        )
+    assert len(running) <= max_num_seqs, (
+        f"running is {queue(running)}, expected at most {max_num_seqs} · "
+        f"running 是 {queue(running)}，不能超过 {max_num_seqs} 个"
+    )
+    assert set(num_new_tokens) <= set(running), (
+        f"the plan is {got} and running {queue(running)}, expected only those who run in the plan · "
+        f"计划是 {got}，running 是 {queue(running)}；计划里只应有正在运行的序列"
+    )
+    assert [*running, *waiting] == everyone, (
+        f"running is {queue(running)} and waiting {queue(waiting)}, expected {queue(everyone)} in this order · "
+        f"running 是 {queue(running)}，waiting 是 {queue(waiting)}，连起来应当依次是 {queue(everyone)}"
+    )
+    unused = token_budget - spent
+    if unused:
+        for s in running:
+            n, left = num_new_tokens.get(s, 0), s.num_uncomputed_tokens
+            assert n == left, (
+                f"{unused} tokens of the budget are unused and {s.request_id} gets {n}, expected {left} · "
+                f"预算还剩 {unused} 个词元，{s.request_id} 却只分到 {n} 个，应为 {left} 个"
+            )
+        assert not waiting or len(running) == max_num_seqs, (
+            f"{unused} tokens of the budget and a seat are unused, expected {queue(waiting)[0]} to join · "
+            f"预算还剩 {unused} 个词元，座位也有空，{queue(waiting)[0]} 应当加入"
+        )
 
 
 def test_every_small_load(answer, explain):
@@ -175,7 +217,11 @@ def test_every_small_load(answer, explain):
             check_plan(plan, running, waiting, everyone, token_budget, max_num_seqs)
             compute(plan, running)
             num_steps += 1
-            assert num_steps <= sum(prompts) + sum(outputs), "it never ends"
+            most = sum(prompts) + sum(outputs)
+            assert num_steps <= most, (
+                f"not done after {num_steps} steps, expected {most} at most · "
+                f"走了 {num_steps} 步还没结束，最多应为 {most} 步"
+            )
 
 
 def test_beside_the_engine(answer, explain):
@@ -201,8 +247,10 @@ def test_beside_the_engine(answer, explain):
                 wanted = engine.schedule()
                 plan = answer.schedule(running, waiting, token_budget, max_num_seqs)
                 ordered = sorted(plan, key=lambda item: item.num_new_tokens > 1)
-                assert names(ordered) == names(wanted.scheduled)
+                check(ordered, names(wanted.scheduled))
                 engine.update(wanted, [0] * len(wanted.sampling_rows))
                 compute(plan, running)
-        assert engine.is_finished()
-        assert not running
+        assert not running, (
+            f"{queue(running)} still run, expected nobody: the engine has finished · "
+            f"{queue(running)} 还在运行，应当一个也没有：引擎已全部做完"
+        )

@@ -28,6 +28,10 @@ class Blocks:
         return [self.content[block] for block in blocks]
 
 
+def check_blocks(blocks, wanted):
+    assert blocks == wanted, f"the blocks are {blocks}, expected {wanted} · 得到的块是 {blocks}，应为 {wanted}"
+
+
 def test_it_returns_hashes_and_blocks(answer, explain):
     """returns hashes and blocks · 返回哈希和块."""
     explain(
@@ -36,7 +40,8 @@ def test_it_returns_hashes_and_blocks(answer, explain):
         "match_prefix([5, 6, 7, 8, 9], 4, {}) 应当返回 hashes 和 blocks 两个列表；缓存还是空的，所以 blocks 也是空的。",
     )
     hashes, blocks = answer.match_prefix([5, 6, 7, 8, 9], SIZE, {})
-    assert isinstance(hashes, list) and blocks == []
+    assert isinstance(hashes, list), f"hashes is {hashes!r}, expected a list · hashes 是 {hashes!r}，应为列表"
+    check_blocks(blocks, [])
 
 
 def test_every_full_block_has_a_hash_and_no_other(answer, explain):
@@ -59,7 +64,7 @@ def test_every_full_block_has_a_hash_and_no_other(answer, explain):
                 f"{num_tokens} 个词元，每块 {SIZE} 个：满块有 {full} 个，你给出了 {len(hashes)} 个哈希。"
                 "每个满块都有哈希，提示词恰好在块的边界结束时，最后一块也不例外：这条提示词自己用不上它，更长的提示词却用得上。",
             )
-        assert len(hashes) == full
+        assert len(hashes) == full, f"{len(hashes)} hashes, expected {full} · {len(hashes)} 个哈希，应为 {full} 个"
 
 
 def test_equal_beginnings_have_equal_hashes(answer, explain):
@@ -71,7 +76,9 @@ def test_equal_beginnings_have_equal_hashes(answer, explain):
     )
     one, _ = answer.match_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9], SIZE, {})
     two, _ = answer.match_prefix([1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13], SIZE, {})
-    assert one == two[:2]
+    assert one == two[:2], (
+        f"the hashes are {one} and {two[:2]}, expected the same · 哈希分别是 {one} 和 {two[:2]}，应当相同"
+    )
 
 
 def test_a_hash_depends_on_everything_before(answer, explain):
@@ -84,7 +91,9 @@ def test_a_hash_depends_on_everything_before(answer, explain):
         "前一块的哈希（parent）算进去了吗？",
     )
     hashes, _ = answer.match_prefix(same + same + [1], SIZE, {})
-    assert len(set(hashes)) == 2
+    assert len(set(hashes)) == 2, (
+        f"the hashes are {hashes}, expected two that differ · 哈希是 {hashes}，应当是两个不同的值"
+    )
     explain(
         "Two prompts differ in their first block only, and a later block with equal tokens got equal hashes. The "
         "change must reach all the blocks after it: the parent is the hash of the block before, not its tokens.",
@@ -93,7 +102,9 @@ def test_a_hash_depends_on_everything_before(answer, explain):
     )
     one, _ = answer.match_prefix([1, 1, 1, 1] + same * 3, SIZE, {})
     two, _ = answer.match_prefix([2, 2, 2, 2] + same * 3, SIZE, {})
-    assert not set(one) & set(two)
+    assert not set(one) & set(two), (
+        f"the hashes are {one} and {two}, expected none in common · 哈希分别是 {one} 和 {two}，不应有相同的"
+    )
 
 
 def test_it_finds_what_was_computed_before(answer, explain):
@@ -106,12 +117,12 @@ def test_it_finds_what_was_computed_before(answer, explain):
         "share blocks 0 and 1, in this order.",
         "先计算了一条 11 个词元的提示词，每块 4 个。第二条以同样的 8 个词元开头：它应当依次共用 0 号块和 1 号块。",
     )
-    assert blocks.look_up([*tokens[:8], 1, 2, 3, 4, 5])[1] == [0, 1]
+    check_blocks(blocks.look_up([*tokens[:8], 1, 2, 3, 4, 5])[1], [0, 1])
     explain(
         "A prompt whose first token differs from the cached one should share nothing.",
         "第一个词元就与缓存不同的提示词，不应共用任何块。",
     )
-    assert blocks.look_up([1, *tokens[1:]])[1] == []
+    check_blocks(blocks.look_up([1, *tokens[1:]])[1], [])
 
 
 def test_it_stops_at_the_first_gap(answer, explain):
@@ -125,7 +136,7 @@ def test_it_stops_at_the_first_gap(answer, explain):
         "四个块当中，第二块已被淘汰。能共用的只有第一块：遇到第一个缺口就要停下。"
         "序列只记一个数，即从头算起有多少词元已经算好，缺口之后的块不能算数。",
     )
-    assert answer.match_prefix(tokens, SIZE, cached)[1] == [30]
+    check_blocks(answer.match_prefix(tokens, SIZE, cached)[1], [30])
 
 
 def test_the_last_token_is_left_to_compute(answer, explain):
@@ -139,12 +150,12 @@ def test_the_last_token_is_left_to_compute(answer, explain):
         "同一条提示词来了两次，共 12 个词元，每块 4 个，第二次全部取自缓存。这样就没有东西可算，"
         "也没有 logits 可供采样下一个词元：最后一个词元必须留下来计算。",
     )
-    assert blocks.look_up(tokens)[1] == [0, 1]
+    check_blocks(blocks.look_up(tokens)[1], [0, 1])
     explain(
         "One token more and all three cached blocks may be shared: the 13th token is left to compute.",
         "只要多一个词元，三个缓存块就都可以共用：第 13 个词元留下来计算。",
     )
-    assert blocks.look_up([*tokens, 1])[1] == [0, 1, 2]
+    check_blocks(blocks.look_up([*tokens, 1])[1], [0, 1, 2])
 
 
 def test_it_agrees_with_the_engine(answer, explain):
@@ -171,4 +182,7 @@ def test_it_agrees_with_the_engine(answer, explain):
                 "你找到的块数必须相同，内容也必须正是这条提示词的开头。",
             )
             expected = [tokens[: (place + 1) * size] for place in range(len(match.blocks))]
-            assert blocks.serve(tokens) == expected
+            held = blocks.serve(tokens)
+            assert held == expected, (
+                f"your blocks hold {held}, expected {expected} · 你找到的块里是 {held}，应为 {expected}"
+            )

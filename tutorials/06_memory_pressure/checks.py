@@ -21,6 +21,29 @@ def names(sequences):
     return "".join(sequence.request_id for sequence in sequences)
 
 
+def check_room(room, wanted):
+    assert room is wanted, f"make_room returned {room}, expected {wanted} · make_room 返回 {room}，应为 {wanted}"
+
+
+def check_queues(running, waiting, *wanted):
+    got = names(running), names(waiting)
+    assert got == wanted, (
+        f"running is {got[0]!r} and waiting {got[1]!r}, expected {wanted[0]!r} and {wanted[1]!r} · "
+        f"running 是 {got[0]!r}，waiting 是 {got[1]!r}；应为 {wanted[0]!r} 和 {wanted[1]!r}"
+    )
+
+
+def check_held(blocks, sequences):
+    """Every block in use is in one block table."""
+    held = Counter(block for sequence in sequences for block in sequence.block_table)
+    twice = [block for block, count in held.items() if count > 1]
+    assert not twice, f"blocks {twice} are in two block tables, expected one · 块 {twice} 在两张块表里，应当只在一张里"
+    assert len(held) == blocks.num_used_blocks, (
+        f"{blocks.num_used_blocks} blocks are in use and {len(held)} in block tables, expected as many · "
+        f"占用了 {blocks.num_used_blocks} 个块，块表里有 {len(held)} 个，两者应当相等"
+    )
+
+
 def three_in_a_full_pool():
     """A, B and C fill six blocks; A and B have come to the edge of theirs, C has not. D waits."""
     blocks = BlockManager(SIZE, 6)
@@ -38,9 +61,10 @@ def test_a_slot_is_there_already(answer, explain):
     )
     tables = [list(sequence.block_table) for sequence in running]
     room = answer.make_room(running[2], running, waiting, blocks)
-    assert room is True
-    assert [sequence.block_table for sequence in running] == tables
-    assert names(running) == "ABC" and names(waiting) == "D"
+    check_room(room, True)
+    check_queues(running, waiting, "ABC", "D")
+    after = [sequence.block_table for sequence in running]
+    assert after == tables, f"the block tables are {after}, expected {tables} · 块表是 {after}，应当仍是 {tables}"
 
 
 def test_a_block_at_every_edge_and_only_there(answer, explain):
@@ -60,8 +84,9 @@ def test_a_block_at_every_edge_and_only_there(answer, explain):
             f"每块 {SIZE} 个，一共需要 {wanted} 块，你的序列却有 {got} 块。"
             "请看块的边界：词元放在哪里，由词元总数决定，还是由已计算的词元数决定？",
         )
-        assert room is True and got == wanted
-    assert blocks.num_used_blocks == len(set(sequence.block_table))
+        check_room(room, True)
+        assert got == wanted, f"{got} blocks, expected {wanted} · {got} 个块，应为 {wanted} 个"
+    check_held(blocks, [sequence])
 
 
 def test_the_last_to_arrive_gives_way(answer, explain):
@@ -75,38 +100,53 @@ def test_the_last_to_arrive_gives_way(answer, explain):
         "A 要一个块，而池子空了。该让路的是最晚到达的 C，A 和 B 继续运行：先来的先做完，这样总有人能做完。",
     )
     room = answer.make_room(a, running, waiting, blocks)
-    assert len(running) < 3
+    assert len(running) < 3, (
+        f"running is still {names(running)!r}, expected one of them to give way · "
+        f"running 仍是 {names(running)!r}，应当有一个让路"
+    )
     explain(
         "A sequence was preempted, but not all of its blocks came back to the pool: they should be free, and its block "
         "table empty. A block that is lost now is lost for ever.",
         "有序列被抢占了，它的块却没有全部还给池子：块都该空闲，块表也该清空。现在丢掉的块，就永远找不回来了。",
     )
-    assert blocks.num_used_blocks == sum(len(sequence.block_table) for sequence in (*running, *waiting))
-    assert not any(sequence.block_table for sequence in waiting)
+    check_held(blocks, [*running, *waiting])
+    tables = {sequence.request_id: sequence.block_table for sequence in waiting if sequence.block_table}
+    assert not tables, (
+        f"the block tables of those who wait: {tables}, expected empty ones · 等待者的块表：{tables}，应当都是空的"
+    )
     explain(
         "A needs a block and the pool is empty. The one that arrived last, C, must go, and A and B keep running: "
         "whoever came first finishes first, so that somebody always finishes.",
         "A 要一个块，而池子空了。该让路的是最晚到达的 C，A 和 B 继续运行：先来的先做完，这样总有人能做完。",
     )
-    assert names(running) == "AB" and "C" in names(waiting)
+    assert names(running) == "AB" and "C" in names(waiting), (
+        f"running is {names(running)!r} and waiting {names(waiting)!r}, expected 'AB', and 'C' among those who wait · "
+        f"running 是 {names(running)!r}，waiting 是 {names(waiting)!r}；应为 'AB'，而 'C' 在等待"
+    )
     explain(
         "C was preempted and waits. It goes before D, who was waiting already but arrived later: the queue stays in "
         "order of arrival.",
         "C 被抢占后去等待。它应当排在 D 之前：D 虽然早就在等，却到得更晚，队列始终按到达的先后排列。",
     )
-    assert names(waiting) == "CD"
+    check_queues(running, waiting, "AB", "CD")
     explain(
         "C gave its blocks away, so its keys and values are gone, but it still counts tokens as computed. When it "
         "returns it would read what others have written there.",
         "C 交出了块，它的键和值也就没了，却仍把一些词元算作已计算。等它回来，读到的就是别人写的东西。",
     )
-    assert c.num_computed_tokens == 0
+    assert c.num_computed_tokens == 0, (
+        f"C counts {c.num_computed_tokens} tokens as computed, expected 0 · "
+        f"C 有 {c.num_computed_tokens} 个词元算作已计算，应为 0"
+    )
     explain(
         "A should have its two blocks as before, and then one of those that C gave back; and make_room returns True.",
         "A 原来的两个块不变，后面再加上 C 归还的一个块；make_room 返回 True。",
     )
-    assert room is True and a.block_table[:2] == block_table
-    assert len(a.block_table) == 3 and a.block_table[2] in last
+    check_room(room, True)
+    wanted = [[*block_table, block] for block in last]
+    assert a.block_table in wanted, (
+        f"A's block table is {a.block_table}, expected one of {wanted} · A 的块表是 {a.block_table}，应为 {wanted} 之一"
+    )
 
 
 def test_it_may_be_itself(answer, explain):
@@ -124,8 +164,11 @@ def test_it_may_be_itself(answer, explain):
         "make_room 返回 False，B 排在队首，A 继续运行。",
     )
     room = answer.make_room(b, running, waiting, blocks)
-    assert room is False
-    assert names(running) == "A" and names(waiting) == "BCD" and b.block_table == []
+    check_room(room, False)
+    check_queues(running, waiting, "A", "BCD")
+    assert b.block_table == [], (
+        f"B's block table is {b.block_table}, expected an empty one · B 的块表是 {b.block_table}，应当是空的"
+    )
 
 
 def test_one_victim_may_not_be_enough(answer, explain):
@@ -143,8 +186,11 @@ def test_one_victim_may_not_be_enough(answer, explain):
         "只要还没有块，就一直抢占下去，然后才分配。",
     )
     room = answer.make_room(a, running, waiting, blocks)
-    assert room is True
-    assert names(running) == "A" and names(waiting) == "BCD" and len(a.block_table) == 3
+    check_room(room, True)
+    check_queues(running, waiting, "A", "BCD")
+    assert len(a.block_table) == 3, (
+        f"A has {len(a.block_table)} blocks, expected 3 · A 有 {len(a.block_table)} 个块，应为 3 个"
+    )
 
 
 class Loop:
@@ -206,7 +252,6 @@ def test_it_agrees_with_the_engine(answer, explain):
             if engine.is_finished():
                 break
             expected, plan = engine.schedule(), loop.schedule()
-            case = f"{num_blocks} x {size}, step {step}"
             should = {sequence.request_id: n for sequence, n in expected.scheduled}
             does = {sequence.request_id: n for sequence, n in plan}
             explain(
@@ -215,21 +260,23 @@ def test_it_agrees_with_the_engine(answer, explain):
                 f"池子有 {num_blocks} 块，每块 {size} 个词元，第 {step} 步。引擎计算 {should}（哪个序列、几个词元），"
                 f"用你的 make_room 的循环却计算 {does}。",
             )
-            assert does == should, case
+            assert does == should, f"the plan is {does}, expected {should} · 计划是 {does}，应为 {should}"
             explain(
                 f"A pool of {num_blocks} blocks of {size}, step {step}: a block is lost or has two owners. Each must "
                 "be free or in exactly one block table.",
                 f"池子有 {num_blocks} 块，每块 {size} 个词元，第 {step} 步：有块丢失了，或者有了两个主人。"
                 "每个块要么空闲，要么恰好在一张块表里。",
             )
-            owners = Counter(block for sequence in loop.running for block in sequence.block_table)
-            assert all(count == 1 for count in owners.values()), case
-            assert len(owners) == loop.blocks.num_used_blocks, case
-            assert all(len(s.block_table) * size > s.num_computed_tokens for s in loop.running), case
+            check_held(loop.blocks, loop.running)
+            short = names(s for s in loop.running if len(s.block_table) * size <= s.num_computed_tokens)
+            assert not short, (
+                f"{short!r} have no slot for the next token, expected one each · "
+                f"{short!r} 没有下一个词元的槽位，每个序列都应当有"
+            )
             engine.update(expected, [1] * len(expected.sampling_rows))
             loop.update(plan)
         explain(
             f"A pool of {num_blocks} blocks of {size}: not every sequence came to its end.",
             f"池子有 {num_blocks} 块，每块 {size} 个词元：有序列没能做完。",
         )
-        assert engine.is_finished() and not loop.running and not loop.waiting
+        check_queues(loop.running, loop.waiting, "", "")

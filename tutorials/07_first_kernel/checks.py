@@ -12,12 +12,17 @@ def truth(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def close(out: Tensor, wanted: Tensor, tolerance: float) -> None:
-    assert out is not None, "rmsnorm returned None"
-    assert out.shape == wanted.shape
+    assert out is not None, "rmsnorm returned None · rmsnorm 返回了 None"
+    shape, expected = list(out.shape), list(wanted.shape)
+    assert shape == expected, (
+        f"the result has shape {shape}, expected {expected} · 结果的形状是 {shape}，应为 {expected}"
+    )
     error = (out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     row = int(error.nan_to_num(torch.inf).argmax())
     got, right = out.reshape(-1, out.shape[-1])[row], wanted.reshape(-1, out.shape[-1])[row]
-    assert bool((error < tolerance).all()), f"row {row}:\ngot    {begin(got)}\nwanted {begin(right)}"
+    assert bool((error < tolerance).all()), (
+        f"row {row}: got {begin(got)}, expected {begin(right)} · 第 {row} 行：得到 {begin(got)}，应为 {begin(right)}"
+    )
 
 
 def begin(row: Tensor) -> str:
@@ -74,7 +79,9 @@ def test_mask_of_loads(answer, explain):
     x, weight, y = torch.full((8,), torch.nan), torch.full((8,), torch.nan), torch.full((8,), 7.0)
     x[:5], weight[:5] = draw(5), draw(5, seed=8)
     launch(answer, x, weight, y, 1, 5)
-    assert y[:5].isfinite().all(), f"got {begin(y[:5])}"
+    assert y[:5].isfinite().all(), (
+        f"got {begin(y[:5])}, expected five finite numbers · 得到 {begin(y[:5])}，应为五个有限的数"
+    )
     explain(
         "The same row: what is behind it is no longer read, yet the numbers are wrong. The mean of a row is its sum "
         "divided by hidden_size, the numbers that it has, and not by BLOCK, the columns of the block.",
@@ -95,7 +102,10 @@ def test_mask_of_stores(answer, explain):
     x, weight, y = torch.zeros(8), torch.zeros(8), torch.full((8,), 7.0)
     x[:5], weight[:5] = draw(5), draw(5, seed=8)
     launch(answer, x, weight, y, 1, 5)
-    assert y[5:].tolist() == [7.0, 7.0, 7.0], f"behind y there is now {begin(y[5:])}"
+    assert y[5:].tolist() == [7.0, 7.0, 7.0], (
+        f"behind y there is now {begin(y[5:])}, expected [7, 7, 7] as before · "
+        f"y 后面现在是 {begin(y[5:])}，应当仍是 [7, 7, 7]"
+    )
 
 
 def test_eps(answer, explain):
@@ -112,7 +122,10 @@ def test_eps(answer, explain):
         "A row of zeros must give zeros: eps keeps the division finite.",
         "全零的一行应当得到全零：eps 就是为了不让除数为零。",
     )
-    assert torch.equal(answer.rmsnorm(torch.zeros(2, 8), torch.ones(8), 1e-6), torch.zeros(2, 8))
+    out = answer.rmsnorm(torch.zeros(2, 8), torch.ones(8), 1e-6)
+    assert torch.equal(out, torch.zeros(2, 8)), (
+        f"the first row is {begin(out[0])}, expected zeros · 第一行是 {begin(out[0])}，应当全为 0"
+    )
 
 
 def test_shapes(answer, explain):
@@ -156,7 +169,9 @@ def test_half_precision(answer, explain):
     )
     x, weight = draw(3, 2048).bfloat16(), draw(2048, seed=8).bfloat16()
     out = answer.rmsnorm(x, weight, 1e-6)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16, (
+        f"the result is {out.dtype}, expected torch.bfloat16 · 结果的类型是 {out.dtype}，应为 torch.bfloat16"
+    )
     close(out, truth(x, weight, 1e-6), 1e-2)
 
 

@@ -32,14 +32,15 @@ def turn_and_compare(
     for name, x, out in zip("qk", (q, k), turned, strict=True):
         wanted = truth(x, cos, sin, positions)
         wrong = ~torch.isclose(out.double(), wanted, rtol=1e-4, atol=1e-5)
-        if wrong.any():
-            token, head, feature = wrong.nonzero()[0].tolist()
-            pytest.fail(
-                f"{name}: token {token} at position {int(positions[token])}, head {head}, feature {feature} "
-                f"of {x.shape[-1]} (half = {cos.shape[1]}): got {float(out[token, head, feature]):.5f}, "
-                f"wanted {float(wanted[token, head, feature]):.5f}  (seed {SEED})",
-                pytrace=False,
-            )
+        token, head, feature = map(int, torch.unravel_index(wrong.int().argmax(), wrong.shape))  # the first
+        position, half = int(positions[token]), cos.shape[1]
+        got, right = f"{out[token, head, feature]:.5f}", f"{wanted[token, head, feature]:.5f}"
+        assert not wrong.any(), (
+            f"{name}: token {token} at position {position}, head {head}, feature {feature} of {x.shape[-1]} "
+            f"(half = {half}): got {got}, expected {right} (seed {SEED}) · "
+            f"{name}：词元 {token}，位置 {position}，头 {head}，特征 {feature}，共 {x.shape[-1]} 个特征"
+            f"（half = {half}）：得到 {got}，应为 {right}（种子 {SEED}）"
+        )
 
 
 def draw(*shape: int) -> Tensor:
@@ -60,7 +61,7 @@ def test_one_pair(answer: ModuleType, explain: Explain) -> None:
     )
     out, _ = answer.apply_rotary_emb(pair, pair, cos, sin, torch.tensor([0]), False)
     got = tuple(round(x, 4) for x in out[0, 0].tolist())
-    assert got == pytest.approx((0.6, 0.8), abs=1e-4), f"got {got}, wanted (0.6, 0.8)"
+    assert got == pytest.approx((0.6, 0.8), abs=1e-4), f"got {got}, expected (0.6, 0.8) · 得到 {got}，应为 (0.6, 0.8)"
 
 
 def test_pairs(answer: ModuleType, explain: Explain) -> None:
@@ -130,7 +131,10 @@ def test_float32(answer: ModuleType, explain: Explain) -> None:
     out, _ = answer.apply_rotary_emb(q, q, cos, sin, positions, False)
     wanted = truth(q, cos, sin, positions)
     error = float((out.double() - wanted).norm() / wanted.norm())
-    assert error < 5e-3, f"relative error {error:.1e} in bfloat16 (seed {SEED})"
+    assert error < 5e-3, (
+        f"relative error {error:.1e} in bfloat16, expected less than 5e-3 (seed {SEED}) · "
+        f"bfloat16 下的相对误差是 {error:.1e}，应小于 5e-3（种子 {SEED}）"
+    )
 
 
 def test_parity(parity: Callable[[str], None]) -> None:

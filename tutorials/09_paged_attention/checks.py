@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from types import ModuleType
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -67,15 +66,18 @@ class Case:
         wanted = self.truth(scale)
         errors = (out.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
         wrong = ~(errors < tolerance)
-        if wrong.any():
-            s, head = wrong.nonzero()[0].tolist()
-            got = ", ".join(f"{x:.4f}" for x in out[s, head, :4].tolist())
-            right = ", ".join(f"{x:.4f}" for x in wanted[s, head, :4].tolist())
-            pytest.fail(
-                f"sequence {s} with {self.lengths[s]} tokens in blocks of {self.keys.shape[1]}, query head {head}: "
-                f"got [{got}, ...], wanted [{right}, ...]  (seed {SEED})",
-                pytrace=False,
-            )
+        s, head = map(int, torch.unravel_index(wrong.int().argmax(), wrong.shape))  # the first
+        length, block_size = self.lengths[s], self.keys.shape[1]
+        got, right = begin(out[s, head]), begin(wanted[s, head])
+        assert not wrong.any(), (
+            f"sequence {s} with {length} tokens in blocks of {block_size}, query head {head}: got {got}, expected "
+            f"{right} (seed {SEED}) · "
+            f"序列 {s}，{length} 个词元，每块 {block_size} 个，查询头 {head}：得到 {got}，应为 {right}（种子 {SEED}）"
+        )
+
+
+def begin(row: Tensor) -> str:
+    return "[" + ", ".join(f"{x:.4f}" for x in row[:4].tolist()) + ", ...]"
 
 
 def test_mean(answer: ModuleType, explain: Explain) -> None:
@@ -209,4 +211,4 @@ def test_the_tutor_speaks(answer: ModuleType, explain: Explain) -> None:
         llm = LLM(kernel_backend=backend, dtype="float32", max_num_seqs=1, num_gpu_blocks=8)
         chat = [{"role": "user", "content": "What is paged attention?"}]
         texts.append(llm.chat(chat, max_tokens=8, temperature=0, use_tqdm=False)[0].text)
-    assert texts[1] == texts[0]
+    assert texts[1] == texts[0], f"got {texts[1]!r}, expected {texts[0]!r} · 得到 {texts[1]!r}，应为 {texts[0]!r}"

@@ -26,10 +26,19 @@ def mine(x: Tensor) -> Tensor:
 
 def close(out: Tensor, x: Tensor, tolerance: float = 1e-5) -> None:
     wanted = truth(x)
-    assert out is not None, "it returned None"
-    assert out.shape == wanted.shape and out.dtype == x.dtype, f"{list(out.shape)} {out.dtype}"
+    assert out is not None, "silu_and_mul returned None · silu_and_mul 返回了 None"
+    has_shape(out, list(wanted.shape))
+    assert out.dtype == x.dtype, f"the result is {out.dtype}, expected {x.dtype} · 结果是 {out.dtype}，应为 {x.dtype}"
     error = float((out.double() - wanted).norm() / wanted.norm())
-    assert error < tolerance, f"relative error {error:.1e}\ngot    {begin(out)}\nwanted {begin(wanted)}"
+    assert error < tolerance, (
+        f"got {begin(out)}, expected {begin(wanted)}; relative error {error:.1e}, expected less than {tolerance:.0e} · "
+        f"得到 {begin(out)}，应为 {begin(wanted)}；相对误差 {error:.1e}，应小于 {tolerance:.0e}"
+    )
+
+
+def has_shape(out: Tensor, wanted: list[int]) -> None:
+    shape = list(out.shape)
+    assert shape == wanted, f"the result has shape {shape}, expected {wanted} · 结果的形状是 {shape}，应为 {wanted}"
 
 
 def begin(x: Tensor) -> str:
@@ -44,14 +53,19 @@ def test_registered(answer, explain):
         "注册表还不认识你的函数：它上面要有一个装饰器，写明操作 silu_and_mul 和后端 mine。"
         "第 7 章的骨架里有一个，只是操作不同。",
     )
-    assert "mine" in kernels.available_backends(OP, "cpu"), f"{OP} has {kernels.available_backends(OP, 'cpu')}"
+    backends = kernels.available_backends(OP, "cpu")
+    assert "mine" in backends, (
+        f"the backends of {OP} are {backends}, expected mine among them · {OP} 的后端是 {backends}，其中应当有 mine"
+    )
     explain(
         "Your backend runs although nobody asked for it. The highest priority wins where no backend is named; leave "
         "yours at the default.",
         "没有人点名，你的后端却被用上了。没有指定后端时，优先级最高的胜出；你的保持默认值就好。",
     )
     with kernels.use_backend(None):
-        assert kernels.backend_of(OP) != "mine"
+        assert kernels.backend_of(OP) != "mine", (
+            f"with no backend named, {OP} runs on mine, expected another · 没有点名时 {OP} 用了 mine，应当用别的后端"
+        )
 
 
 def test_a_few_rows(answer, explain):
@@ -94,8 +108,8 @@ def test_empty(answer, explain):
         "这里 x 是空张量：先是 [0, 8]，再是 [3, 0]。结果也是空的（[0, 4] 与 [3, 0]），"
         "不必启动算子：没有程序的网格会出错。",
     )
-    assert mine(torch.empty(0, 8)).shape == (0, 4)
-    assert mine(torch.empty(3, 0)).shape == (3, 0)
+    has_shape(mine(torch.empty(0, 8)), [0, 4])
+    has_shape(mine(torch.empty(3, 0)), [3, 0])
 
 
 def test_x_is_the_callers(answer, explain):
@@ -106,8 +120,13 @@ def test_x_is_the_callers(answer, explain):
     )
     x = draw(3, 10)
     out = mine(x)
-    assert torch.equal(x, draw(3, 10)), "x was changed"
-    assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), "the result lies in x's memory"
+    before = draw(3, 10)
+    assert torch.equal(x, before), (
+        f"x is now {begin(x)}, expected {begin(before)} as before · x 变成了 {begin(x)}，应当仍是 {begin(before)}"
+    )
+    assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), (
+        "the result lies in x's memory, expected memory of its own · 结果就在 x 的内存里，应当有自己的内存"
+    )
 
 
 def test_strides(answer, explain):
@@ -145,7 +164,7 @@ def test_parity(parity):
     parity(OP)
 
 
-def test_engine(answer, explain, monkeypatch):
+def test_engine(answer, explain):
     """a model runs on it · 用它运行模型"""
     explain(
         "The bundled model, in float32, on your backend and on the reference: both must generate the same tokens. All "
@@ -166,5 +185,7 @@ def test_engine(answer, explain, monkeypatch):
         llm = LLM(kernel_backend=backend, dtype="float32")
         outputs = llm.generate(["The KV cache", "分页注意力"], max_tokens=6, temperature=0, use_tqdm=False)
         tokens[backend] = [output.token_ids for output in outputs]
-    assert calls["mine"], "the engine never called it"
-    assert tokens["mine"] == tokens["reference"]
+    assert calls["mine"], "the engine never called it, expected many calls · 引擎一次也没有调用它，应当调用多次"
+    assert tokens["mine"] == tokens["reference"], (
+        f"got {tokens['mine']}, expected {tokens['reference']} · 得到 {tokens['mine']}，应为 {tokens['reference']}"
+    )

@@ -11,7 +11,9 @@ def stream(answer, pieces, stop_strings):
     sent = []
     for place, piece in enumerate(pieces):
         sent.append(texts.append(piece, place == len(pieces) - 1))
-        assert isinstance(sent[-1], str), f"append returned {sent[-1]!r}"
+        assert isinstance(sent[-1], str), (
+            f"append returned {sent[-1]!r}, expected a str · append 返回了 {sent[-1]!r}，应为 str"
+        )
         if texts.stopped:
             break
     return sent, texts
@@ -50,6 +52,16 @@ def whole_characters(data):
     return data.decode("utf-8", "replace")  # the random texts below are all valid
 
 
+def check(sent, wanted):
+    assert sent == wanted, f"sent {sent!r}, expected {wanted!r} · 发送了 {sent!r}，应为 {wanted!r}"
+
+
+def check_stopped(texts, wanted):
+    assert texts.stopped == wanted, (
+        f"stopped is {texts.stopped}, expected {wanted} · stopped 是 {texts.stopped}，应为 {wanted}"
+    )
+
+
 def test_plain_text(answer, explain):
     """plain text · 普通文字"""
     explain(
@@ -58,7 +70,8 @@ def test_plain_text(answer, explain):
         "没有停止字符串时，b'Hel'、b'lo'、b'!' 一来就是确定的：append 依次返回 'Hel'、'lo'、'!'。",
     )
     sent, texts = stream(answer, [b"Hel", b"lo", b"!"], [])
-    assert sent == ["Hel", "lo", "!"] and not texts.stopped
+    check(sent, ["Hel", "lo", "!"])
+    check_stopped(texts, False)
 
 
 def test_characters_in_parts(answer, explain):
@@ -72,14 +85,14 @@ def test_characters_in_parts(answer, explain):
         "出现 '\N{REPLACEMENT CHARACTER}'，说明没收完的字符被解码了：请交给 decoder，它会记住这些字节。",
     )
     sent, _ = stream(answer, [bytes([byte]) for byte in data], [])
-    assert sent == ["", "", "缓", "", "", "存", "", "", "", "🎉"]
+    check(sent, ["", "", "缓", "", "", "存", "", "", "", "🎉"])
     explain(
         "The answer ends within a character, because max_tokens was reached. After the last piece nothing is held: "
         "pass is_last on to the decoder, which then makes a '\N{REPLACEMENT CHARACTER}' of the rest.",
         "回答达到 max_tokens，停在一个字符的中间。最后一个词元之后什么都不能留：把 is_last 传给 decoder，"
         "剩下的字节就会变成 '\N{REPLACEMENT CHARACTER}'。",
     )
-    assert "".join(stream(answer, [b"KV \xe7", b"\xbc"], [])[0]) == "KV \N{REPLACEMENT CHARACTER}"
+    check("".join(stream(answer, [b"KV \xe7", b"\xbc"], [])[0]), "KV \N{REPLACEMENT CHARACTER}")
 
 
 def test_a_stop_string_ends_the_text(answer, explain):
@@ -91,13 +104,14 @@ def test_a_stop_string_ends_the_text(answer, explain):
         "停止字符串和它后面的内容都不属于回答。",
     )
     sent, texts = stream(answer, [b"That is ", b"all. END of it", b"."], ["END"])
-    assert "".join(sent) == "That is all. " and texts.stopped
+    check("".join(sent), "That is all. ")
+    check_stopped(texts, True)
     explain(
         "One piece completes two stop strings. The text ends before the one that begins first, whichever of them "
         "stands first in the list.",
         "一个词元里同时出现两个停止字符串。文字在起点最靠前的那一个之前结束，与它们在列表里的次序无关。",
     )
-    assert stream(answer, [b"one two three", b""], ["three", "two"])[0] == ["one "]
+    check(stream(answer, [b"one two three", b""], ["three", "two"])[0], ["one "])
 
 
 def test_a_stop_string_in_parts(answer, explain):
@@ -109,14 +123,16 @@ def test_a_stop_string_in_parts(answer, explain):
         "一旦发送，就收不回来了。",
     )
     sent, texts = stream(answer, [b"Yes.\n", b"\nNext", b""], ["\n\n"])
-    assert "".join(sent) == "Yes." and texts.stopped
+    check("".join(sent), "Yes.")
+    check_stopped(texts, True)
     explain(
         "The stop string 'User:' comes one character at a time. All but its last character had to be held, four of "
         "them: also the longest beginning, which lacks a single character, is a beginning.",
         "停止字符串 'User:' 一次来一个字符。除了最后一个字符，前四个都要留着：只差一个字符的最长的开头，也是开头。",
     )
     sent, texts = stream(answer, [bytes([byte]) for byte in b"Hi User: x"], ["User:"])
-    assert "".join(sent) == "Hi " and texts.stopped
+    check("".join(sent), "Hi ")
+    check_stopped(texts, True)
     explain(
         "The stop string is three newlines, and they come one by one. After the second, two ends of the text are "
         "beginnings of the stop string: one newline, and two. Hold the longest of them.",
@@ -124,7 +140,8 @@ def test_a_stop_string_in_parts(answer, explain):
         "要留下其中最长的那个。",
     )
     sent, texts = stream(answer, [b"Yes.", b"\n", b"\n", b"\n", b"Next"], ["\n\n\n"])
-    assert "".join(sent) == "Yes." and texts.stopped
+    check("".join(sent), "Yes.")
+    check_stopped(texts, True)
 
 
 def test_a_false_alarm(answer, explain):
@@ -135,13 +152,14 @@ def test_a_false_alarm(answer, explain):
         "停止字符串是 'User:'，文字是 'Users agree.'：先前留着的开头原来不是，就要发出去，而且要排在后来的文字之前。",
     )
     sent, texts = stream(answer, [b"The Us", b"er", b"s agree."], ["User:"])
-    assert "".join(sent) == "The Users agree." and not texts.stopped
+    check("".join(sent), "The Users agree.")
+    check_stopped(texts, False)
     explain(
         "The answer ends with a possible beginning of a stop string. Nothing can complete it any more, so with the "
         "last piece it has to be sent.",
         "回答的末尾恰好像停止字符串的开头。后面不会再有文字把它补全，所以随着最后一个词元应当发送出去。",
     )
-    assert "".join(stream(answer, [b"Ask the ", b"User"], ["User:"])[0]) == "Ask the User"
+    check("".join(stream(answer, [b"Ask the ", b"User"], ["User:"])[0]), "Ask the User")
 
 
 def test_nothing_certain_is_held(answer, explain):
@@ -153,14 +171,14 @@ def test_nothing_certain_is_held(answer, explain):
         "停止字符串是 '\\n\\nQuestion:'。收到 b'Paged attention' 之后，没有哪个字可能属于它，应当立即全部发送。"
         "只留下恰好是停止字符串开头的末尾；如果总是留固定的字数，每个用户都要白等。",
     )
-    assert stream(answer, [b"Paged attention", b" reads blocks."], ["\n\nQuestion:"])[0][0] == "Paged attention"
+    check(stream(answer, [b"Paged attention", b" reads blocks."], ["\n\nQuestion:"])[0][0], "Paged attention")
     explain(
         "There are two stop strings, '###' and 'Note that'. The text 'See Note' ends with a beginning of the second, "
         "so 'See ' is certain and 'Note' is not. Look at all stop strings, and hold the longest end.",
         "停止字符串有 '###' 和 'Note that' 两个。'See Note' 的末尾是第二个的开头，所以 'See ' 确定，'Note' 不确定。"
         "每个停止字符串都要看，留下最长的末尾。",
     )
-    assert stream(answer, [b"See Note", b"s.", b""], ["###", "Note that"])[0][:2] == ["See ", "Notes."]
+    check(stream(answer, [b"See Note", b"s.", b""], ["###", "Note that"])[0][:2], ["See ", "Notes."])
 
 
 def test_random_texts(answer, explain):
@@ -184,8 +202,8 @@ def test_random_texts(answer, explain):
             f"最后 stopped 应当是 {stops}。",
         )
         sent, texts = stream(answer, pieces, stop_strings)
-        assert ["".join(sent[: end + 1]) for end in range(len(sent))] == expected
-        assert texts.stopped == stops
+        check(["".join(sent[: end + 1]) for end in range(len(sent))], expected)
+        check_stopped(texts, stops)
 
         matcher, whole = StopStringMatcher(stop_strings), b"".join(pieces).decode()
         plain = [matcher.append(character) for character in whole]
@@ -199,4 +217,4 @@ def test_random_texts(answer, explain):
             f"停止字符串 {stop_strings}，文字 {whole!r}，一次一个字符：引擎发送 {released}。",
         )
         sent, _ = stream(answer, [*(character.encode() for character in whole), b""], stop_strings)
-        assert sent == released
+        check(sent, released)

@@ -17,6 +17,7 @@ from rich.console import Console
 from benchmarks.compare import random_checkpoint
 from benchmarks.report import save
 from mini_infer import LLM, SamplingParams
+from mini_infer.engine import sampler
 from mini_infer.kernels.cpu import linear
 
 ROUNDS = 15
@@ -50,6 +51,22 @@ def long_runs(num_tokens: int) -> dict[str, float]:
     return in_turns(lambda: seconds(1), lambda: seconds(linear.RUN))
 
 
+def groups(batch: int) -> dict[str, float]:
+    """A sampled token of Qwen3's vocabulary: ``top_k`` looked for among all tokens, and among the best groups of 64."""
+    logits = torch.randn(batch, 151936).bfloat16()
+    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
+    draws = [sampler.Draw(params, seed, 0, 0, (), [], 0) for seed in range(batch)]
+
+    def seconds(share: int) -> float:
+        with patch.object(sampler, "_SHARE", share), torch.inference_mode():
+            start = time.perf_counter()
+            sampler.sample(logits, draws)
+            return time.perf_counter() - start
+
+    nothing = 1 << 30  # the vocabulary divided by it
+    return in_turns(lambda: seconds(nothing), lambda: seconds(sampler._SHARE))
+
+
 def recording(shape: str, batch: int) -> dict[str, float]:
     """A decode step called from Python, and replayed."""
     model = str(random_checkpoint(shape))
@@ -70,6 +87,7 @@ def recording(shape: str, batch: int) -> dict[str, float]:
 def measure() -> Iterator[dict[str, Any]]:
     for num_tokens in (1, 16):
         yield {"trick": "runs", "shape": "qwen3-0.6b", "tokens": num_tokens, **long_runs(num_tokens)}
+    yield {"trick": "groups", "shape": "qwen3-0.6b", "tokens": 16, **groups(16)}
     for shape, batch in (("tiny", 1), ("tiny", 64), ("qwen3-0.6b", 1)):
         yield {"trick": "recording", "shape": shape, "tokens": batch, **recording(shape, batch)}
 

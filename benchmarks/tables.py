@@ -128,7 +128,7 @@ def tables(language: str) -> dict[str, str]:
     kernels = results("kernels-cpu")
     each = {f"kernel {op}": kernel_table(kernels, op, words) for op in _ops(kernels)}
     return each | {
-        "compare": compare_table(results("compare-cpu"), results("compare-memory"), words),
+        "compare": compare_table(results("compare-cpu"), words),
         "figures": figures_table(results("compare-cpu"), words, BENCHMARKS_PAGE[language]),
         "kernels": kernels_table(kernels, words),
         "tricks": tricks_table(results("tricks-cpu"), words),
@@ -164,8 +164,8 @@ def _rate(engines: dict[str, Any], label: str) -> str:
     return f"{rate:,.{0 if rate >= 1000 else 1}f}"
 
 
-def compare_table(compared: dict[str, Any], memory: dict[str, Any], words: Mapping[str, str]) -> str:
-    """Mini-Infer beside its peers; memory comes from a run of its own, made with the memory in full use."""
+def compare_table(compared: dict[str, Any], words: Mapping[str, str]) -> str:
+    """Mini-Infer beside its peers."""
     lines = [words["compare"], "|---|" + "---:|" * 7]
     for name, engines in _workloads(compared, words):
 
@@ -177,8 +177,8 @@ def compare_table(compared: dict[str, Any], memory: dict[str, Any], words: Mappi
         share = f"{100 * engines['mini-infer']['share_of_the_machine']:.0f} %"
         cells = [name, f"**{_rate(engines, 'mini-infer')}**", *rates, over("vllm"), over("transformers"), share]
         lines.append("| " + " | ".join(cells) + " |")
-    startup = compared["figures"]["models"]["qwen3-0.6b"]["startup"]
-    used = memory["figures"]["models"]["qwen3-0.6b"]["memory"]
+    extras = compared["figures"]["models"]["qwen3-0.6b"]
+    startup, used = extras["startup"], extras["memory"]
     rest = words["rest"].format(
         rounds=compared["figures"]["rounds"],
         machine=_machine(compared, words),

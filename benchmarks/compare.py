@@ -150,10 +150,10 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
         ]
     failed: dict[str, str] = {}
     runs: dict[str, list[Run]] = {contender.label: [] for contender in contenders}
-    before = Machine.measure(torch.device("cpu"), precision)
     for round_ in range(rounds + 1):
         for contender in [c for c in contenders if c.label not in failed]:
             what = f"round {round_} of {rounds}" if round_ else "warming up"
+            before = Machine.measure(torch.device("cpu"), precision)
             with console.status(f"{scenario.name}: {contender.label}, {what}"):
                 try:
                     done = contender.run(workload, None if round_ else WARM_UP_TOKENS)
@@ -161,12 +161,10 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
                     failed[contender.label] = error.reason
                     console.print(f"left out: {error}", style="red", soft_wrap=True)
                     continue
-            after = Machine.measure(torch.device("cpu"), precision)
             if round_:
-                machine = before.best(after)
+                machine = before.best(Machine.measure(torch.device("cpu"), precision))
                 least = floor(shape, precision.itemsize, workload, machine, SEATS)
                 runs[contender.label].append(Run(done, machine, least.seconds))
-            before = after
     ran = [contender for contender in contenders if contender.label not in failed]
     if not ran or ran[0] is not contenders[0]:
         raise typer.Exit(1)

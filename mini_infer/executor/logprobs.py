@@ -1,40 +1,46 @@
 """Log probabilities of tokens under the model, and how likely they were beside the others."""
 
-from collections.abc import Callable, Sequence
-from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mini_infer.outputs import Logprob, TokenLogprobs
+from mini_infer.step import TokenScore
 
 
-def token_logprobs(
-    logits: Tensor, token_ids: Tensor, num_top: Sequence[int], decode: Callable[[int], str]
-) -> list[TokenLogprobs]:
-    """What to report of R places.
+class ScoreTensors(NamedTuple):
+    """What is known of R rows: log probability and rank of one token each, ids and log probabilities of the likeliest.
+
+    Attributes:
+        logprobs, ranks: ``[R]``.
+        top_ids, top_logprobs: ``[R, K]``.
+    """
+
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def to_scores(self, num_top: list[int]) -> list[TokenScore]:
+        """As plain numbers; ``num_top`` of the likeliest for each row."""
+        columns = zip(num_top, *(tensor.tolist() for tensor in self), strict=True)
+        return [
+            TokenScore(logprob, rank, list(zip(ids[:num], values[:num], strict=True)))
+            for num, logprob, rank, ids, values in columns
+        ]
+
+
+def score_tokens(logits: Tensor, token_ids: Tensor, most: int) -> ScoreTensors:
+    """Scores of one token for each row, and the ``most`` likeliest.
 
     Args:
         logits: ``[R, vocab]``, of the model itself.
-        token_ids: int64 ``[R]``, the token that is at each place.
-        num_top: how many of the likeliest tokens to report beside it, for each place.
-        decode: the text of one token.
-
-    Returns:
-        Per place the token that is there, then the likeliest ones in order.
+        token_ids: int64 ``[R]``; where one is negative, its log probability and rank mean nothing.
+        most: at most the vocabulary is reported.
     """
     dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
     logprobs = logits.log_softmax(dim=-1, dtype=dtype)
-    chosen = logprobs.gather(1, token_ids[:, None])
+    chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None])
     ranks = (logprobs > chosen).sum(dim=-1) + 1
-    top = logprobs.topk(max(num_top, default=0), dim=-1)
-    columns = (token_ids, chosen[:, 0], ranks, top.indices, top.values)
-    places = []
-    for num, (token_id, logprob, rank, ids, values) in zip(
-        num_top, zip(*(column.tolist() for column in columns), strict=True), strict=True
-    ):
-        entries = {token_id: (logprob, rank)}
-        for place, (likely_id, likely_logprob) in enumerate(islice(zip(ids, values, strict=True), num), start=1):
-            entries.setdefault(likely_id, (likely_logprob, place))
-        places.append({entry: Logprob(*values, decode(entry)) for entry, values in entries.items()})
-    return places
+    top = logprobs.topk(min(most, logits.shape[-1]), dim=-1)
+    return ScoreTensors(chosen[:, 0], ranks, top.indices, top.values)

@@ -1,93 +1,102 @@
-"""What the device is to do, in order, while the host goes on: a CUDA stream, or on a CPU a thread of its own."""
+"""When steps are computed: as they are asked for, on a thread beside the host, or on a GPU's stream."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mini_infer.executor.device import on
+from mini_infer.executor.logprobs import ScoreTensors
+from mini_infer.executor.runner import Computed
+from mini_infer.step import Executor, StepFuture, StepInput, StepOutput
 
-class Sampled(NamedTuple):
-    """What a step gives.
-
-    Attributes:
-        token_ids: int64 ``[S]``, one for each completion that samples.
-        logprobs: floats ``[S]``, under the model itself.
-    """
-
-    token_ids: Tensor
-    logprobs: Tensor
+Run: TypeAlias = Callable[[StepInput], Computed]
 
 
-class QueuedStep(Protocol):
-    """A step that is computed now, or will be."""
+class InlineExecutor:
+    """Computes a step when its result is asked for, on the thread that asks; for one step at a time."""
 
-    def sampled(self) -> Sampled:
-        """Its result on the device, for steps that are queued behind it; they may call this, the host may not."""
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
-    def wait(self) -> Sampled:
-        """Its result in CPU memory, once it is there; raises what the step raised."""
+    def submit(self, step: StepInput, /) -> StepFuture:
+        return _InlineStep(self._run, step)
 
-
-class StepQueue(Protocol):
-    def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
-        """Have a step computed after those that were submitted before."""
-
-    def drain(self) -> None:
-        """Return when nothing that was submitted still runs beside the caller's own use of the device."""
+    def close(self) -> None:
+        pass
 
 
-class ThreadQueue:
-    """On a CPU the model computes on one thread, with the thread pool that PyTorch keeps for that thread."""
+class _InlineStep:
+    def __init__(self, run: Run, step: StepInput) -> None:
+        self._run, self._step = run, step
+        self._output: StepOutput | None = None
 
-    def __init__(self) -> None:
+    def result(self) -> StepOutput:
+        if self._output is None:
+            self._output = self._run(self._step).to_output(self._step)
+        return self._output
+
+
+class ThreadExecutor:
+    """Computes steps on one thread of its own, so that a CPU's host plans the next one meanwhile."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        # PyTorch keeps a thread pool, and its size, for each thread that computes.
         self._worker = ThreadPoolExecutor(1, "mini-infer-model", torch.set_num_threads, (torch.get_num_threads(),))
 
-    def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
-        return _ThreadStep(self._worker.submit(step))
+    def submit(self, step: StepInput, /) -> "Future[StepOutput]":
+        return self._worker.submit(lambda: self._run(step).to_output(step))
 
-    def drain(self) -> None:
-        self._worker.submit(lambda: None).result()
-
-
-class _ThreadStep(NamedTuple):
-    future: "Future[Sampled]"
-
-    def sampled(self) -> Sampled:
-        return self.future.result()
-
-    def wait(self) -> Sampled:
-        return self.future.result()
+    def close(self) -> None:
+        self._worker.shutdown(cancel_futures=True)
 
 
-class StreamQueue:
-    """On a GPU the host only launches; the device runs what was launched in that order."""
+class StreamExecutor:
+    """Launches steps on a GPU, which runs them in that order; the host only waits for what it reads."""
 
-    def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
-        on_device = step()
-        in_memory = Sampled(*(tensor.to("cpu", non_blocking=True) for tensor in on_device))
-        done = torch.cuda.Event()
-        done.record()
-        return _StreamStep(on_device, in_memory, done)
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self._run, self._device = run, device
 
-    def drain(self) -> None:
-        """What the caller launches comes after it, too."""
+    def submit(self, step: StepInput, /) -> StepFuture:
+        try:
+            with on(self._device):
+                in_memory = _copied(self._run(step))
+                done = torch.cuda.Event()
+                done.record()
+        except Exception as error:
+            failed: Future[StepOutput] = Future()
+            failed.set_exception(error)
+            return failed
+        return _StreamStep(step, in_memory, done)
 
-
-class _StreamStep(NamedTuple):
-    on_device: Sampled
-    in_memory: Sampled
-    done: torch.cuda.Event
-
-    def sampled(self) -> Sampled:
-        return self.on_device
-
-    def wait(self) -> Sampled:
-        self.done.synchronize()
-        return self.in_memory
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
 
 
-def step_queue(device: torch.device) -> StepQueue:
-    """The queue for steps on a device."""
-    return ThreadQueue() if device.type == "cpu" else StreamQueue()
+class _StreamStep:
+    def __init__(self, step: StepInput, in_memory: Computed, done: torch.cuda.Event) -> None:
+        self._step, self._in_memory, self._done = step, in_memory, done
+
+    def result(self) -> StepOutput:
+        self._done.synchronize()
+        return self._in_memory.to_output(self._step)
+
+
+def _copied(computed: Computed) -> Computed:
+    """Copies in CPU memory, which are there once the device has come so far."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", non_blocking=True)
+
+    token_ids, logprobs, *scores = computed
+    return Computed(copy(token_ids), copy(logprobs), *(part and ScoreTensors(*map(copy, part)) for part in scores))
+
+
+def make_executor(run: Run, device: torch.device, depth: int) -> Executor:
+    """What computes steps on a device, so that ``depth`` of them can be under way."""
+    if device.type != "cpu":
+        return StreamExecutor(run, device)
+    return InlineExecutor(run) if depth == 1 else ThreadExecutor(run)

@@ -1,21 +1,48 @@
-"""The model runner: a plan in integers becomes a batch of tensors, and the model runs on it."""
+"""The runner: a step's arrays become tensors, the model runs on them, tokens are drawn."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer import kernels
-from mini_infer.engine.block_tables import BlockTables
-from mini_infer.engine.decode_graphs import DecodeGraphs
-from mini_infer.engine.device import send_arrays
+from mini_infer.executor.device import send, send_arrays
+from mini_infer.executor.graphs import DecodeGraphs
+from mini_infer.executor.logprobs import ScoreTensors, score_tokens
+from mini_infer.executor.sampler import sample
+from mini_infer.kernels import AttentionMetadata, Kernels
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
-from mini_infer.scheduler import SchedulerOutputs
-from mini_infer.typing import SequenceMetadata
+from mini_infer.step import Draws, Scores, StepInput, StepOutput
+
+_SCORED_ROWS = 64
+"""Rows of the vocabulary that are scored at once, to bound their memory."""
+
+
+class Computed(NamedTuple):
+    """What a step gives, as tensors: on the model's device, or copied to CPU memory.
+
+    Attributes:
+        token_ids, logprobs: ``[D]``, of the draws.
+        token_scores: of those draws that asked for them; None where none did.
+        scores: of the rows to score; None where there are none.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    token_scores: ScoreTensors | None
+    scores: ScoreTensors | None
+
+    def to_output(self, step: StepInput) -> StepOutput:
+        """As plain numbers. The tensors must be in CPU memory."""
+        asked = [num for num in step.draws.num_logprobs.tolist() if num >= 0]
+        return StepOutput(
+            token_ids=[[token_id] for token_id in self.token_ids.tolist()],
+            logprobs=[[logprob] for logprob in self.logprobs.tolist()],
+            token_scores=[[s] for s in self.token_scores.to_scores(asked)] if self.token_scores else [],
+            scores=self.scores.to_scores(step.scores.num_top.tolist()) if self.scores else [],
+        )
 
 
 @dataclass(frozen=True)
@@ -24,130 +51,115 @@ class ModelRunner:
 
     Attributes:
         model: the decoder.
+        kernels: those that the model was built with.
         kv_cache: keys and values of each layer, in whatever layout their kernels made them, and the CPU's blocks.
-        block_size: tokens per block.
         device: where all of it lives.
-        kernel_backend: for every op; None takes the best for the device.
-        tables: the block tables of the sequences that run.
+        tables: int32 ``[num_rows, width]``, the block ids of the sequences that run.
+        sampled: int64 ``[num_rows]``, the token that was drawn last for each of them.
         graphs: how to run decodes; None runs them like everything else.
     """
 
     model: Decoder
+    kernels: Kernels
     kv_cache: KVCache
-    block_size: int
     device: torch.device
-    kernel_backend: str | None
-    tables: BlockTables
+    tables: Tensor
+    sampled: Tensor
     graphs: DecodeGraphs | None
 
-    def copy_blocks(self, plan: SchedulerOutputs) -> None:
-        """Carry out a plan's copies; each kind reads what was there before the next one writes."""
-        with torch.inference_mode():
-            if plan.swap_out:
-                self.kv_cache.swap_out(plan.swap_out)
-            if plan.copy:
-                self.kv_cache.copy_blocks(plan.copy)
-            if plan.swap_in:
-                self.kv_cache.swap_in(plan.swap_in)
+    @torch.inference_mode()
+    def run(self, step: StepInput) -> Computed:
+        """Carry out a step. On a GPU everything is launched, and nothing waited for."""
+        if len(step.swap_out):
+            self.kv_cache.swap_out(step.swap_out)
+        if len(step.copy):
+            self.kv_cache.copy_blocks(step.copy)
+        if len(step.swap_in):
+            self.kv_cache.swap_in(step.swap_in)
+        if not len(step.token_ids):
+            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, None)
+        hidden = self._forward(self._batch(step))
+        scores = self._score(hidden, step.scores) if len(step.scores) else None
+        if not len(step.draws):
+            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, scores)
+        return Computed(*self._draw(hidden, step.draws), scores)
 
-    def forward(self, scheduled: Sequence[tuple[SequenceMetadata, int]]) -> Tensor:
-        """Compute the new tokens of each sequence, writing their keys and values.
+    def _forward(self, batch: Batch) -> Tensor:
+        if self.graphs is not None and self.graphs.fits(batch):
+            return self.graphs.run(batch)
+        return self.model.forward(batch, self.kv_cache.layers)
 
-        Args:
-            scheduled: each sequence and how many tokens it computes; those with one come first.
+    def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:
+        rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
+        logits = self.model.compute_logits(hidden[rows])
+        token_ids, logprobs = sample(logits, draws, self.kernels)
+        self.sampled[table_rows] = token_ids
+        asking = np.flatnonzero(draws.num_logprobs >= 0)
+        if not len(asking):
+            return token_ids, logprobs, None
+        wanted = send(torch.from_numpy(asking), self.device)
+        return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], int(draws.num_logprobs.max()))
 
-        Returns:
-            Hidden states ``[T, hidden_size]`` after the final norm.
+    def _score(self, hidden: Tensor, scores: Scores) -> ScoreTensors:
+        rows, targets = send_arrays([scores.rows, scores.targets], self.device)
+        most = int(scores.num_top.max())
+        parts = [
+            score_tokens(self.model.compute_logits(hidden[some]), tokens, most)
+            for some, tokens in zip(rows.split(_SCORED_ROWS), targets.split(_SCORED_ROWS), strict=True)
+        ]
+        return ScoreTensors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _batch(self, step: StepInput) -> Batch:
+        """The step's tokens and where they stand; decodes are padded to the size of a graph.
+
+        A row of padding has slot -1, which writes nowhere, and a context of 0 tokens, which reads nothing.
         """
-        return self.run(self.prepare(scheduled))
-
-    def prepare(self, scheduled: Sequence[tuple[SequenceMetadata, int]]) -> Batch:
-        """``forward``'s first half: all that depends on the sequences, which may then move on."""
-        num_rows = None
-        if self.graphs is not None and all(num_new == 1 for _, num_new in scheduled):
-            num_rows = self.graphs.size_for(len(scheduled))
-        with torch.inference_mode():
-            return build_batch(scheduled, self.tables, self.block_size, self.device, num_rows)
-
-    def run(self, batch: Batch) -> Tensor:
-        """``forward``'s second half: all that the device does."""
-        with torch.inference_mode(), kernels.use_backend(self.kernel_backend):
-            if self.graphs is not None and self.graphs.fits(batch):
-                return self.graphs.run(batch)
-            return self.model.forward(batch, self.kv_cache.layers)
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[R, vocab_size]`` of hidden states ``[R, hidden_size]``."""
-        with torch.inference_mode(), kernels.use_backend(self.kernel_backend):
-            return self.model.compute_logits(hidden)
-
-
-def build_batch(
-    scheduled: Sequence[tuple[SequenceMetadata, int]],
-    tables: BlockTables,
-    block_size: int,
-    device: torch.device,
-    num_rows: int | None = None,
-) -> Batch:
-    """Flatten the scheduled tokens into one row, with each token's position and slot.
-
-    Everything is computed in numpy, a handful of vector operations for the whole step, and sent once.
-
-    Args:
-        scheduled: as for ``ModelRunner.forward``.
-        tables: the block tables on the device, which this brings up to date.
-        block_size: tokens per block.
-        device: where to send it.
-        num_rows: pad decodes to so many, with rows that read and write nothing.
-    """
-    counts = np.array([num_new for _, num_new in scheduled], dtype=np.int32)
-    computed = np.array([sequence.num_computed_tokens for sequence, _ in scheduled], dtype=np.int32)
-    query_start = np.zeros(len(scheduled) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_start[1:])
-
-    token_ids = np.fromiter(
-        chain.from_iterable(s.token_ids[s.num_computed_tokens : s.num_computed_tokens + n] for s, n in scheduled),
-        dtype=np.int64,
-        count=query_start[-1],
-    )
-    rows = np.repeat(np.arange(len(scheduled)), counts)
-    positions = np.arange(query_start[-1]) - query_start[rows] + computed[rows]
-    table_rows, changed = tables.update([sequence for sequence, _ in scheduled])
-    blocks = tables.host[table_rows[rows], positions // block_size].astype(np.int64)
-    slot_mapping = blocks * block_size + positions % block_size
-    context_lens = computed + counts
-
-    if num_rows is not None:
-        spare = (0, num_rows - len(scheduled))
-        token_ids, positions, context_lens, table_rows = (
-            np.pad(array, spare) for array in (token_ids, positions, context_lens, table_rows)
+        num_seqs, num_decodes = len(step.context_lens), step.num_decodes
+        token_ids, positions, slot_mapping = step.token_ids, step.positions, step.slot_mapping
+        query_start_loc, context_lens, table_rows = step.query_start_loc, step.context_lens, step.table_rows
+        if self.graphs is not None and num_decodes == num_seqs:
+            num_rows = self.graphs.size_for(num_seqs)
+            if num_rows is not None and num_rows > num_seqs:
+                spare = (0, num_rows - num_seqs)
+                token_ids, positions, context_lens, table_rows = (
+                    np.pad(array, spare) for array in (token_ids, positions, context_lens, table_rows)
+                )
+                slot_mapping = np.pad(slot_mapping, spare, constant_values=-1)
+                query_start_loc = np.arange(num_rows + 1, dtype=np.int32)
+                num_decodes = num_rows
+        prefill_start_loc = query_start_loc[num_decodes:] - query_start_loc[num_decodes]
+        sent = send_arrays(
+            [
+                token_ids,
+                positions,
+                slot_mapping,
+                query_start_loc,
+                prefill_start_loc,
+                context_lens,
+                table_rows,
+                step.changed,
+                step.changed_blocks,
+                step.sampled_at,
+                step.sampled_from,
+            ],
+            self.device,
         )
-        slot_mapping = np.pad(slot_mapping, spare, constant_values=-1)
-        query_start = np.arange(num_rows + 1, dtype=np.int32)
-
-    sent = send_arrays(
-        [
-            token_ids,
-            positions,
-            slot_mapping,
-            query_start,
-            context_lens,
-            table_rows,
-            changed,
-            tables.host.ravel()[changed],
-        ],
-        device,
-    )
-    if device.type != "cpu" and len(changed) > 0:
-        tables.tensor.view(-1)[sent[6]] = sent[7]
-    tables.note_sent()
-    width = max(len(sequence.block_table) for sequence, _ in scheduled)
-    return Batch(
-        token_ids=sent[0],
-        positions=sent[1],
-        slot_mapping=sent[2],
-        query_start=sent[3],
-        context_lens=sent[4],
-        block_tables=tables.tensor[:, :width].index_select(0, sent[5]),
-        num_decodes=int((counts == 1).sum()) if num_rows is None else num_rows,
-    )
+        if len(step.changed):
+            self.tables.view(-1)[sent[7]] = sent[8]
+        if len(step.sampled_at):
+            ids = sent[0].clone() if self.device.type == "cpu" else sent[0]  # a CPU's tensor is the step's own array
+            ids[sent[9]] = self.sampled[sent[10]]
+        else:
+            ids = sent[0]
+        return Batch(
+            token_ids=ids,
+            positions=sent[1],
+            attention=AttentionMetadata(
+                slot_mapping=sent[2],
+                query_start_loc=sent[3],
+                prefill_start_loc=sent[4],
+                context_lens=sent[5],
+                block_tables=self.tables[:, : step.width].index_select(0, sent[6]),
+                num_decodes=num_decodes,
+            ),
+        )

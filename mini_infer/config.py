@@ -138,6 +138,11 @@ class EngineConfig:
         return self.overlap is True or self.overlap == 2
 
     @property
+    def depth(self) -> int:
+        """Most steps under way at once."""
+        return 2 if self.overlap is True else max(1, int(self.overlap))
+
+    @property
     def token_budget(self) -> int:
         """``max_num_batched_tokens``, or its default."""
         return self.max_num_batched_tokens or (8192 if self.offline else 2048)

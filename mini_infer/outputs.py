@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from mini_infer.exceptions import MiniInferError
+
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
 
@@ -34,7 +36,8 @@ class CompletionOutput:
         index: which of the ``n``, from 0.
         text: generated text, without stop strings.
         token_ids: generated tokens, including the one that ended the sequence.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length" or "abort".
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", or "error", which the
+            output then holds.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
         cumulative_logprob: sum of the generated tokens' log probabilities.
         logprobs: per generated token, if the request asked for it.
@@ -85,6 +88,7 @@ class GenerateOutput:
         outputs: one completion for each of ``n``.
         prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
         metrics: when things happened.
+        error: why a completion has finish reason "error"; None if none has.
     """
 
     request_id: str
@@ -93,6 +97,7 @@ class GenerateOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
     metrics: RequestMetrics
+    error: MiniInferError | None = None
 
     @property
     def text(self) -> str:
@@ -150,7 +155,7 @@ class GenerateOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
+class Increment:
     """What one step added to one completion of a request.
 
     Attributes:

@@ -103,8 +103,8 @@ class StepInput:
         query_start_loc: int32 ``[S + 1]``; sequence ``s`` owns tokens ``query_start_loc[s]:query_start_loc[s + 1]``.
         context_lens: int32 ``[S]``, tokens of each sequence in the cache once this step's are written.
         table_rows: int64 ``[S]``, the row of each sequence in the executor's table of blocks.
-        changed, changed_blocks: int64 and int32 ``[C]``; places in the flattened table, and the block ids to write there
-            before the step.
+        changed, changed_blocks: int64 and int32 ``[C]``; places in the flattened table, and the block ids that are to
+            be written there before the step.
         width: blocks of the longest table in the step.
         num_decodes: leading sequences that compute exactly one token.
         draws: the tokens to draw.

@@ -24,7 +24,7 @@ from mini_infer.engine.device import resolve_dtype
 from mini_infer.engine.stats import EngineStats
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError
 from mini_infer.fields import check_number
-from mini_infer.outputs import StepOutput
+from mini_infer.outputs import Increment
 
 PERCENTILES = (50, 90, 99)
 
@@ -155,7 +155,7 @@ def run_engine(engine: LLMEngine, workload: Workload, sampling: SamplingParams) 
     arrival = time.perf_counter()
     timelines = [Timeline(len(prompt), arrival) for prompt in workload.prompts]
 
-    def note(timeline: Timeline) -> Callable[[StepOutput], None]:
+    def note(timeline: Timeline) -> Callable[[Increment], None]:
         return lambda increment: timeline.add(time.perf_counter(), len(increment.token_ids))
 
     requests = [

@@ -1,1 +1,1 @@
-"""What turns a step into tokens. Importing this does not import torch; ``executor.build`` does, and makes the real one."""
+"""What turns a step into tokens. Importing this alone does not import torch; ``executor.build`` makes the real one."""

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mini_infer.executor.device import send
-from mini_infer.executor.random import uniforms
 from mini_infer.kernels import Kernels
+from mini_infer.random import uniforms
 from mini_infer.step import Draws, LogitEdits
 
 _GROUP = 64

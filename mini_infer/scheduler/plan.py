@@ -62,6 +62,11 @@ class SchedulerOutputs:
     remembered: tuple[int, ...] = ()
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do, not even copies of preempted sequences."""
+        return not self.scheduled and not self.preempted
+
+    @property
     def only_decodes(self) -> bool:
         """Whether every sequence computes just what it sampled last; of an empty plan that is true."""
         return all(item.is_decode for item in self.scheduled)

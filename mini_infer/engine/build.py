@@ -1,0 +1,111 @@
+"""From a configuration to the parts of an engine: tokenizer, scheduler, executor, loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mini_infer.config import EngineConfig
+from mini_infer.engine.describe import Describer
+from mini_infer.engine.generation_config import GenerationDefaults
+from mini_infer.engine.intake import Intake
+from mini_infer.engine.loop import EngineLoop, StepObserver
+from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.memory import BlockManager
+from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler
+from mini_infer.step import Executor
+
+if TYPE_CHECKING:
+    import torch
+
+    from mini_infer.executor.build import Local
+    from mini_infer.models import ModelConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of.
+
+    Attributes:
+        tokenizer: text to tokens and back.
+        defaults: how the model wants to be sampled, and stopped.
+        intake: makes requests.
+        loop: runs them.
+        executor: what the loop has steps computed by.
+        max_model_len: most tokens of one sequence.
+        model_config: what the checkpoint says of itself; None where there is no checkpoint.
+        device: where the model is; None where there is none.
+    """
+
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    intake: Intake
+    loop: EngineLoop
+    executor: Executor
+    max_model_len: int
+    model_config: "ModelConfig | None" = None
+    device: "torch.device | None" = None
+
+
+def build(config: EngineConfig) -> Parts:
+    """Load the checkpoint and lay out the KV memory.
+
+    Raises:
+        ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
+        OutOfMemoryError: weights or KV memory do not fit.
+        InvalidConfigError, KernelError: the device or the kernel backend is not there, or the trace cannot be written.
+    """
+    # Only here does an engine need torch; with an executor of another kind it does without.
+    from mini_infer.executor.build import build as build_local
+    from mini_infer.models import resolve_model, resolve_tokenizer
+
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    directory = resolve_model(str(config.model), config.revision, cache_dir)
+    tokenizer_directory = (
+        directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
+    )
+    tokenizer = Tokenizer(tokenizer_directory, config)
+    local = build_local(config, directory)
+    defaults = GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, local.model_config.vocab_size)
+    scheduler = make_scheduler(config, local.max_model_len, local.num_gpu_blocks, _preemption_costs(local))
+    return Parts(
+        tokenizer=tokenizer,
+        defaults=defaults,
+        intake=Intake(tokenizer, defaults, local.model_config.vocab_size, local.max_model_len, config),
+        loop=make_loop(config, scheduler, local.executor),
+        executor=local.executor,
+        max_model_len=local.max_model_len,
+        model_config=local.model_config,
+        device=local.device,
+    )
+
+
+def make_scheduler(config: EngineConfig, max_model_len: int, num_gpu_blocks: int, costs: PreemptionCosts) -> Scheduler:
+    """The scheduler that a configuration asks for."""
+    return Scheduler(
+        config.max_num_seqs,
+        max_model_len,
+        config.block_size,
+        max_num_batched_tokens=config.token_budget,
+        block_manager=BlockManager(config.block_size, num_gpu_blocks, config.num_cpu_blocks),
+        watermark=config.watermark,
+        policy=POLICIES[config.scheduling_policy](),
+        prefix_caching=config.enable_prefix_caching,
+        preemption_mode=config.preemption_mode,
+        costs=costs,
+    )
+
+
+def make_loop(
+    config: EngineConfig, scheduler: Scheduler, executor: Executor, observers: tuple[StepObserver, ...] = ()
+) -> EngineLoop:
+    """A loop around a scheduler and an executor."""
+    width = -(-scheduler.max_model_len // config.block_size)
+    describer = Describer(config.max_num_seqs, width, config.block_size)
+    return EngineLoop(scheduler, executor, describer, config.depth, observers)
+
+
+def _preemption_costs(local: "Local") -> PreemptionCosts:
+    """What swapping and recomputing cost, from round figures: a GPU behind 16 lanes of PCIe 4 that reaches half of an
+    A100's peak, or a CPU that copies within its own memory."""
+    copy_bytes_per_second, flops_per_second = (5e9, 2e11) if local.device.type == "cpu" else (2.5e10, 1.5e14)
+    return PreemptionCosts.estimate(local.block_bytes, copy_bytes_per_second, local.num_parameters, flops_per_second)

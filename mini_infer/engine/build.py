@@ -9,7 +9,7 @@ from mini_infer.engine.describe import Describer
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
 from mini_infer.engine.loop import EngineLoop, StepObserver
-from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler
 from mini_infer.step import Executor
@@ -17,6 +17,7 @@ from mini_infer.step import Executor
 if TYPE_CHECKING:
     import torch
 
+    from mini_infer.engine.tokenizer import Tokenizer
     from mini_infer.executor.build import Local
     from mini_infer.models import ModelConfig
 
@@ -36,7 +37,7 @@ class Parts:
         device: where the model is; None where there is none.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer | NoTokenizer"
     defaults: GenerationDefaults
     intake: Intake
     loop: EngineLoop
@@ -55,6 +56,7 @@ def build(config: EngineConfig) -> Parts:
         InvalidConfigError, KernelError: the device or the kernel backend is not there, or the trace cannot be written.
     """
     # Only here does an engine need torch; with an executor of another kind it does without.
+    from mini_infer.engine.tokenizer import Tokenizer
     from mini_infer.executor.build import build as build_local
     from mini_infer.models import resolve_model, resolve_tokenizer
 

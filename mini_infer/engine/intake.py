@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream
@@ -14,7 +14,6 @@ from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import make_rules
-from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import check_int
 from mini_infer.outputs import Increment
@@ -22,6 +21,10 @@ from mini_infer.random import derived_seed
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Sequence
 from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    from mini_infer.engine.no_tokenizer import NoTokenizer
+    from mini_infer.engine.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Seq[int]
 """Text, or token ids."""
@@ -42,7 +45,7 @@ class Intake:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: "Tokenizer | NoTokenizer",
         defaults: GenerationDefaults,
         vocab_size: int,
         max_model_len: int,

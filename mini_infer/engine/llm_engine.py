@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from mini_infer.config import EngineConfig
-from mini_infer.engine.build import build
+from mini_infer.engine.build import Parts, build
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
 from mini_infer.engine.loop import StepResult
 from mini_infer.engine.progress import generation_progress
@@ -46,7 +46,16 @@ class LLMEngine:
             raise InvalidConfigError(f"config must be an EngineConfig, got {config!r}; or name its fields: model=...")
         elif fields:
             raise InvalidConfigError(f"give either a config or fields, not both; fields given: {', '.join(fields)}")
-        parts = build(config)
+        self._assemble(config, build(config))
+
+    @classmethod
+    def of(cls, config: EngineConfig, parts: Parts) -> "LLMEngine":
+        """An engine of parts that were made elsewhere, an executor of another kind, for example."""
+        engine = cls.__new__(cls)
+        engine._assemble(config, parts)
+        return engine
+
+    def _assemble(self, config: EngineConfig, parts: Parts) -> None:
         self.config = config
         self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len

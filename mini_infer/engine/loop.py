@@ -237,8 +237,8 @@ class EngineLoop:
             raise
         self._flights.popleft()
         self._count(flight.plan)
-        for request, error in failed:
-            self._fail(request, error)
+        for request, cause in failed:
+            self._fail(request, cause)
         finished = self._publish(flight, answers)
         result = StepResult(flight.plan, finished)
         for observer in self._observers:

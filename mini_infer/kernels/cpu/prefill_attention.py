@@ -48,12 +48,13 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     sliding_window: int | None,
+    span: int,
 ) -> Tensor:
     num_heads, head_dim = query.shape[1:]
     _, block_size, num_kv_heads, _ = key_cache.shape
-    if not widest(head_dim):
+    if span > 1 or not widest(head_dim):
         return reference.paged_prefill_attention(
-            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window
+            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
         )
     dtype = query.dtype
     pairs = PAIRS and dtype is torch.bfloat16

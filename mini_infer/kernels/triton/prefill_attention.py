@@ -214,7 +214,12 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     sliding_window: int | None,
+    span: int,
 ) -> Tensor:
+    if span > 1:
+        return reference.attention.paged_prefill_attention(
+            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
+        )
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     num_seqs = block_tables.shape[0]

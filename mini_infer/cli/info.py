@@ -15,7 +15,7 @@ from rich.table import Table
 import mini_infer
 from mini_infer import kernels
 from mini_infer.config import EngineConfig
-from mini_infer.engine.device import resolve_device, resolve_dtype
+from mini_infer.executor.device import resolve_device, resolve_dtype
 from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks, step_bytes
 from mini_infer.models import Decoder, ModelConfig, resolve_tokenizer

@@ -149,7 +149,7 @@ def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRun
                 f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
                 "or max_num_seqs, or set enforce_eager=True"
             ) from error
-    elif runner.kernels.is_recordable:
+    elif runner.kernels.backend_of("paged_attention") == "cpu":
         from mini_infer.kernels.cpu.recording import cpu_capture
 
         graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
-from mini_infer.kernels import large_memory
+from mini_infer.kernels import Kernels, large_memory
 from mini_infer.models.config import DTYPES, ModelConfig
 from mini_infer.models.decoder import Decoder, Layer, Linear
 
@@ -25,7 +25,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def load_model(directory: str | Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> Decoder:
+def load_model(directory: str | Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device, kernels: Kernels) -> Decoder:
     """Build the decoder that `config` describes and fill it from the safetensors files in `directory`.
 
     Args:
@@ -41,8 +41,8 @@ def load_model(directory: str | Path, config: ModelConfig, dtype: torch.dtype, d
     directory = Path(directory)
     files = weight_files(directory)
     where = _tensor_names(files)
-    with _explaining_memory(directory, config, dtype, device):
-        model = Decoder(config, dtype, device)
+    with _explaining_memory(directory, config, dtype, device, kernels):
+        model = Decoder(config, dtype, device, kernels)
         groups = _groups(model)
         _check_names(
             where.keys(), [part.name for group in groups for fill in group for part in fill.parts], config, directory
@@ -229,7 +229,7 @@ def _few(names: Collection[str]) -> str:
 
 @contextmanager
 def _explaining_memory(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device, kernels: Kernels
 ) -> Iterator[None]:
     try:
         yield
@@ -237,7 +237,7 @@ def _explaining_memory(
         # On a CPU PyTorch has no class for this, only the allocator's words.
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        needed = sum(parameter.nbytes for parameter in Decoder(config, dtype, "meta").parameters())
+        needed = sum(parameter.nbytes for parameter in Decoder(config, dtype, "meta", kernels).parameters())
         raise OutOfMemoryError(
             f"the weights in {directory} need {needed / 2**30:.1f} GiB as {dtype}, more than {device} has free; use a "
             "narrower dtype, a smaller model or another device, or stop what else uses its memory"

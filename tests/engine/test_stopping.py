@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
-from mini_infer.engine.random import derived_seed
+from mini_infer.random import derived_seed
 from mini_infer.exceptions import InvalidCheckpointError
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mini_infer import LLM, LLMEngine
+from mini_infer.executor.queue import InlineExecutor, ThreadExecutor
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.step import Executor, StepFuture, StepInput, StepOutput, TokenScore
 
-E = TypeVar("E", bound="Passing")
+E = TypeVar("E", bound=Executor)
 
 NAN = float("nan")
 
@@ -27,6 +29,17 @@ def make_engine(model: object, depth: int, **fields: object) -> LLM:
     engine = LLM(model, overlap=depth > 1, **fields)  # type: ignore[arg-type]
     engine._loop._depth = depth
     return engine
+
+
+def runner_of(engine: LLMEngine) -> ModelRunner:
+    """What computes an engine's steps in the end."""
+    executor = engine._executor
+    while isinstance(executor, Passing):
+        executor = executor.inner
+    assert isinstance(executor, InlineExecutor | ThreadExecutor)
+    runner = executor._run.__self__  # type: ignore[attr-defined]
+    assert isinstance(runner, ModelRunner)
+    return runner
 
 
 class Passing:

@@ -21,8 +21,8 @@ from mini_infer.exceptions import OutOfMemoryError
 from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory import BlockManager
 from mini_infer.memory.kv_cache import KVCache
-from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks
-from mini_infer.models import Decoder, ModelConfig, load_model, resolve_model, resolve_tokenizer
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, plan_memory
+from mini_infer.models import Decoder, ModelConfig, load_model, read_config, resolve_model, resolve_tokenizer
 from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler, Sequence
 
 logger = logging.getLogger(__name__)
@@ -73,23 +73,32 @@ def _build(config: EngineConfig, device: torch.device) -> Parts:
         directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
     )
     tokenizer = Tokenizer(tokenizer_directory, config)
-    model_config = ModelConfig.from_directory(directory)
+    model_config = read_config(directory)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
-    with kernels.use_backend(config.kernel_backend):
-        model = load_model(directory, model_config, dtype, device)
-
-    bytes_per_block = block_bytes(
-        config.block_size, model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, dtype.itemsize
+    plan = partial(
+        plan_memory,
+        model_config.cache_specs(dtype),
+        block_size=config.block_size,
+        num_blocks=config.num_gpu_blocks,
+        num_cpu_blocks=config.num_cpu_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        model_limit=model_config.max_position_embeddings,
     )
-    num_blocks = config.num_gpu_blocks or _num_blocks(config, model, bytes_per_block, device)
-    max_model_len, warning = fit_max_model_len(
-        config.max_model_len, model_config.max_position_embeddings, num_blocks, config.block_size
-    )
-    if warning is not None:
-        logger.warning(warning)
+    # A GPU's plan is made again once the model is there; until then it is an upper bound, which rotary tables go by.
+    on_gpu = device.type != "cpu"
+    memory = plan(torch.cuda.mem_get_info(device)[1] if on_gpu else CPU_KV_CACHE_BYTES)
+    memory.check(str(device))
+    shortened = replace(model_config, max_position_embeddings=memory.max_model_len)
+    model = load_model(directory, shortened, dtype, device, kernels.resolve(device, config.kernel_backend))
+    if on_gpu and config.num_gpu_blocks is None:
+        memory = plan(_free_gpu_bytes(config, model, device))
+        memory.check(str(device))
+    if memory.warning is not None:
+        logger.warning(memory.warning)
+    num_blocks, max_model_len, width = memory.num_blocks, memory.max_model_len, memory.blocks_per_sequence
 
-    width = -(-max_model_len // config.block_size)
     runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
     if not config.enforce_eager:
         runner = _with_graphs(runner, config.max_num_seqs, width)
@@ -115,7 +124,7 @@ def _build(config: EngineConfig, device: torch.device) -> Parts:
             policy=POLICIES[config.scheduling_policy](),
             prefix_caching=config.enable_prefix_caching,
             preemption_mode=config.preemption_mode,
-            costs=_preemption_costs(model, bytes_per_block, device),
+            costs=_preemption_costs(model, memory.bytes_per_block, device),
         ),
         runner=runner,
         max_model_len=max_model_len,
@@ -146,16 +155,13 @@ def _runner(
     Raises:
         OutOfMemoryError: the device cannot hold that many.
     """
-    shape = model.config
-    dtype = model.dtype
     try:
-        with kernels.use_backend(config.kernel_backend):
-            layers = [
-                kernels.allocate_kv_cache(
-                    num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device
-                )
-                for _ in range(shape.num_layers)
-            ]
+        layers = [
+            model.kernels.allocate_kv_cache(
+                num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, device
+            )
+            for spec in model.config.cache_specs(model.dtype)
+        ]
         kv_cache = KVCache(layers, num_cpu_blocks)
     except (torch.OutOfMemoryError, RuntimeError) as error:  # the CPU's allocator raises a plain RuntimeError
         raise OutOfMemoryError(
@@ -201,23 +207,6 @@ def _warm_up(runner: ModelRunner, num_slots: int) -> None:
         sequence.num_computed_tokens = num_computed
         hidden = runner.forward([(sequence, num_tokens - num_computed)])
         kernels.argmax_logprob(runner.compute_logits(hidden[-1:]))
-
-
-def _num_blocks(config: EngineConfig, model: Decoder, bytes_per_block: int, device: torch.device) -> int:
-    """KV blocks when the configuration leaves the number open.
-
-    Never more than ``max_num_seqs`` sequences of the longest length could fill.
-    """
-    longest = min(config.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    memory = CPU_KV_CACHE_BYTES if device.type == "cpu" else _free_gpu_bytes(config, model, device)
-    num_blocks = open_num_blocks(memory, bytes_per_block, config.max_num_seqs, longest, config.block_size)
-    if num_blocks < 1:
-        raise OutOfMemoryError(
-            f"no KV block fits on {device}: one takes {bytes_per_block} bytes and {max(memory, 0)} are left beside "
-            "the model; raise gpu_memory_utilization, lower block_size or max_num_batched_tokens, or take a smaller "
-            "model"
-        )
-    return num_blocks
 
 
 def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) -> int:

@@ -142,12 +142,16 @@ def build_batch(
         tables.tensor.view(-1)[sent[6]] = sent[7]
     tables.note_sent()
     width = max(len(sequence.block_table) for sequence, _ in scheduled)
+    num_decodes = int((counts == 1).sum()) if num_rows is None else num_rows
     return Batch(
         token_ids=sent[0],
         positions=sent[1],
-        slot_mapping=sent[2],
-        query_start=sent[3],
-        context_lens=sent[4],
-        block_tables=tables.tensor[:, :width].index_select(0, sent[5]),
-        num_decodes=int((counts == 1).sum()) if num_rows is None else num_rows,
+        attention=kernels.AttentionMetadata(
+            slot_mapping=sent[2],
+            query_start_loc=sent[3],
+            prefill_start_loc=sent[3][num_decodes:] - num_decodes,
+            context_lens=sent[4],
+            block_tables=tables.tensor[:, :width].index_select(0, sent[5]),
+            num_decodes=num_decodes,
+        ),
     )

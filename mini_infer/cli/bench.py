@@ -20,9 +20,9 @@ from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.cli.roofline import Floor, Machine, floor
 from mini_infer.cli.workload import Workload
 from mini_infer.config import BUNDLED_MODEL
-from mini_infer.executor.device import resolve_dtype
 from mini_infer.engine.stats import EngineStats
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError
+from mini_infer.executor.device import resolve_dtype
 from mini_infer.fields import check_number
 from mini_infer.outputs import Increment
 

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
@@ -15,11 +15,16 @@ from mini_infer.engine.loop import StepResult
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
+from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    import torch
+
+    from mini_infer.models import ModelConfig
 
 
 class LLMEngine:
@@ -57,16 +62,33 @@ class LLMEngine:
 
     def _assemble(self, config: EngineConfig, parts: Parts) -> None:
         self.config = config
-        self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
         self.default_sampling_params = parts.defaults.sampling
-        self.device = parts.device
+        self._parts = parts
         self._tokenizer = parts.tokenizer
         self._intake = parts.intake
         self._loop = parts.loop
         self._executor = parts.executor
         self._finished: dict[str, Request] = {}
         self._lock = threading.RLock()
+
+    @property
+    def model_config(self) -> "ModelConfig":
+        """What the checkpoint says of itself.
+
+        Raises:
+            EngineError: there is no checkpoint behind this engine's executor.
+        """
+        if self._parts.model_config is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no checkpoint that it knows of")
+        return self._parts.model_config
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the model is; raises as ``model_config`` does."""
+        if self._parts.device is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no device that it knows of")
+        return self._parts.device
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 

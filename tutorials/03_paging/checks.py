@@ -272,7 +272,7 @@ def test_beside_the_engine(answer, explain):
             ]
             longest = max(len(sequence.block_table) for sequence, _ in mine)
             batch = build_batch(mine, BlockTables(len(mine), longest, device("cpu")), block_size, device("cpu"))
-            wanted = batch.slot_mapping.tolist()
+            wanted = batch.attention.slot_mapping.tolist()
             assert slots == wanted, f"slots {slots}, the engine's are {wanted} · 槽位是 {slots}，引擎的是 {wanted}"
             parents = [item.sequence for item in plan.scheduled if item.samples]
             scheduler.advance(plan)

@@ -23,7 +23,7 @@ from mini_infer.memory import BlockManager
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks
 from mini_infer.models import Decoder, ModelConfig, load_model, resolve_model, resolve_tokenizer
-from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler, Sequence
+from mini_infer.scheduler import PreemptionCosts, Scheduler, Sequence, make_policy
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _build(config: EngineConfig, device: torch.device) -> Parts:
             max_num_batched_tokens=config.token_budget,
             block_manager=block_manager,
             watermark=config.watermark,
-            policy=POLICIES[config.scheduling_policy](),
+            policy=make_policy(config.scheduling_policy),
             prefix_caching=config.enable_prefix_caching,
             preemption_mode=config.preemption_mode,
             costs=_preemption_costs(model, bytes_per_block, device),

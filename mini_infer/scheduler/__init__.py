@@ -1,6 +1,6 @@
 """Which tokens run in this step, and who must wait. Importing this does not import torch."""
 
-from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, PriorityFirst
+from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, PriorityFirst, make_policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.scheduler import BlockCopy, ScheduledSequence, Scheduler, SchedulerCounts, SchedulerOutputs
 from mini_infer.scheduler.sequence import Sequence, SequenceStatus
@@ -18,4 +18,5 @@ __all__ = [
     "SchedulerOutputs",
     "Sequence",
     "SequenceStatus",
+    "make_policy",
 ]

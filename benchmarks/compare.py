@@ -25,11 +25,11 @@ from rich.console import Console
 
 from benchmarks import compare_report
 from benchmarks.report import RESULTS, save
+from benchmarks.roofline import Machine, floor
 from benchmarks.shapes import SHAPES, make_random_checkpoint
 from benchmarks.workers.channel import Done
 from benchmarks.workers.driver import Engine, Worker, WorkerError
-from mini_infer.cli.roofline import Machine, floor
-from mini_infer.cli.workload import Range, Workload, parse_range
+from mini_infer.cli.bench import Range, Workload, parse_range
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.memory.cache_spec import block_bytes
 from mini_infer.models import read_config

@@ -782,7 +782,7 @@ class TestFuriosa:
         [
             ("pipeline_parallel_size", 2, "pipeline_parallel_size"),
             ("data_parallel_size", 4, "data_parallel_size"),
-            ("npu_queue_limit", 3, "overlap"),
+            ("npu_queue_limit", 5, "overlap"),
         ],
     )
     def test_refused_by_name(self, flag: str, value: Any, field: str) -> None:

@@ -11,7 +11,7 @@ from mini_infer.engine.intake import Intake
 from mini_infer.engine.loop import EngineLoop, StepObserver
 from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.memory import BlockManager
-from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler
+from mini_infer.scheduler import PreemptionCosts, Scheduler, make_policy
 from mini_infer.step import Executor
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def make_scheduler(config: EngineConfig, max_model_len: int, num_gpu_blocks: int
         max_num_batched_tokens=config.token_budget,
         block_manager=BlockManager(config.block_size, num_gpu_blocks, config.num_cpu_blocks),
         watermark=config.watermark,
-        policy=POLICIES[config.scheduling_policy](),
+        policy=make_policy(config.scheduling_policy),
         prefix_caching=config.enable_prefix_caching,
         preemption_mode=config.preemption_mode,
         costs=costs,

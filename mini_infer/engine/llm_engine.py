@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
+from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
@@ -303,7 +304,7 @@ class LLMEngine:
             request = self._finished.pop(request_id, None)
             return None if request is None else request.output()
 
-    def step(self) -> tuple[list[tuple[str, list[int]]], int]:
+    def step(self) -> SignedStep:
         """Run one step.
 
         Returns:
@@ -312,9 +313,8 @@ class LLMEngine:
         """
         with self._lock:
             result = self._advance()
-            finished = [(request.request_id, request.output().token_ids) for request in result.finished]
-            num_tokens = result.plan.num_tokens
-            return finished, -num_tokens if result.plan.only_decodes else num_tokens
+            finished = [request.output() for request in result.finished]
+            return signed_step(finished, result.plan.num_tokens, result.plan.only_decodes)
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do for ``step``."""

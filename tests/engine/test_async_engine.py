@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError
 from mini_infer.outputs import GenerateOutput, Increment
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from mini_infer.engine.model_runner import ModelRunner
 from transformers import PreTrainedModel
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.engine import EngineStats
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.scheduler import Scheduler, Sequence
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mini_infer.engine.block_tables import BlockTables
+from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
+from mini_infer.engine.model_runner import build_batch
 from torch import Tensor
 
 from mini_infer import LLM, SamplingParams
-from mini_infer.engine.block_tables import BlockTables
-from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
-from mini_infer.executor.device import pack, unpack
-from mini_infer.engine.model_runner import build_batch
 from mini_infer.exceptions import NotRecordableError
+from mini_infer.executor.device import pack, unpack
 from mini_infer.kernels import AttentionMetadata
 from mini_infer.models import Batch
 from mini_infer.scheduler import Sequence

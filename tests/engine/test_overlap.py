@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.engine.overlap import OverlappedLoop
 from mini_infer.engine.step_queue import QueuedStep, Sampled, ThreadQueue
-from mini_infer.exceptions import InvalidConfigError
+
+from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.outputs import GenerateOutput
 from tests.engine.checkpoints import EOS, make_engine_checkpoint
 
@@ -248,11 +247,6 @@ def test_streams_of_the_async_engine(small: Path) -> None:
             return list(await asyncio.gather(*(collect(engine, [i, i + 1]) for i in range(6))))
 
     assert asyncio.run(run(True)) == asyncio.run(run(False))
-
-
-def test_a_trace_and_overlap_exclude_each_other(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfigError, match="overlap and trace"):
-        LLM(small, overlap=True, trace=tmp_path / "trace.json")
 
 
 class _LazyStep:

@@ -228,10 +228,9 @@ def test_every_small_fork(answer, explain):
 
 def test_beside_the_engine(answer, explain):
     """beside the engine's scheduler · 与引擎的调度器并排"""
-    from torch import device
-
     from mini_infer.engine.block_tables import BlockTables
     from mini_infer.engine.model_runner import build_batch
+    from torch import device
 
     for seed in range(20):
         draw = random.Random(seed)

@@ -1,5 +1,7 @@
 """The roofline: the least time that a workload can take on a machine (Williams, Waterman and Patterson, 2009).
 
+``python -m benchmarks.roofline [MODEL]`` does what ``mini-infer bench`` does, and says how near it came to that.
+
 A step must read every weight once, read the keys and values of the sequences that decode, and write those of the tokens
 that are new; and it must do the arithmetic of its matrix products and of attention. It cannot be faster than the bytes
 over the memory's bandwidth, nor than the operations over the peak of matrix products; the larger of the two is the
@@ -17,18 +19,26 @@ tokens, R of which are followed by a sampled one, with P parameters in the layer
 `context` is the sum of what the decoding sequences have; `pairs` counts each query with each key that it sees.
 """
 
+import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
-from mini_infer.cli.workload import Workload
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    import torch
+from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer.cli.bench import Workload, measure, parse_range, show
+from mini_infer.cli.flags import engine_flags
+from mini_infer.cli.group import Command
+from mini_infer.executor.device import resolve_dtype
+from mini_infer.models import ModelConfig
 
-    from mini_infer.models import ModelConfig
+app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Machine:
     flops_per_second: float
 
     @classmethod
-    def measure(cls, device: "torch.device", dtype: "torch.dtype") -> "Machine":
+    def measure(cls, device: torch.device, dtype: torch.dtype) -> "Machine":
         """Takes about a second."""
         return cls(read_bandwidth(device), matrix_peak(device, dtype))
 
@@ -104,7 +114,7 @@ class Floor:
         return "memory" if self.memory_seconds >= self.compute_seconds else "compute"
 
 
-def floor(model: "ModelConfig", itemsize: int, workload: Workload, machine: Machine, max_num_seqs: int) -> Floor:
+def floor(model: ModelConfig, itemsize: int, workload: Workload, machine: Machine, max_num_seqs: int) -> Floor:
     """The least time for a workload whose requests are all there at the beginning.
 
     Args:
@@ -124,7 +134,7 @@ def floor(model: "ModelConfig", itemsize: int, workload: Workload, machine: Mach
     return Floor(steps, total, seconds["memory"], seconds["compute"])
 
 
-def step_work(model: "ModelConfig", itemsize: int, prompts: list[int], contexts: list[int]) -> Work:
+def step_work(model: ModelConfig, itemsize: int, prompts: list[int], contexts: list[int]) -> Work:
     """The work of one step.
 
     Args:
@@ -170,26 +180,20 @@ def _fewest_steps(workload: Workload, max_num_seqs: int) -> Iterator[tuple[list[
 # ---- what the machine can do ---------------------------------------------------------------------------------------
 
 
-def read_bandwidth(device: "torch.device") -> float:
+def read_bandwidth(device: torch.device) -> float:
     """Bytes per second of reading a tensor that fits no cache, at best."""
-    import torch
-
     numbers = torch.ones((1 << 31 if device.type == "cuda" else 1 << 29) // 4, device=device)
     return numbers.nbytes / _least_seconds(numbers.sum, device)
 
 
-def matrix_peak(device: "torch.device", dtype: "torch.dtype") -> float:
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product, at best."""
-    import torch
-
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     return 2 * n**3 / _least_seconds(lambda: a @ b, device)
 
 
-def _least_seconds(function: Callable[[], object], device: "torch.device", rounds: int = 10) -> float:
-    import torch
-
+def _least_seconds(function: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(rounds):
@@ -199,3 +203,99 @@ def _least_seconds(function: Callable[[], object], device: "torch.device", round
         wait()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+@app.command(cls=Command)
+@engine_flags(model_argument=True)
+def main(
+    config: EngineConfig,
+    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 16,
+    input_len: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens of each prompt.")] = "32:256",
+    output_len: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Tokens to generate for each.")] = "16:128",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure throughput and latency here, and say how close that is to this machine's limits."""
+    ranges = parse_range("input_len", input_len), parse_range("output_len", output_len)
+    report = measure_with_limits(config, Workload.draw(requests, *ranges, config.seed))
+    if json_:
+        print(json.dumps(report, indent=2))
+    else:
+        console = Console()
+        show(report, console)
+        show_roofline(report["roofline"], console)
+
+
+def measure_with_limits(config: EngineConfig, workload: Workload) -> dict[str, Any]:
+    """What ``mini-infer bench`` reports of a workload, greedily; and under ``"roofline"`` what could be.
+
+    The machine is measured before and after: one that others use wanders.
+    """
+    begin = time.perf_counter()
+    engine = LLMEngine(config)
+    load_seconds = time.perf_counter() - begin
+    dtype = resolve_dtype(config.dtype, engine.model_config.dtype, engine.device)
+    machine = Machine.measure(engine.device, dtype)
+    report = measure(engine, workload, SamplingParams(temperature=0))
+    machine = machine.best(Machine.measure(engine.device, dtype))
+    least = floor(engine.model_config, dtype.itemsize, workload, machine, config.max_num_seqs)
+    return {"load_seconds": load_seconds, **report, "roofline": _roofline(machine, least, workload, report["seconds"])}
+
+
+def _roofline(machine: Machine, least: Floor, workload: Workload, seconds: float) -> dict[str, Any]:
+    return {
+        **asdict(machine),
+        **asdict(least.work),
+        "fewest_steps": least.steps,
+        "memory_seconds": least.memory_seconds,
+        "compute_seconds": least.compute_seconds,
+        "floor_seconds": least.seconds,
+        "output_tokens_per_second": workload.num_output_tokens / least.seconds,
+        "limit": least.limit,
+        "share": least.seconds / seconds,
+    }
+
+
+def show_roofline(roofline: Mapping[str, Any], console: Console) -> None:
+    """Print what could be, and how near the run came to it."""
+    table = Table(title="\nRoofline · 屋顶线", title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row(
+        "machine · 本机",
+        f"{roofline['bytes_per_second'] / 1e9:,.1f} GB/s, {roofline['flops_per_second'] / 1e12:,.3f} TFLOP/s "
+        "(measured · 实测)",
+    )
+    table.add_row(
+        "to move · 须搬运",
+        f"weights · 权重 {roofline['weight_bytes'] / 1e9:,.2f} GB, KV {roofline['kv_bytes'] / 1e9:,.2f} GB",
+    )
+    table.add_row(
+        "to compute · 须计算",
+        f"linear · 线性层 {roofline['linear_flops'] / 1e12:,.3f} TFLOP, "
+        f"attention · 注意力 {roofline['attention_flops'] / 1e12:,.3f} TFLOP",
+    )
+    table.add_row(
+        "at best · 上限",
+        f"{roofline['floor_seconds']:.2f} s, {roofline['output_tokens_per_second']:,.1f} tokens/s, "
+        f"{roofline['fewest_steps']} steps",
+    )
+    console.print(table, highlight=False)
+    english, chinese = {
+        "memory": ("reading memory", "内存读取"),
+        "compute": ("arithmetic", "算力"),
+    }[roofline["limit"]]
+    share = roofline[f"{roofline['limit']}_seconds"] / roofline["floor_seconds"]
+    console.print(
+        f"You are at [bold green]{roofline['share']:.0%}[/bold green] of what this machine can do; {english} is the "
+        f"limit for {share:.0%} of that time.\n"
+        f"已达到本机能力的 [bold green]{roofline['share']:.0%}[/bold green]；其中 {share:.0%} 的时间受{chinese}限制。",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,7 +1,7 @@
 """``mini-infer learn``: the course's chapters, the reader's answers to their exercises, and what is wrong with them.
 
-Grading is pytest on a chapter's ``checks.py``, in a process of its own, which writes down what happens as it goes:
-``tutorials/conftest.py`` is the other half of this module.
+It also runs as ``python -m tutorials.learn``. Grading is pytest on a chapter's ``checks.py``, in a process of its own,
+which writes down what happens as it goes: ``tutorials/conftest.py`` is the other half of this module.
 """
 
 import ast
@@ -19,8 +19,9 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
@@ -28,11 +29,11 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-import mini_infer
 from mini_infer.exceptions import InvalidRequestError, MiniInferError
+from tutorials import exercises
 
-ROOT = Path(mini_infer.__file__).parent.parent
-COURSE = ROOT / "tutorials"
+COURSE = Path(__file__).parent
+ROOT = COURSE.parent
 FOLDER = Path("learn")
 PROGRESS = FOLDER / "progress.json"
 LIMIT = 60.0
@@ -84,6 +85,10 @@ class Chapter:
     def answer(self) -> Path:
         return FOLDER / f"{self.folder.name}.py"
 
+    def source(self) -> str:
+        """What the exercise and its solution are made of."""
+        return (self.folder / "solution.py").read_text(encoding="utf-8")
+
     def page(self, language: Language) -> Path:
         return self.folder / f"{language.value}.md"
 
@@ -104,7 +109,7 @@ def list_chapters(console: Console, language: Language) -> None:
     table.add_column(text("chapter", "章节"))
     table.add_column(text("exercise", "练习"), no_wrap=True)
     following = None
-    for chapter in _chapters(language):
+    for chapter in _chapters():
         date = passed.get(chapter.folder.name)
         if date:
             state = Text(text(f"passed on {date}", f"{date} 通过"), "green")
@@ -132,9 +137,8 @@ def start_exercise(console: Console, language: Language, wanted: str, force: boo
             f"{chapter.answer} exists and is left as it is; --force replaces it by a fresh skeleton",
             f"{chapter.answer} 已经存在，未作改动；加 --force 可用新的骨架覆盖它",
         )
-    skeleton = (chapter.folder / f"exercise.{language.value}.py").read_text(encoding="utf-8")
     FOLDER.mkdir(exist_ok=True)
-    chapter.answer.write_text(skeleton, encoding="utf-8")
+    chapter.answer.write_text(exercises.skeleton(chapter.source(), language.value), encoding="utf-8")
     console.print(f"[bold]{chapter.number}. {chapter.title(language)}[/bold]", highlight=False)
     _line(console, text("the chapter: ", "正文："), str(chapter.page(language)))
     _line(console, text("to fill in: ", "待填写："), str(chapter.answer))
@@ -143,7 +147,7 @@ def start_exercise(console: Console, language: Language, wanted: str, force: boo
 
 def show_solution(console: Console, language: Language, wanted: str) -> None:
     """Print a chapter's solution: as plain text unless somebody looks at it."""
-    code = (_chapter(wanted, language).folder / "solution.py").read_text(encoding="utf-8")
+    code = exercises.solution(_chapter(wanted, language).source(), language.value)
     if console.is_terminal:
         console.print(Syntax(code, "python", background_color="default", word_wrap=True))
     else:
@@ -188,7 +192,7 @@ def check_answer(console: Console, language: Language, wanted: str) -> bool:
         console.print(text(f"All {passed} checks pass.", f"{passed} 项检查全部通过。"), style="green", highlight=False)
         console.print()
         _line(console, text("compare: ", "对照答案："), f"mini-infer learn solution {chapter.number}")
-        following = next((other for other in _chapters(language) if other.number > chapter.number), None)
+        following = next((other for other in _chapters() if other.number > chapter.number), None)
         if following is not None:
             _next(console, language, f"mini-infer learn start {following.number}")
         return True
@@ -369,21 +373,13 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 # --- the course and the reader's progress ----------------------------------------------------------
 
 
-def _chapters(language: Language) -> list[Chapter]:
-    found = [Chapter(checks.parent) for checks in sorted(COURSE.glob("[01][0-9]_*/checks.py"))]
-    if not found:
-        raise CourseError(
-            language,
-            "the course is part of the repository and not of the installed package; clone the repository and run "
-            "pip install -e '.[dev]' in it",
-            "课程在代码仓库里，不在安装包里；请克隆仓库，并在其中运行 pip install -e '.[dev]'",
-        )
-    return found
+def _chapters() -> list[Chapter]:
+    return [Chapter(checks.parent) for checks in sorted(COURSE.glob("[01][0-9]_*/checks.py"))]
 
 
 def _chapter(wanted: str, language: Language) -> Chapter:
     """The chapter of a number, or of its folder's name."""
-    chapters = _chapters(language)
+    chapters = _chapters()
     for chapter in chapters:
         if wanted == chapter.folder.name or (wanted.isdecimal() and int(wanted) == chapter.number):
             return chapter
@@ -409,3 +405,55 @@ def _save(chapter: Chapter) -> None:
     draft = PROGRESS.with_suffix(".new")
     draft.write_text(json.dumps(passed, indent=2) + "\n", encoding="utf-8")
     draft.replace(PROGRESS)
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+app = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    epilog="mini-infer learn\n\nmini-infer learn start 7\n\nmini-infer learn check 7 --lang zh",
+)
+
+ChapterArgument = Annotated[
+    str, typer.Argument(metavar="N", help="The chapter's number, or its folder's name.", show_default=False)
+]
+LanguageOption = Annotated[
+    Language | None,
+    typer.Option("--lang", help="Explain in this language; by default the locale's.", show_default=False),
+]
+
+
+@app.callback()
+def learn_list(context: typer.Context, lang: LanguageOption = None) -> None:
+    """Work through the course: list its chapters, begin an exercise, have the answer graded. · 学习课程并批改练习"""
+    context.obj = lang
+    if context.invoked_subcommand is None:
+        list_chapters(Console(), Language.of(lang))
+
+
+@app.command("start")
+def learn_start(
+    context: typer.Context,
+    chapter: ChapterArgument,
+    lang: LanguageOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the answer that is there.")] = False,
+) -> None:
+    """Put a chapter's skeleton into ./learn, with the hole to fill in."""
+    start_exercise(Console(), Language.of(lang or context.obj), chapter, force)
+
+
+@app.command("check")
+def learn_check(context: typer.Context, chapter: ChapterArgument, lang: LanguageOption = None) -> None:
+    """Grade the answer in ./learn and explain the first failure."""
+    raise typer.Exit(0 if check_answer(Console(), Language.of(lang or context.obj), chapter) else 1)
+
+
+@app.command("solution")
+def learn_solution(context: typer.Context, chapter: ChapterArgument, lang: LanguageOption = None) -> None:
+    """Print a chapter's solution."""
+    show_solution(Console(), Language.of(lang or context.obj), chapter)
+
+
+if __name__ == "__main__":
+    app()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from mini_infer.cli import app, learn
-
-from .test_cli import run
+import mini_infer.cli
+from mini_infer.cli import app
+from tests.cli.test_cli import run
+from tutorials import learn
 
 NAME = "03_paging"
 ANSWER = Path("learn", f"{NAME}.py")
@@ -27,8 +28,14 @@ def test_negative(answer, explain):
     explain("Negative numbers are added, too.", "负数也能相加。")
     assert answer.add(-1, -2) == -3
 '''
+SOURCE = '''def add(a, b):
+    """Add. · 相加。"""
+    # hole
+    return a + b
+    # end
+'''
 SKELETON = 'def add(a, b):\n    """Add."""\n    ...\n'
-SOLUTION = "def add(a, b):\n    return a + b\n"
+SOLUTION = 'def add(a, b):\n    """Add."""\n    return a + b\n'
 
 
 def ask(*arguments: str) -> Result:
@@ -53,9 +60,8 @@ def course(reader: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         chapter = course / name
         chapter.mkdir(parents=True)
         (chapter / "checks.py").write_text(CHECKS, encoding="utf-8")
-        (chapter / "solution.py").write_text(SOLUTION, encoding="utf-8")
+        (chapter / "solution.py").write_text(SOURCE, encoding="utf-8")
         for language, heading in (("en", title), ("zh", "分页")):
-            (chapter / f"exercise.{language}.py").write_text(SKELETON, encoding="utf-8")
             (chapter / f"{language}.md").write_text(f"# 3. {heading}\n", encoding="utf-8")
     (course / "conftest.py").write_text((learn.COURSE / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(learn, "COURSE", course)
@@ -220,13 +226,15 @@ def test_an_error_in_chinese_is_chinese_from_its_first_word(course: Path) -> Non
 
 def test_the_solution(course: Path) -> None:
     assert ask("solution", "3").output == SOLUTION
+    assert ask("solution", "3", "--lang", "zh").output == SOLUTION.replace("Add.", "相加。")
 
 
-def test_without_the_course(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learn, "COURSE", course / "nowhere")
-    refused = ask()
-    assert refused.exit_code == 1 and "clone the repository" in refused.output and refused.output.count("\n") == 1
-    assert ask("--lang", "zh").output.startswith("错误：课程在代码仓库里")
+def test_without_the_course(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini_infer.cli, "CHECKOUT", reader)
+    for arguments in ((), ("check", "3", "--lang", "zh"), ("--help",)):
+        refused = ask(*arguments)
+        assert refused.exit_code == 1 and refused.output.count("\n") == 1
+        assert "clone the repository" in refused.output and "课程在代码仓库里" in refused.output
 
 
 def test_without_pytest(course: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +248,7 @@ def test_the_course_itself(reader: Path) -> None:
     """The real thing, as the installed command runs it."""
     listed = run("learn", cwd=reader)
     assert listed.returncode == 0 and "learn start" in listed.stdout
-    number = str(learn._chapters(learn.Language.en)[0].number)
+    number = str(learn._chapters()[0].number)
     assert run("learn", "start", number, "--lang", "zh", cwd=reader).returncode == 0
     checked = run("learn", "check", number, "--lang", "zh", cwd=reader)
     assert checked.returncode == 1 and "✗" in checked.stdout and "下一步" in checked.stdout, checked.stderr

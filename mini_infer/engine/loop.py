@@ -91,6 +91,19 @@ class StepObserver(Protocol):
         """Steps failed, and what they planned never came to be."""
 
 
+class _Closed:
+    """What is left of an executor."""
+
+    def submit(self, step: StepInput, /) -> StepFuture:
+        raise EngineError("the engine was closed; make a new one")
+
+    def close(self) -> None:
+        pass
+
+
+CLOSED: Executor = _Closed()
+
+
 class EngineLoop:
     """Moves all requests along, one step at a time.
 
@@ -132,13 +145,25 @@ class EngineLoop:
         return not self.requests
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request's first sequences."""
+        """Queue a request's first sequences.
+
+        Raises:
+            EngineError: the engine was closed.
+        """
+        if self._executor is CLOSED:
+            raise EngineError("the engine was closed; make a new one")
         with uninterrupted():
             request.decoding.start(self.scheduler)
             self.requests[request.request_id] = request
             self._waiting.add(request)
             if request.decoding.needs_last_token:
                 self._unhurried.add(request)
+
+    def close(self) -> None:
+        """Let go of the executor; what is under way is dropped."""
+        self._flights.clear()
+        self._executor.close()
+        self._executor = CLOSED
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""

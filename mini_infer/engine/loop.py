@@ -65,6 +65,14 @@ class StepResult:
     finished: list[Request]
 
 
+class _WantError(Exception):
+    """A request raised while it said what it wants of a step: a rule of its own, for example."""
+
+    def __init__(self, request: Request, error: Exception) -> None:
+        super().__init__(request.request_id)
+        self.request, self.error = request, error
+
+
 @dataclass(slots=True)
 class LoopCounts:
     """Totals since the start: steps, tokens computed in prompt chunks, those computed one at a time, tokens sampled."""
@@ -211,7 +219,10 @@ class EngineLoop:
                 flight = self._submit(plan)
             except BaseException as error:
                 self._rewind([*(flight.plan for flight in self._flights), plan], error)
-                raise
+                if not isinstance(error, _WantError):
+                    raise
+                self._fail(error.request, error.error)
+                continue
             self._flights.append(flight)
             for observer in self._observers:
                 observer.submitted(flight)
@@ -226,7 +237,10 @@ class EngineLoop:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
                 self._waiting.discard(request)
-            request.decoding.want(request, item, first_row, wanted)
+            try:
+                request.decoding.want(request, item, first_row, wanted)
+            except Exception as error:
+                raise _WantError(request, error) from error
             wanted.end_sequence()
             requests.append(request)
             first_row += item.num_tokens

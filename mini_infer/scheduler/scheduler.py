@@ -199,7 +199,8 @@ class Scheduler:
         """Put drafts behind a sequence's last token, for the next step to compute along with it.
 
         Nothing happens where there can be none: the sequence does not run, has a step under way, is still computing its
-        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length`` is left out, with a place for the token after the last draft.
+        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length`` is left out,
+        with a place for the token after the last draft.
         """
         room = sequence.max_length - len(sequence) - 1
         waits_for_step = sequence.num_placeholders or sequence.num_drafts or sequence.is_undecided or sequence.forks

@@ -292,18 +292,18 @@ class Scheduler:
         Args:
             plans: of all steps that were not committed, the oldest first.
         """
-        touched: dict[Sequence, None] = {}
+        touched: dict[Sequence, bool] = {}  # whether it has something to compute again, and not just lost its blocks
         for plan in plans:
             for block in plan.remembered:
                 self.block_manager.forget(block)
-            touched |= dict.fromkeys(plan.preempted)
+            for sequence in plan.preempted:
+                touched.setdefault(sequence, False)
             for item in plan.scheduled:
-                touched |= dict.fromkeys((item.sequence, *item.forks))
-        for sequence in touched:
+                touched |= dict.fromkeys((item.sequence, *item.forks), True)
+        for sequence, was_under_way in touched.items():
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            rests = sequence.status is SequenceStatus.RESTING
-            rests = rests and not (sequence.is_undecided or sequence.num_placeholders)
+            rests = sequence.status is SequenceStatus.RESTING and not was_under_way
             self._drop_provisional(sequence)
             self._release(sequence)
             self._drop_swapped(sequence)

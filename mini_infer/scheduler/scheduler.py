@@ -341,7 +341,9 @@ class Scheduler:
             )
         )
         if self.prefix_caching:
-            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens), draft)
+            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
+            is_certain = not (samples and sequence.decides_late)
+            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft)
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""

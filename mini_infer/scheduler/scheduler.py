@@ -426,7 +426,7 @@ class Scheduler:
         sequence.block_table = match.blocks + manager.allocate(num_new_blocks)
         sequence.content_ids = match.content_ids
         sequence.num_computed_tokens = len(match.blocks) * size
-        for place in range(len(match.blocks), len(sequence.swapped_blocks)):
+        for place in range(len(match.blocks), manager.blocks_for(sequence.num_swapped_tokens)):
             cpu_block = sequence.swapped_blocks[place]
             if cpu_block is None:
                 break

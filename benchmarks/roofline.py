@@ -35,7 +35,7 @@ from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from mini_infer.cli.bench import Workload, measure, parse_range, show
 from mini_infer.cli.flags import engine_flags
 from mini_infer.cli.group import Command
-from mini_infer.engine.device import resolve_dtype
+from mini_infer.executor.device import resolve_dtype
 from mini_infer.models import ModelConfig
 
 app = typer.Typer(add_completion=False)
@@ -141,20 +141,23 @@ def step_work(model: ModelConfig, itemsize: int, prompts: list[int], contexts: l
         prompts: lengths of the prompts that are computed whole.
         contexts: tokens that each decoding sequence attends to, its new one included.
     """
-    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = 2 * model.hidden_size * (query + key_value) + 3 * model.hidden_size * model.intermediate_size
-    layers, output = model.num_layers * layer, model.vocab_size * model.hidden_size
     new, sampled = sum(prompts) + len(contexts), len(prompts) + len(contexts)
-    read = pairs = 0
-    for window, count in Counter(model.sliding_windows).items():
+    layers = kv_bytes = attention_flops = 0
+    for layer, count in Counter(model.layers).items():
+        attention, window = layer.attention, layer.attention.sliding_window
+        query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+        layers += count * model.hidden_size * (2 * (query + key_value) + 3 * layer.feed_forward.intermediate_size)
         seen = sum(min(context, window or context) for context in contexts)
-        read += count * (seen - len(contexts))  # the new token's own are written, not read
-        pairs += count * (seen + sum(_causal_pairs(length, window or length) for length in prompts))
+        read = seen - len(contexts)  # the new token's own are written, not read
+        kv_bytes += count * itemsize * 2 * key_value * (read + new)
+        pairs = seen + sum(_causal_pairs(length, window or length) for length in prompts)
+        attention_flops += count * 4 * query * pairs
+    output = model.vocab_size * model.hidden_size
     return Work(
         weight_bytes=itemsize * (layers + output),
-        kv_bytes=itemsize * 2 * key_value * (read + model.num_layers * new),
+        kv_bytes=kv_bytes,
         linear_flops=2 * layers * new + 2 * output * sampled,
-        attention_flops=4 * query * pairs,
+        attention_flops=attention_flops,
     )
 
 

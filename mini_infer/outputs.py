@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mini_infer.compat.mapping import ReadsAsMapping
+from mini_infer.exceptions import MiniInferError
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class CompletionOutput:
         index: which of the ``n``, from 0.
         text: generated text, without stop strings.
         token_ids: generated tokens, including the one that ended the sequence.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length" or "abort".
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", or "error", which the
+            output then holds.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
         cumulative_logprob: sum of the generated tokens' log probabilities.
         logprobs: per generated token, if the request asked for it.
@@ -86,6 +88,7 @@ class GenerateOutput(ReadsAsMapping):
         outputs: one completion for each of ``n``.
         prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
         metrics: when things happened.
+        error: why a completion has finish reason "error"; None if none has.
     """
 
     request_id: str
@@ -94,6 +97,7 @@ class GenerateOutput(ReadsAsMapping):
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
     metrics: RequestMetrics
+    error: MiniInferError | None = None
 
     @property
     def text(self) -> str:
@@ -120,7 +124,7 @@ class GenerateOutput(ReadsAsMapping):
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
+class Increment:
     """What one step added to one completion of a request.
 
     Attributes:

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mini_infer import EngineConfig, LLMEngine, SamplingParams
-from mini_infer.engine.device import resolve_dtype
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError
+from mini_infer.executor.device import resolve_dtype
 
 PERCENTILES = (50, 90, 99)
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 16, 4

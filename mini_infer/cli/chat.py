@@ -21,7 +21,7 @@ from mini_infer.cli.terminal import printable
 from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.outputs import GenerateOutput, StepOutput
+from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 
 HELP = {
@@ -110,7 +110,7 @@ class Chat:
 
     def _stream(self, prompt: str) -> GenerateOutput:
         """Print an answer as it comes; Ctrl-C ends it after the step that is running."""
-        increments: list[StepOutput] = []
+        increments: list[Increment] = []
         request = self._llm.make_request(prompt, self._params, listener=increments.append)
         clean = printable if sys.stdout.isatty() else str
         with _noticing_interrupts() as interrupted:

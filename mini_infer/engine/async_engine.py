@@ -18,17 +18,17 @@ from mini_infer.engine.intake import Prompt
 from mini_infer.engine.llm_engine import LLMEngine
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import MiniInferError, StepError
-from mini_infer.outputs import StepOutput
+from mini_infer.outputs import Increment
 from mini_infer.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Observer: TypeAlias = Callable[[Request, StepOutput], None]
+Observer: TypeAlias = Callable[[Request, Increment], None]
 """Told of every increment of every request, on the engine's thread."""
 
-_Arrivals: TypeAlias = asyncio.Queue[StepOutput | Exception]
+_Arrivals: TypeAlias = asyncio.Queue[Increment | Exception]
 
 
 _HANDFUL = 16
@@ -39,9 +39,9 @@ class _Mailbox:
     """Increments on their way into one event loop: in order, and never so many at once that they hold it up."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[_Arrivals, StepOutput | Exception]] = deque()
+        self._waiting: deque[tuple[_Arrivals, Increment | Exception]] = deque()
 
-    def take(self, parcel: Seq[tuple[_Arrivals, StepOutput | Exception]]) -> None:
+    def take(self, parcel: Seq[tuple[_Arrivals, Increment | Exception]]) -> None:
         is_handing_over = bool(self._waiting)
         self._waiting.extend(parcel)
         if not is_handing_over:
@@ -64,7 +64,7 @@ class _Listener:
     arrivals: _Arrivals
 
 
-class Increments(AsyncIterator[StepOutput]):
+class Increments(AsyncIterator[Increment]):
     """What the steps add to some requests, as it comes; the last increment of each carries its whole ``output``.
 
     A context manager: requests that have not ended when it is left are aborted.
@@ -79,7 +79,7 @@ class Increments(AsyncIterator[StepOutput]):
         self._arrivals = arrivals
         self._num_open = len(requests)
 
-    async def __anext__(self) -> StepOutput:
+    async def __anext__(self) -> Increment:
         if self._num_open == 0:
             raise StopAsyncIteration
         increment = await self._arrivals.get()
@@ -114,7 +114,7 @@ class AsyncLLMEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         # These two are touched by the engine's thread alone.
         self._listening: dict[Request, _Listener] = {}
-        self._outbox: list[tuple[Request, _Listener, StepOutput | Exception]] = []
+        self._outbox: list[tuple[Request, _Listener, Increment | Exception]] = []
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = WeakKeyDictionary()
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # no command comes in after the thread was told to stop
@@ -128,7 +128,7 @@ class AsyncLLMEngine:
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncIterator[StepOutput]:
+    ) -> AsyncIterator[Increment]:
         """Complete one prompt, increment by increment; the last one carries the whole ``output``.
 
         Leaving the loop, or cancelling the task, aborts the request.
@@ -256,7 +256,7 @@ class AsyncLLMEngine:
     ) -> Request:
         """Make a request; this runs on any thread, but what the request then tells is told on the engine's."""
 
-        def tell(increment: StepOutput) -> None:
+        def tell(increment: Increment) -> None:
             for observe in self._observers:
                 observe(request, increment)
             self._outbox.append((request, listener, increment))
@@ -294,7 +294,7 @@ class AsyncLLMEngine:
     def _send(self) -> None:
         """Hand over what a step brought: one wake-up for each event loop, not one for each increment."""
         outbox, self._outbox = self._outbox, []
-        parcels: dict[asyncio.AbstractEventLoop, list[tuple[_Arrivals, StepOutput | Exception]]] = {}
+        parcels: dict[asyncio.AbstractEventLoop, list[tuple[_Arrivals, Increment | Exception]]] = {}
         mailboxes = {listener.loop: listener.mailbox for _, listener, _ in outbox}
         for _, listener, item in outbox:
             parcels.setdefault(listener.loop, []).append((listener.arrivals, item))

@@ -6,25 +6,26 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
-from mini_infer.engine.beam_search import BeamSearch
-from mini_infer.engine.build import build
-from mini_infer.engine.device import on
-from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
-from mini_infer.engine.loop import EngineLoop, StepResult
-from mini_infer.engine.overlap import OverlappedLoop
+from mini_infer.engine.build import Parts, build
+from mini_infer.engine.intake import Prompt, list_params, list_prompts
+from mini_infer.engine.loop import StepResult
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.engine.step_queue import step_queue
-from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
+from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
-from mini_infer.outputs import GenerateOutput, StepOutput
+from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    import torch
+
+    from mini_infer.models import ModelConfig
 
 
 class LLMEngine:
@@ -51,24 +52,44 @@ class LLMEngine:
             raise InvalidConfigError(f"config must be an EngineConfig, got {config!r}; or name its fields: model=...")
         elif fields:
             raise InvalidConfigError(f"give either a config or fields, not both; fields given: {', '.join(fields)}")
-        parts = build(config)
+        self._assemble(config, build(config))
+
+    @classmethod
+    def of(cls, config: EngineConfig, parts: Parts) -> "LLMEngine":
+        """An engine of parts that were made elsewhere, an executor of another kind, for example."""
+        engine = cls.__new__(cls)
+        engine._assemble(config, parts)
+        return engine
+
+    def _assemble(self, config: EngineConfig, parts: Parts) -> None:
         self.config = config
-        self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
         self.default_sampling_params = parts.defaults.sampling
+        self._parts = parts
         self._tokenizer = parts.tokenizer
-        self._intake = Intake(
-            parts.tokenizer, parts.defaults, parts.model_config.vocab_size, parts.max_model_len, config
-        )
-        self._trace = parts.trace
-        self.device = parts.runner.device
-        self._loop = (
-            OverlappedLoop(parts.scheduler, parts.runner, parts.tokenizer, step_queue(self.device))
-            if config.depth > 1
-            else EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
-        )
+        self._intake = parts.intake
+        self._loop = parts.loop
+        self._executor = parts.executor
         self._finished: dict[str, Request] = {}
         self._lock = threading.RLock()
+
+    @property
+    def model_config(self) -> "ModelConfig":
+        """What the checkpoint says of itself.
+
+        Raises:
+            EngineError: there is no checkpoint behind this engine's executor.
+        """
+        if self._parts.model_config is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no checkpoint that it knows of")
+        return self._parts.model_config
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the model is; raises as ``model_config`` does."""
+        if self._parts.device is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no device that it knows of")
+        return self._parts.device
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 
@@ -100,7 +121,10 @@ class LLMEngine:
         prompt_list = list_prompts(prompts)
         params_list = list_params(sampling_params, len(prompt_list))
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        return self._run(self._make_requests(prompt_list, params_list, overrides), use_tqdm)
+        requests = self._each(
+            prompt_list, lambda place, prompt: self._intake.make_request(prompt, params_list[place], overrides)
+        )
+        return self._run(requests, use_tqdm)
 
     def beam_search(
         self,
@@ -134,21 +158,11 @@ class LLMEngine:
         check_int(InvalidRequestError, "max_tokens", max_tokens, 1)
         check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
         check_bool(InvalidRequestError, "early_stopping", early_stopping)
-        prompt_list = list_prompts(prompts)
         params = SamplingParams(n=beam_width, max_tokens=max_tokens, temperature=0.0)
-        searches = [
-            BeamSearch(
-                request_id=request.request_id,
-                prompt=request.prompt,
-                prompt_token_ids=request.prompt_token_ids,
-                params=request.params,
-                completions=request.completions,
-                listener=None,
-                length_penalty=length_penalty,
-                early_stopping=early_stopping,
-            )
-            for request in self._make_requests(prompt_list, [params] * len(prompt_list), {})
-        ]
+        searches = self._each(
+            list_prompts(prompts),
+            lambda place, prompt: self._intake.make_beam_search(prompt, params, length_penalty, early_stopping),
+        )
         return self._run(searches, use_tqdm)
 
     def chat(
@@ -219,7 +233,7 @@ class LLMEngine:
         The arguments and errors are those of ``generate``; ``n`` must be 1.
         """
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        increments: deque[StepOutput] = deque()
+        increments: deque[Increment] = deque()
         request = self._intake.make_request(prompt, sampling_params, overrides, listener=increments.append)
         if request.params.n != 1:
             raise InvalidRequestError(f"stream yields one text but n={request.params.n}; use generate, or n=1")
@@ -341,7 +355,7 @@ class LLMEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
-        listener: Callable[[StepOutput], None] | None = None,
+        listener: Callable[[Increment], None] | None = None,
     ) -> Request:
         """Check a request and prepare it, without queueing it; may run on any thread while a step runs on another.
 
@@ -376,14 +390,12 @@ class LLMEngine:
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    def _make_requests(
-        self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], overrides: Mapping[str, Any]
-    ) -> list[Request]:
-        """Check several prompts, each with its parameters, and prepare them; an error says which one is to blame."""
+    def _each(self, prompts: Seq[Prompt], make: Callable[[int, Prompt], Request]) -> list[Request]:
+        """Prepare several prompts, each with its place; an error says which one is to blame."""
         requests = []
-        for place, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        for place, prompt in enumerate(prompts):
             try:
-                requests.append(self._intake.make_request(prompt, own, overrides))
+                requests.append(make(place, prompt))
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompts[{place}]: {error}" if len(prompts) > 1 else error) from error
         return requests
@@ -407,8 +419,8 @@ class LLMEngine:
 
     def _advance(self) -> StepResult:
         """One step; outputs that nobody listens for wait to be fetched."""
-        with self._lock, on(self.device):
-            result = self._loop.advance() if self._trace is None else self._trace.step(self._loop)
+        with self._lock:
+            result = self._loop.advance()
             for request in result.finished:
                 self._keep_output(request)
             return result

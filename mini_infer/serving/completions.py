@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 
 from mini_infer.engine.intake import list_prompts
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.outputs import CompletionOutput, GenerateOutput, StepOutput, TokenLogprobs
+from mini_infer.outputs import CompletionOutput, GenerateOutput, Increment, TokenLogprobs
 from mini_infer.serving.answers import DONE, event
 from mini_infer.serving.errors import ApiError
 from mini_infer.serving.logprobs import check_num_top, completion_logprobs
@@ -137,5 +137,5 @@ def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reaso
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _says_something(increment: StepOutput, text: str) -> bool:
+def _says_something(increment: Increment, text: str) -> bool:
     return bool(text or increment.logprobs or increment.finish_reason)

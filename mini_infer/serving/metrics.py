@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from mini_infer.engine import EngineStats
 from mini_infer.engine.request import Request
-from mini_infer.outputs import StepOutput
+from mini_infer.outputs import Increment
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -67,7 +67,7 @@ class Metrics:
         metric = Histogram(f"mini_infer:{name}", help, ["model_name"], buckets=buckets, registry=self._registry)
         return metric.labels(*self._labels)
 
-    def observe(self, request: Request, increment: StepOutput) -> None:
+    def observe(self, request: Request, increment: Increment) -> None:
         """Take in one increment, on the engine's thread."""
         now = time.monotonic()
         key = (request.request_id, increment.index)
@@ -83,7 +83,7 @@ class Metrics:
         if increment.output is not None:
             self._note_end(increment)
 
-    def _note_end(self, increment: StepOutput) -> None:
+    def _note_end(self, increment: Increment) -> None:
         output = increment.output
         assert output is not None
         times = output.metrics

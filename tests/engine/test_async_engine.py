@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError
-from mini_infer.outputs import GenerateOutput, StepOutput
+from mini_infer.outputs import GenerateOutput, Increment
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
 
 PROMPTS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two", "五", "six")
@@ -67,7 +67,7 @@ def idle(engine: AsyncLLMEngine) -> Callable[[], bool]:
     return nothing_left
 
 
-async def collect(increments: AsyncIterator[StepOutput]) -> list[StepOutput]:
+async def collect(increments: AsyncIterator[Increment]) -> list[Increment]:
     return [increment async for increment in increments]
 
 
@@ -106,7 +106,7 @@ class TestGenerate:
     def test_increments_add_up(self, engine: AsyncLLMEngine, seed: int) -> None:
         params = SamplingParams(seed=seed, max_tokens=40, logprobs=2, ignore_eos=True)
 
-        async def main() -> list[StepOutput]:
+        async def main() -> list[Increment]:
             return await collect(engine.generate("你好", params, request_id="mine"))
 
         increments = run(main)
@@ -121,7 +121,7 @@ class TestGenerate:
     def test_several_completions(self, engine: AsyncLLMEngine) -> None:
         params = SamplingParams(n=3, seed=1, max_tokens=10, ignore_eos=True)
 
-        async def main() -> list[StepOutput]:
+        async def main() -> list[Increment]:
             return await collect(engine.generate("你好", params))
 
         increments = run(main)
@@ -140,7 +140,7 @@ class TestGenerate:
         stop = whole[len(whole) // 2 :][:2]
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop)
 
-        async def main() -> list[StepOutput]:
+        async def main() -> list[Increment]:
             return await collect(engine.generate("One", params))
 
         increments = run(main)
@@ -148,7 +148,7 @@ class TestGenerate:
         assert increments[-1].finish_reason == "stop"
 
     def test_token_ids_and_default_params(self, engine: AsyncLLMEngine) -> None:
-        async def main() -> list[StepOutput]:
+        async def main() -> list[Increment]:
             return await collect(engine.generate([1, 2, 3]))
 
         output = run(main)[-1].output
@@ -156,7 +156,7 @@ class TestGenerate:
         assert len(output.token_ids) == 100 or output.finish_reason == "stop"
 
     def test_no_new_tokens(self, engine: AsyncLLMEngine) -> None:
-        async def main() -> list[StepOutput]:
+        async def main() -> list[Increment]:
             return await collect(engine.generate("One", SamplingParams(max_tokens=0, prompt_logprobs=1)))
 
         (increment,) = run(main)
@@ -245,7 +245,7 @@ class TestLeaving:
 
 class TestAbort:
     def test_the_iterator_ends_with_what_there_is(self, engine: AsyncLLMEngine) -> None:
-        async def main() -> list[StepOutput]:
+        async def main() -> list[Increment]:
             increments = []
             async for increment in engine.generate("One", ENDLESS, request_id="mine"):
                 increments.append(increment)

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from mini_infer.engine.model_runner import ModelRunner
 from transformers import PreTrainedModel
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.engine import EngineStats
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.scheduler import Scheduler, Sequence
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
@@ -150,7 +150,7 @@ def assert_nothing_left(engine: LLM) -> None:
     stats = engine.stats()
     assert engine.is_finished()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks, stats.num_used_cpu_blocks) == (0, 0, 0, 0)
-    assert not engine._loop.requests and not engine._loop._completions and not engine._finished
+    assert not engine._loop.requests and not engine._finished
 
 
 class MakeEngine(Protocol):

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mini_infer.engine.block_tables import BlockTables
+from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
+from mini_infer.engine.model_runner import build_batch
 from torch import Tensor
 
 from mini_infer import LLM, SamplingParams
-from mini_infer.engine.block_tables import BlockTables
-from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
-from mini_infer.engine.device import pack, unpack
-from mini_infer.engine.model_runner import build_batch
 from mini_infer.exceptions import NotRecordableError
+from mini_infer.executor.device import pack, unpack
+from mini_infer.kernels import AttentionMetadata
 from mini_infer.models import Batch
 from mini_infer.scheduler import Sequence
 from tests.engine.checkpoints import make_engine_checkpoint
@@ -107,15 +108,17 @@ def test_padding_adds_rows_that_read_and_write_nothing(block_size: int) -> None:
         plain = build_batch(step, BlockTables(40, 90, CPU), block_size, CPU)
         padded = build_batch(step, BlockTables(40, 90, CPU), block_size, CPU, num_rows)
         n = len(step)
+        wide, narrow = vars(padded) | vars(padded.attention), vars(plain) | vars(plain.attention)
         for name in ("token_ids", "positions", "slot_mapping", "context_lens", "block_tables"):
-            assert getattr(padded, name)[:n].tolist() == getattr(plain, name).tolist(), name
-            assert len(getattr(padded, name)) == num_rows
-        assert padded.slot_mapping[n:].tolist() == [-1] * (num_rows - n)
-        assert padded.context_lens[n:].tolist() == [0] * (num_rows - n)
-        assert padded.query_start.tolist() == list(range(num_rows + 1)) and padded.num_decodes == num_rows
+            assert wide[name][:n].tolist() == narrow[name].tolist(), name
+            assert len(wide[name]) == num_rows
+        assert wide["slot_mapping"][n:].tolist() == [-1] * (num_rows - n)
+        assert wide["context_lens"][n:].tolist() == [0] * (num_rows - n)
+        assert wide["query_start_loc"].tolist() == list(range(num_rows + 1)) and wide["num_decodes"] == num_rows
         for row, length in enumerate(lengths):
             table = step[row][0].block_table
-            assert plain.slot_mapping[row] == table[(length - 1) // block_size] * block_size + (length - 1) % block_size
+            slot = table[(length - 1) // block_size] * block_size + (length - 1) % block_size
+            assert plain.attention.slot_mapping[row] == slot
 
 
 def test_arrays_travel_in_one_buffer() -> None:
@@ -253,7 +256,8 @@ def test_a_batch_with_prompts_has_no_graph(checkpoint: Path) -> None:
 
     def batch(num_tokens: int, num_decodes: int) -> Batch:
         empty = torch.zeros(num_tokens, dtype=torch.int64)
-        return Batch(empty, empty, empty, empty, empty, empty[:, None], num_decodes)
+        metadata = AttentionMetadata(empty, empty, empty, empty, empty[:, None], num_decodes)
+        return Batch(empty, empty, metadata)
 
     assert graphs.fits(batch(4, 4)) and graphs.fits(batch(2, 2))
     assert not graphs.fits(batch(3, 3)) and not graphs.fits(batch(4, 3)) and not graphs.fits(batch(4, 0))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mini_infer.engine.model_runner import ModelRunner
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mini_infer import LLM, EngineConfig, GenerateOutput, LLMEngine, SamplingParams
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidRequestError
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint, save_tokenizer
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.engine.overlap import OverlappedLoop
 from mini_infer.engine.step_queue import QueuedStep, Sampled, ThreadQueue
+
+from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.outputs import GenerateOutput
 from tests.engine.checkpoints import EOS, make_engine_checkpoint
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, SamplingParams
 from mini_infer.engine import EngineStats
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidConfigError
 from tests.engine.checkpoints import make_engine_checkpoint
 

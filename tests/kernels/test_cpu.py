@@ -30,6 +30,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+windows = st.fixed_dictionaries({"window": st.none() | st.integers(1, 200)})
+what_is_seen = windows | st.fixed_dictionaries({"span": st.integers(2, 400)})
+
+
 @st.composite
 def cases(draw_one: st.DrawFn, *, chunks: bool) -> PagedCase:
     """Sizes that the compiled kernels take, with every group size, window and length."""
@@ -44,7 +48,7 @@ def cases(draw_one: st.DrawFn, *, chunks: bool) -> PagedCase:
         "group": draw_one(st.integers(1, 9)),
         "head_dim": draw_one(st.sampled_from([16, 32, 64, 80, 96, 128])),
         "dtype": draw_one(st.sampled_from([torch.float32, torch.bfloat16])),
-        "window": draw_one(st.none() | st.integers(1, 200)),
+        **draw_one(what_is_seen if chunks else windows),
     }
     note(f"PagedCase.make(**{arguments})")
     return PagedCase.make(**arguments)
@@ -72,7 +76,13 @@ def test_prompts(threads: int, case: PagedCase) -> None:
     with kernels.use_backend("cpu"):
         caches = in_own_layout(case)
         out = kernels.paged_prefill_attention(
-            case.query, *caches, case.block_tables, case.context_lens, case.query_start, sliding_window=case.window
+            case.query,
+            *caches,
+            case.block_tables,
+            case.context_lens,
+            case.query_start,
+            sliding_window=case.window,
+            span=case.span,
         )
     check(out, case.truth(), case.query.dtype)
 

@@ -7,7 +7,7 @@ their blocks, into the order in which tiles read them fastest, and then takes si
     softmax  of each row, over the tokens that its query sees
     result   [6, D]        = weights [6, context] x values [context, D]     64 features per tile
 
-Each query block computes no more tokens than its last query sees, so causality saves half of the work.
+Each query block computes no more tokens than its last query sees, so causality (a span of 1) saves half of the work.
 
 FLOPs: 4 * D per query, head and visible token. Floor: FLOPs / the processor's peak; the copy is D / queries of that.
 With bfloat16 the weights are rounded to bfloat16 before they multiply the values.
@@ -48,12 +48,13 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     sliding_window: int | None,
+    span: int,
 ) -> Tensor:
     num_heads, head_dim = query.shape[1:]
     _, block_size, num_kv_heads, _ = key_cache.shape
     if not widest(head_dim):
         return reference.paged_prefill_attention(
-            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window
+            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
         )
     dtype = query.dtype
     pairs = PAIRS and dtype is torch.bfloat16
@@ -82,6 +83,7 @@ def paged_prefill_attention(
         num_kv_heads,
         float_bits(scale),
         sliding_window or 0,
+        span,
         *key_cache.stride(),
         *value_cache.stride(),
         work=query.numel() * block_size,
@@ -109,7 +111,8 @@ def _kernel(element: type, head_dim: int) -> Kernel:
         max_blocks, block_size = args[FIRST + 9], args[FIRST + 10]
         num_heads, num_kv_heads = args[FIRST + 11], args[FIRST + 12]
         scale, window = as_float(args[FIRST + 13]), args[FIRST + 14]
-        keys, values = FIRST + 15, FIRST + 19  # where the caches' strides begin: block, slot, head, feature
+        span = args[FIRST + 15]
+        keys, values = FIRST + 16, FIRST + 20  # where the caches' strides begin: block, slot, head, feature
         group = num_heads // num_kv_heads
         x_stride = num_heads * head_dim * x_size
 
@@ -154,7 +157,8 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                     num_rows = min(ROWS, num_queries - row)
                     x = query + ((first_query + row) * num_heads + head) * head_dim * x_size
                     low = max(0, first_position + row - window + 1) // COLUMNS if window > 0 else 0
-                    high = (first_position + row + num_rows - 1) // COLUMNS + 1
+                    last = first_position + row + num_rows - 1
+                    high = (min(context, (last // span + 1) * span) - 1) // COLUMNS + 1
                     for number in range(low, high):
                         tiles(
                             kind, num_rows, VECTORS, 0, 0, x, x_stride,
@@ -165,10 +169,11 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                     for i in range(num_rows):
                         position = first_position + row + i
                         since = max(low, position - window + 1) if window > 0 else low
-                        begin, end = i * room + since, i * room + position + 1
+                        until = min(context, (position // span + 1) * span)
+                        begin, end = i * room + since, i * room + until
                         for j in range(low, since):
                             store(weights, i * room + j, np.float32(0))
-                        for j in range(position + 1, high):
+                        for j in range(until, high):
                             store(weights, i * room + j, np.float32(0))
                         largest = largest_score(scores, begin, end, scale)
                         inverses[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)

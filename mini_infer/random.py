@@ -13,13 +13,16 @@ def uniforms(seeds: npt.ArrayLike, indices: npt.ArrayLike, positions: npt.ArrayL
     each coordinate. No state is kept, so a token comes out the same alone, in any batch, and after a preemption.
 
     Args:
-        seeds: integers; they count modulo 2^64.
+        seeds: uint64, or any integers, which count modulo 2^64.
         indices, positions: integers from 0.
 
     Returns:
         float64 ``[S]``, multiples of 2^-53.
     """
-    state = _mix(np.asarray(np.asarray(seeds, dtype=object) % 2**64, dtype=np.uint64))
+    numbers = np.asarray(seeds)
+    if numbers.dtype != np.uint64:
+        numbers = np.asarray(np.asarray(seeds, dtype=object) % 2**64, dtype=np.uint64)
+    state = _mix(numbers)
     state = _mix(state ^ np.asarray(indices, dtype=np.uint64))
     state = _mix(state ^ np.asarray(positions, dtype=np.uint64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.exceptions import NotRecordableError
+from mini_infer.kernels import AttentionMetadata
 from mini_infer.models import Batch
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class DecodeGraphs:
     def fits(self, batch: Batch) -> bool:
         """Whether ``run`` takes the batch: decodes alone, of a graph's size."""
         num_rows = len(batch.token_ids)
-        return batch.num_decodes == num_rows and self.size_for(num_rows) == num_rows
+        return batch.attention.num_decodes == num_rows and self.size_for(num_rows) == num_rows
 
     def run(self, batch: Batch) -> Tensor:
         """What ``forward`` gives for a batch of decodes, padded to a graph's size.
@@ -86,9 +87,12 @@ class DecodeGraphs:
         The result is overwritten by the next run.
         """
         size = len(batch.token_ids)
-        for name in ("token_ids", "positions", "slot_mapping", "context_lens"):
-            getattr(self._inputs, name)[:size].copy_(getattr(batch, name))
-        self._inputs.block_tables[:size, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+        ours, theirs = self._inputs.attention, batch.attention
+        self._inputs.token_ids[:size].copy_(batch.token_ids)
+        self._inputs.positions[:size].copy_(batch.positions)
+        ours.slot_mapping[:size].copy_(theirs.slot_mapping)
+        ours.context_lens[:size].copy_(theirs.context_lens)
+        ours.block_tables[:size, : theirs.block_tables.shape[1]].copy_(theirs.block_tables)
         if size not in self._graphs:
             return self._record(size)
         replay, hidden = self._graphs[size]
@@ -97,15 +101,18 @@ class DecodeGraphs:
 
     def _record(self, size: int) -> Tensor:
         """Record one size; what it gives for the inputs as they are. Where that fails, there are no graphs any more."""
-        inputs = self._inputs
+        inputs, attention = self._inputs, self._inputs.attention
         batch = Batch(
             token_ids=inputs.token_ids[:size],
             positions=inputs.positions[:size],
-            slot_mapping=inputs.slot_mapping[:size],
-            query_start=inputs.query_start[: size + 1],
-            context_lens=inputs.context_lens[:size],
-            block_tables=inputs.block_tables[:size],
-            num_decodes=size,
+            attention=AttentionMetadata(
+                slot_mapping=attention.slot_mapping[:size],
+                query_start_loc=attention.query_start_loc[: size + 1],
+                prefill_start_loc=attention.prefill_start_loc,
+                context_lens=attention.context_lens[:size],
+                block_tables=attention.block_tables[:size],
+                num_decodes=size,
+            ),
         )
         try:
             self._graphs[size] = _, hidden = self._capture(lambda: self._forward(batch))
@@ -123,11 +130,14 @@ def _static_batch(size: int, width: int, device: torch.device) -> Batch:
     return Batch(
         token_ids=row,
         positions=row.clone(),
-        slot_mapping=row - 1,
-        query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
-        context_lens=row.to(torch.int32),
-        block_tables=torch.zeros((size, width), dtype=torch.int32, device=device),
-        num_decodes=size,
+        attention=AttentionMetadata(
+            slot_mapping=row - 1,
+            query_start_loc=torch.arange(size + 1, dtype=torch.int32, device=device),
+            prefill_start_loc=torch.zeros(1, dtype=torch.int32, device=device),
+            context_lens=row.to(torch.int32),
+            block_tables=torch.zeros((size, width), dtype=torch.int32, device=device),
+            num_decodes=size,
+        ),
     )
 
 

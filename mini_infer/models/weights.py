@@ -80,6 +80,11 @@ def load_model(
     """
     directory, device = Path(directory), torch.device(device)
     stored = _headers(weight_files(directory))
+    if config.num_layers > len(stored):  # or building what cannot be filled would take its time
+        raise InvalidCheckpointError(
+            f"the checkpoint in {directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of "
+            "its config.json; they belong to different models"
+        )
     names = FAMILIES[config.architecture].NAMES
     config, names = _untangle_embeddings(config, names, stored, dtype)
     _mention_longrope(config)

@@ -262,14 +262,16 @@ class Scheduler:
             self._queue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence, wherever it is, and free its blocks. One that has ended stays as it is."""
+        """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
+        text of its last token may hold a stop string."""
+        sequence.finish_reason = reason
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
-        sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, reason
+        sequence.status = SequenceStatus.FINISHED
         self._drop_provisional(sequence)
         self._release(sequence)
         self._drop_swapped(sequence)

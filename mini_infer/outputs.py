@@ -1,9 +1,9 @@
 """What comes back: finished outputs, and the increments of one step."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+from mini_infer.compat.mapping import ReadsAsMapping
 from mini_infer.exceptions import MiniInferError
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
@@ -74,7 +74,7 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True)
-class GenerateOutput:
+class GenerateOutput(ReadsAsMapping):
     """The result of one request.
 
     The plain attributes (``text``, ``token_ids``, ...) are those of the first completion; ``outputs`` holds all ``n``.
@@ -118,37 +118,6 @@ class GenerateOutput:
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         return self.outputs[0].logprobs
-
-    _KEYS = (
-        "text",
-        "token_ids",
-        "finish_reason",
-        "cumulative_logprob",
-        "logprobs",
-        "request_id",
-        "prompt",
-        "prompt_token_ids",
-        "prompt_logprobs",
-        "outputs",
-        "metrics",
-    )
-
-    def keys(self) -> tuple[str, ...]:
-        """The names that ``out[name]`` knows."""
-        return self._KEYS
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._KEYS:
-            raise KeyError(f"{name!r}; a GenerateOutput has {', '.join(self._KEYS)}")
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._KEYS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers all the way down, ready for JSON."""
-        plain = asdict(self)
-        return {name: plain[name] if name in plain else plain["outputs"][0][name] for name in self._KEYS}
 
     def __str__(self) -> str:
         return self.text

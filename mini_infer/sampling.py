@@ -3,16 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mini_infer.compat.options import SAMPLING_ALIASES, SAMPLING_REFUSED
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import check_bool, check_int, check_number, named_options, option
 
-_DIFFUSION = "steers a diffusion language model, which Mini-Infer does not run yet; use max_tokens and temperature"
 
-
-@named_options(
-    InvalidRequestError,
-    unsupported=dict.fromkeys(("gen_length", "steps", "cfg_scale", "remasking"), _DIFFUSION),
-)
+@named_options(InvalidRequestError, SAMPLING_ALIASES, SAMPLING_REFUSED)
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen.
@@ -39,9 +35,7 @@ class SamplingParams:
     seed: int | None = option(None, "Makes the tokens reproducible; None takes one from the engine's seed")
     max_tokens: int | None = option(16, "Most tokens to generate; None for as many as the context holds")
     min_tokens: int = option(0, "Generate this many tokens before any that may stop, by token or by string")
-    stop: str | list[str] | tuple[str, ...] | None = option(
-        None, "Strings that end the text; they are not part of it", aliases=("stop_strings",)
-    )
+    stop: str | list[str] | tuple[str, ...] | None = option(None, "Strings that end the text; they are not part of it")
     stop_token_ids: list[int] | tuple[int, ...] | None = option(None, "Token ids that end the text, beside the model's")
     ignore_eos: bool = option(False, "Go on after the model's end-of-sequence token")
     logprobs: int | None = option(None, "Report each token's log probability and those of this many likeliest")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mini_infer.outputs import CompletionOutput, GenerateOutput, Logprob, RequestMetrics, Increment
+from mini_infer.outputs import CompletionOutput, GenerateOutput, Increment, Logprob, RequestMetrics
 
 
 def completion(index: int = 0, **options: Any) -> CompletionOutput:

@@ -18,6 +18,7 @@ from rich.text import Text
 from mini_infer import LLMEngine
 from mini_infer.cli.flags import hints, parse
 from mini_infer.cli.terminal import printable
+from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import GenerateOutput, Increment
@@ -174,9 +175,7 @@ class Chat:
                 )
             self._notes.print(table)
             return
-        names = {
-            alias: field.name for field in fields(SamplingParams) for alias in (field.name, *field.metadata["aliases"])
-        }
+        names = {**{field.name: field.name for field in fields(SamplingParams)}, **SAMPLING_ALIASES}
         field_name = names.get(name.replace("-", "_"))
         if field_name is None:
             raise InvalidRequestError(f"there is no sampling option {name!r}; /set shows what there is")

@@ -18,10 +18,10 @@ from mini_infer.cli.prompts import BadLine, Item, is_jsonl, read_arguments, read
 from mini_infer.cli.terminal import printable
 from mini_infer.config import EngineConfig
 from mini_infer.engine.progress import generation_progress
-from mini_infer.random import derived_seed
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import InvalidRequestError, QueueFullError
 from mini_infer.outputs import FinishReason, GenerateOutput, Increment
+from mini_infer.random import derived_seed
 
 STANDARD = Path("-")
 

@@ -10,8 +10,9 @@ from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
 from mini_infer.engine.loop import EngineLoop, StepObserver
 from mini_infer.engine.no_tokenizer import NoTokenizer
+from mini_infer.engine.trace import StepTrace
 from mini_infer.memory import BlockManager
-from mini_infer.scheduler import POLICIES, PreemptionCosts, Scheduler
+from mini_infer.scheduler import PreemptionCosts, Scheduler, make_policy
 from mini_infer.step import Executor
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def make_scheduler(config: EngineConfig, max_model_len: int, num_gpu_blocks: int
         max_num_batched_tokens=config.token_budget,
         block_manager=BlockManager(config.block_size, num_gpu_blocks, config.num_cpu_blocks),
         watermark=config.watermark,
-        policy=POLICIES[config.scheduling_policy](),
+        policy=make_policy(config.scheduling_policy),
         prefix_caching=config.enable_prefix_caching,
         preemption_mode=config.preemption_mode,
         costs=costs,
@@ -100,7 +101,13 @@ def make_scheduler(config: EngineConfig, max_model_len: int, num_gpu_blocks: int
 def make_loop(
     config: EngineConfig, scheduler: Scheduler, executor: Executor, observers: tuple[StepObserver, ...] = ()
 ) -> EngineLoop:
-    """A loop around a scheduler and an executor."""
+    """A loop around a scheduler and an executor; a trace, if one is asked for, is among its observers.
+
+    Raises:
+        InvalidConfigError: the trace cannot be written.
+    """
+    if config.trace is not None:
+        observers = (*observers, StepTrace(config.trace, scheduler))
     width = -(-scheduler.max_model_len // config.block_size)
     describer = Describer(config.max_num_seqs, width, config.block_size)
     return EngineLoop(scheduler, executor, describer, config.depth, observers)

@@ -3,23 +3,37 @@
 import os
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
-from mini_infer.engine.loop import StepResult
+from mini_infer.engine.loop import CLOSED, StepResult
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
+from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    import torch
+
+    from mini_infer.models import ModelConfig
+
+
+_Engine = TypeVar("_Engine", bound="LLMEngine")
+
+_KEPT_OUTPUTS = 256
+"""Outputs that `step` handed over and `get_output` still finds; no more, so that a loop of `step` stays small."""
 
 
 class LLMEngine:
@@ -57,16 +71,49 @@ class LLMEngine:
 
     def _assemble(self, config: EngineConfig, parts: Parts) -> None:
         self.config = config
-        self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
         self.default_sampling_params = parts.defaults.sampling
-        self.device = parts.device
+        self._parts = parts
         self._tokenizer = parts.tokenizer
         self._intake = parts.intake
         self._loop = parts.loop
-        self._executor = parts.executor
-        self._finished: dict[str, Request] = {}
+        self._finished: dict[str, Request] = {}  # whose output nobody has fetched
+        self._handed_over: OrderedDict[str, GenerateOutput] = OrderedDict()  # the last ones that `step` gave
         self._lock = threading.RLock()
+
+    @property
+    def model_config(self) -> "ModelConfig":
+        """What the checkpoint says of itself.
+
+        Raises:
+            EngineError: there is no checkpoint behind this engine's executor.
+        """
+        if self._parts.model_config is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no checkpoint that it knows of")
+        return self._parts.model_config
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the model is; raises as ``model_config`` does."""
+        if self._parts.device is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no device that it knows of")
+        return self._parts.device
+
+    def close(self) -> None:
+        """Abort what runs, and free the model and the KV memory. Safe to call twice. Nothing can be queued then."""
+        with self._lock:
+            for request in list(self._loop.requests.values()):
+                self._loop.abort(request)
+            self._loop.close()
+            self._parts = replace(self._parts, executor=CLOSED)
+
+    def __enter__(self: _Engine) -> _Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 
@@ -273,6 +320,8 @@ class LLMEngine:
         with self._lock:
             if isinstance(request_id, str) and request_id in self._loop.requests:
                 self._advance()
+            elif isinstance(request_id, str) and request_id in self._handed_over:
+                return self._handed_over.pop(request_id)
             elif not isinstance(request_id, str) or request_id not in self._finished:
                 raise InvalidRequestError(
                     f"request_id {request_id!r} is unknown, or its output was handed over already; "
@@ -281,18 +330,23 @@ class LLMEngine:
             request = self._finished.pop(request_id, None)
             return None if request is None else request.output()
 
-    def step(self) -> tuple[list[tuple[str, list[int]]], int]:
+    def step(self) -> SignedStep:
         """Run one step.
 
         Returns:
-            ``(request_id, token_ids)`` of each request that finished (those of its first completion; ``get_output``
-            has the rest), and the number of tokens computed, negative for a step that only decoded.
+            ``(request_id, token_ids)`` of each request that finished, and so is handed over (the tokens are those of
+            its first completion; ``get_output`` still has the rest, of the last 256), and the number of tokens
+            computed, negative for a step that only decoded.
         """
         with self._lock:
             result = self._advance()
-            finished = [(request.request_id, request.output().token_ids) for request in result.finished]
-            num_tokens = result.plan.num_tokens
-            return finished, -num_tokens if result.plan.only_decodes else num_tokens
+            finished = [request.output() for request in result.finished]
+            for output in finished:
+                self._finished.pop(output.request_id, None)
+                self._handed_over[output.request_id] = output
+            while len(self._handed_over) > _KEPT_OUTPUTS:
+                self._handed_over.popitem(last=False)
+            return signed_step(finished, result.plan.num_tokens, result.plan.only_decodes)
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do for ``step``."""
@@ -311,7 +365,7 @@ class LLMEngine:
             if request is not None:
                 self._loop.abort(request)
                 self._keep_output(request)
-            elif not isinstance(request_id, str) or request_id not in self._finished:
+            elif request_id not in self._finished and request_id not in self._handed_over:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 
     def stats(self) -> EngineStats:
@@ -364,6 +418,7 @@ class LLMEngine:
     def _enqueue(self, request: Request) -> None:
         if request.request_id in self._loop.requests or request.request_id in self._finished:
             raise InvalidRequestError(f"request_id {request.request_id!r} is taken; choose another or fetch its output")
+        self._handed_over.pop(request.request_id, None)
         self._loop.enqueue(request)
 
     # ---- the loop ------------------------------------------------------------------------------------------------

@@ -59,10 +59,20 @@ class StepResult:
     Attributes:
         plan: who ran.
         finished: requests that ended in it.
+        num_generated_tokens: how many it gave to requests that were still interested.
     """
 
     plan: SchedulerOutputs
     finished: list[Request]
+    num_generated_tokens: int = 0
+
+
+class _WantError(Exception):
+    """A request raised while it said what it wants of a step: a rule of its own, for example."""
+
+    def __init__(self, request: Request, error: Exception) -> None:
+        super().__init__(request.request_id)
+        self.request, self.error = request, error
 
 
 @dataclass(slots=True)
@@ -78,8 +88,14 @@ class LoopCounts:
 class StepObserver(Protocol):
     """Watches the loop from outside; a trace does. It must raise nothing."""
 
+    def arrived(self, request: Request) -> None:
+        """A request was queued."""
+
+    def planned(self, plan: SchedulerOutputs, began: int) -> None:
+        """A step was planned; before that, ``time.perf_counter_ns`` was ``began``."""
+
     def submitted(self, flight: Flight) -> None:
-        """A step was planned and handed over."""
+        """It was handed to the executor."""
 
     def computed(self, flight: Flight, output: StepOutput) -> None:
         """Its result is there."""
@@ -89,6 +105,22 @@ class StepObserver(Protocol):
 
     def rewound(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
         """Steps failed, and what they planned never came to be."""
+
+    def ended(self, request: Request) -> None:
+        """A request has finished, or was ended; perhaps in the middle of publishing a step."""
+
+
+class _Closed:
+    """What is left of an executor."""
+
+    def submit(self, step: StepInput, /) -> StepFuture:
+        raise EngineError("the engine was closed; make a new one")
+
+    def close(self) -> None:
+        pass
+
+
+CLOSED: Executor = _Closed()
 
 
 class EngineLoop:
@@ -132,13 +164,27 @@ class EngineLoop:
         return not self.requests
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request's first sequences."""
+        """Queue a request's first sequences.
+
+        Raises:
+            EngineError: the engine was closed.
+        """
+        if self._executor is CLOSED:
+            raise EngineError("the engine was closed; make a new one")
         with uninterrupted():
             request.decoding.start(self.scheduler)
             self.requests[request.request_id] = request
             self._waiting.add(request)
             if request.decoding.needs_last_token:
                 self._unhurried.add(request)
+            for observer in self._observers:
+                observer.arrived(request)
+
+    def close(self) -> None:
+        """Let go of the executor; what is under way is dropped."""
+        self._flights.clear()
+        self._executor.close()
+        self._executor = CLOSED
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""
@@ -179,14 +225,20 @@ class EngineLoop:
         """Submit steps until as many are under way as may be, or there is nothing to compute now."""
         depth = 1 if self._unhurried else self._depth
         while len(self._flights) < depth:
+            began = time.perf_counter_ns()
             plan = self.scheduler.schedule()
             if plan.is_empty:
                 return
+            for observer in self._observers:
+                observer.planned(plan, began)
             try:
                 flight = self._submit(plan)
             except BaseException as error:
                 self._rewind([*(flight.plan for flight in self._flights), plan], error)
-                raise
+                if not isinstance(error, _WantError):
+                    raise
+                self._fail(error.request, error.error)
+                continue
             self._flights.append(flight)
             for observer in self._observers:
                 observer.submitted(flight)
@@ -201,7 +253,10 @@ class EngineLoop:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
                 self._waiting.discard(request)
-            request.decoding.want(request, item, first_row, wanted)
+            try:
+                request.decoding.want(request, item, first_row, wanted)
+            except Exception as error:
+                raise _WantError(request, error) from error
             wanted.end_sequence()
             requests.append(request)
             first_row += item.num_tokens
@@ -237,10 +292,11 @@ class EngineLoop:
             raise
         self._flights.popleft()
         self._count(flight.plan)
+        num_generated_before = self.counts.num_generated_tokens
         for request, cause in failed:
             self._fail(request, cause)
         finished = self._publish(flight, answers)
-        result = StepResult(flight.plan, finished)
+        result = StepResult(flight.plan, finished, self.counts.num_generated_tokens - num_generated_before)
         for observer in self._observers:
             observer.committed(flight, result)
         return result
@@ -295,6 +351,8 @@ class EngineLoop:
             del self.requests[request.request_id]
             self._waiting.discard(request)
             self._unhurried.discard(request)
+            for observer in self._observers:
+                observer.ended(request)
 
     def _is_alive(self, request: Request) -> bool:
         """Whether it is still under way; its id may belong to another by now."""

@@ -18,8 +18,8 @@ from mini_infer.executor.runner import ModelRunner
 from mini_infer.kernels import Kernels
 from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory.kv_cache import KVCache
-from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks
-from mini_infer.models import Decoder, ModelConfig, load_model
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, plan_memory
+from mini_infer.models import Decoder, ModelConfig, load_model, read_config
 from mini_infer.step import NO_COPIES, NO_INTS, Draws, Executor, LogitEdits, Scores, StepInput
 
 logger = logging.getLogger(__name__)
@@ -63,23 +63,33 @@ def build(config: EngineConfig, directory: Path) -> Local:
 
 
 def _build(config: EngineConfig, directory: Path, device: torch.device, kernels: Kernels) -> Local:
-    model_config = ModelConfig.from_directory(directory)
+    model_config = read_config(directory)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
-    model = load_model(directory, model_config, dtype, device, kernels)
-
-    bytes_per_block = block_bytes(
-        config.block_size, model_config.num_layers, model_config.num_kv_heads, model_config.head_dim, dtype.itemsize
+    plan = partial(
+        plan_memory,
+        model_config.cache_specs(dtype),
+        block_size=config.block_size,
+        num_blocks=config.num_gpu_blocks,
+        num_cpu_blocks=config.num_cpu_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        model_limit=model_config.max_position_embeddings,
     )
-    num_blocks = config.num_gpu_blocks or _num_blocks(config, model, bytes_per_block, device, kernels)
-    max_model_len, warning = fit_max_model_len(
-        config.max_model_len, model_config.max_position_embeddings, num_blocks, config.block_size
-    )
-    if warning is not None:
-        logger.warning(warning)
+    # A GPU's plan is made again once the model is there; until then it is an upper bound, which rotary tables go by.
+    on_gpu = device.type != "cpu"
+    memory = plan(torch.cuda.mem_get_info(device)[1] if on_gpu else CPU_KV_CACHE_BYTES)
+    memory.check(str(device))
+    shortened = replace(model_config, max_position_embeddings=memory.max_model_len)
+    model = load_model(directory, shortened, dtype, device, kernels)
+    if on_gpu and config.num_gpu_blocks is None:
+        memory = plan(_free_gpu_bytes(config, model, device))
+        memory.check(str(device))
+    if memory.warning is not None:
+        logger.warning(memory.warning)
 
-    width = -(-max_model_len // config.block_size)
-    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device, kernels)
+    num_blocks, width = memory.num_blocks, memory.blocks_per_sequence
+    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
     if not config.enforce_eager:
         runner = _with_graphs(runner, config.max_num_seqs, width)
     _warm_up(runner, config.block_size, min(num_blocks, width) * config.block_size)
@@ -87,9 +97,9 @@ def _build(config: EngineConfig, directory: Path, device: torch.device, kernels:
         executor=make_executor(runner.run, device, config.depth),
         model_config=model_config,
         device=device,
-        max_model_len=max_model_len,
+        max_model_len=memory.max_model_len,
         num_gpu_blocks=num_blocks,
-        block_bytes=bytes_per_block,
+        block_bytes=memory.bytes_per_block,
         num_parameters=model.num_parameters,
     )
 
@@ -102,13 +112,7 @@ def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device)
 
 
 def _runner(
-    config: EngineConfig,
-    model: Decoder,
-    num_blocks: int,
-    num_cpu_blocks: int,
-    width: int,
-    device: torch.device,
-    kernels: Kernels,
+    config: EngineConfig, model: Decoder, num_blocks: int, num_cpu_blocks: int, width: int, device: torch.device
 ) -> ModelRunner:
     """A runner with a cache of ``num_blocks`` blocks on the device and ``num_cpu_blocks`` in CPU memory, for sequences
     of up to ``width`` blocks.
@@ -116,12 +120,12 @@ def _runner(
     Raises:
         OutOfMemoryError: the device cannot hold that many.
     """
-    shape = model.config
-    dtype = model.dtype
     try:
         layers = [
-            kernels.allocate_kv_cache(num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device)
-            for _ in range(shape.num_layers)
+            model.kernels.allocate_kv_cache(
+                num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, device
+            )
+            for spec in model.config.cache_specs(model.dtype)
         ]
         kv_cache = KVCache(layers, num_cpu_blocks)
     except RuntimeError as error:
@@ -133,7 +137,7 @@ def _runner(
         ) from error
     tables = torch.zeros((config.max_num_seqs, width), dtype=torch.int32, device=device)
     sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-    return ModelRunner(model, kernels, kv_cache, device, tables, sampled, graphs=None)
+    return ModelRunner(model, kv_cache, device, tables, sampled, graphs=None)
 
 
 def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
@@ -149,7 +153,7 @@ def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRun
                 f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
                 "or max_num_seqs, or set enforce_eager=True"
             ) from error
-    elif runner.kernels.backend_of("paged_attention") == "cpu":
+    elif runner.model.kernels.backend_of("paged_attention") == "cpu":
         from mini_infer.kernels.cpu.recording import cpu_capture
 
         graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())
@@ -211,26 +215,7 @@ def _warm_up(runner: ModelRunner, block_size: int, num_slots: int) -> None:
         runner.run(_step(1, num_computed, num_tokens - num_computed, blocks, block_size))
 
 
-def _num_blocks(
-    config: EngineConfig, model: Decoder, bytes_per_block: int, device: torch.device, kernels: Kernels
-) -> int:
-    """KV blocks when the configuration leaves the number open.
-
-    Never more than ``max_num_seqs`` sequences of the longest length could fill.
-    """
-    longest = min(config.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    memory = CPU_KV_CACHE_BYTES if device.type == "cpu" else _free_gpu_bytes(config, model, device, kernels)
-    num_blocks = open_num_blocks(memory, bytes_per_block, config.max_num_seqs, longest, config.block_size)
-    if num_blocks < 1:
-        raise OutOfMemoryError(
-            f"no KV block fits on {device}: one takes {bytes_per_block} bytes and {max(memory, 0)} are left beside "
-            "the model; raise gpu_memory_utilization, lower block_size or max_num_batched_tokens, or take a smaller "
-            "model"
-        )
-    return num_blocks
-
-
-def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device, kernels: Kernels) -> int:
+def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) -> int:
     """Bytes left for KV blocks on a GPU, measured: run the largest step there can be and see what it takes."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -240,7 +225,7 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device, 
     each = min(config.token_budget // num_sequences, model.config.max_position_embeddings)
     blocks_each = min(-(-each // config.block_size), blocks_per_sequence)
     try:
-        runner = _runner(config, model, blocks_each, 0, blocks_each, device, kernels)
+        runner = _runner(config, model, blocks_each, 0, blocks_each, device)
         # All share the same blocks: only the size of the step matters. What is drawn with top_p takes most.
         computed = runner.run(_step(num_sequences, 0, each, list(range(blocks_each)), config.block_size))
         torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ from mini_infer.executor.device import send, send_arrays
 from mini_infer.executor.graphs import DecodeGraphs
 from mini_infer.executor.logprobs import ScoreTensors, score_tokens
 from mini_infer.executor.sampler import sample
-from mini_infer.kernels import AttentionMetadata, Kernels
+from mini_infer.kernels import AttentionMetadata
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
 from mini_infer.step import Draws, Scores, StepInput, StepOutput
@@ -51,7 +51,6 @@ class ModelRunner:
 
     Attributes:
         model: the decoder.
-        kernels: those that the model was built with.
         kv_cache: keys and values of each layer, in whatever layout their kernels made them, and the CPU's blocks.
         device: where all of it lives.
         tables: int32 ``[num_rows, width]``, the block ids of the sequences that run.
@@ -60,7 +59,6 @@ class ModelRunner:
     """
 
     model: Decoder
-    kernels: Kernels
     kv_cache: KVCache
     device: torch.device
     tables: Tensor
@@ -92,7 +90,7 @@ class ModelRunner:
     def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:
         rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
         logits = self.model.compute_logits(hidden[rows])
-        token_ids, logprobs = sample(logits, draws, self.kernels)
+        token_ids, logprobs = sample(logits, draws, self.model.kernels)
         self.sampled[table_rows] = token_ids
         asking = np.flatnonzero(draws.num_logprobs >= 0)
         if not len(asking):
@@ -120,11 +118,12 @@ class ModelRunner:
         if self.graphs is not None and num_decodes == num_seqs:
             num_rows = self.graphs.size_for(num_seqs)
             if num_rows is not None and num_rows > num_seqs:
-                spare = (0, num_rows - num_seqs)
-                token_ids, positions, context_lens, table_rows = (
-                    np.pad(array, spare) for array in (token_ids, positions, context_lens, table_rows)
+                spare = num_rows - num_seqs
+                token_ids, positions, table_rows = (
+                    np.append(array, np.zeros(spare, np.int64)) for array in (token_ids, positions, table_rows)
                 )
-                slot_mapping = np.pad(slot_mapping, spare, constant_values=-1)
+                context_lens = np.append(context_lens, np.zeros(spare, np.int32))
+                slot_mapping = np.append(slot_mapping, np.full(spare, -1))
                 query_start_loc = np.arange(num_rows + 1, dtype=np.int32)
                 num_decodes = num_rows
         prefill_start_loc = query_start_loc[num_decodes:] - query_start_loc[num_decodes]

@@ -153,27 +153,34 @@ class Scheduler:
         """
         draft = _Draft(self.max_num_batched_tokens)
         ready = [sequence for sequence in self.running if sequence.can_step]
+        num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
 
-        # Only decodes need more blocks: a prompt got its own when it was admitted. Whoever is preempted to make room
-        # goes last in this very loop, so nothing was promised to it yet.
+        # Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
+        # admitted. Whoever is preempted to make room goes last in this very loop, so nothing was promised to it yet.
+        chunks = []
         for sequence in ready:
             if draft.budget == 0:
                 break
-            if sequence.num_uncomputed_tokens - sequence.num_drafts == 1:
-                self._shorten(sequence, draft.budget - 1)
-                while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence, draft):
-                    if sequence.num_drafts:  # nobody is preempted for a guess
-                        self._shorten(sequence, 0)
-                    else:
-                        self._preempt(self.running[-1], draft)
-                if sequence.status is SequenceStatus.RUNNING:
-                    self._schedule(sequence, draft)
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            if sequence.num_drafts:
+                self._shorten(sequence, num_guesses)
+            elif sequence.num_uncomputed_tokens > 1 and not any(self._find_missing(sequence)):
+                chunks.append(sequence)
+                continue
+            while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence, draft):
+                if sequence.num_drafts:  # nobody is preempted for a guess
+                    self._shorten(sequence, 0)
+                else:
+                    self._preempt(self.running[-1], draft)
+            if sequence.status is SequenceStatus.RUNNING:
+                num_guesses -= sequence.num_drafts
+                self._schedule(sequence, draft)
 
-        for sequence in ready:
+        for sequence in chunks:
             if draft.budget == 0:
                 break
-            chunk_left = sequence.num_uncomputed_tokens - sequence.num_drafts > 1
-            if chunk_left and sequence.status is SequenceStatus.RUNNING and self._grow(sequence, draft):
+            if sequence.status is SequenceStatus.RUNNING:
                 self._schedule(sequence, draft)
 
         while self.waiting and draft.budget and not (draft.scheduled and draft.preempted):
@@ -199,7 +206,8 @@ class Scheduler:
         """Put drafts behind a sequence's last token, for the next step to compute along with it.
 
         Nothing happens where there can be none: the sequence does not run, has a step under way, is still computing its
-        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length`` is left out, with a place for the token after the last draft.
+        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length`` is left out,
+        with a place for the token after the last draft.
         """
         room = sequence.max_length - len(sequence) - 1
         waits_for_step = sequence.num_placeholders or sequence.num_drafts or sequence.is_undecided or sequence.forks
@@ -254,14 +262,16 @@ class Scheduler:
             self._queue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence, wherever it is, and free its blocks. One that has ended stays as it is."""
+        """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
+        text of its last token may hold a stop string."""
+        sequence.finish_reason = reason
         if sequence.status is SequenceStatus.FINISHED:
             return
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
-        sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, reason
+        sequence.status = SequenceStatus.FINISHED
         self._drop_provisional(sequence)
         self._release(sequence)
         self._drop_swapped(sequence)
@@ -291,18 +301,18 @@ class Scheduler:
         Args:
             plans: of all steps that were not committed, the oldest first.
         """
-        touched: dict[Sequence, None] = {}
+        touched: dict[Sequence, bool] = {}  # whether it has something to compute again, and not just lost its blocks
         for plan in plans:
             for block in plan.remembered:
                 self.block_manager.forget(block)
-            touched |= dict.fromkeys(plan.preempted)
+            for sequence in plan.preempted:
+                touched.setdefault(sequence, False)
             for item in plan.scheduled:
-                touched |= dict.fromkeys((item.sequence, *item.forks))
-        for sequence in touched:
+                touched |= dict.fromkeys((item.sequence, *item.forks), True)
+        for sequence, was_under_way in touched.items():
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            rests = sequence.status is SequenceStatus.RESTING
-            rests = rests and not (sequence.is_undecided or sequence.num_placeholders)
+            rests = sequence.status is SequenceStatus.RESTING and not was_under_way
             self._drop_provisional(sequence)
             self._release(sequence)
             self._drop_swapped(sequence)
@@ -340,7 +350,9 @@ class Scheduler:
             )
         )
         if self.prefix_caching:
-            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens), draft)
+            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
+            is_certain = not (samples and sequence.decides_late)
+            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft)
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""
@@ -380,19 +392,24 @@ class Scheduler:
             del sequence.token_ids[-surplus:]
             sequence.num_drafts -= surplus
 
-    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
-        """See to it that a sequence can write all its tokens: new blocks, and its own copies of those that others hold
-        too. False, and nothing has changed, if there are not enough."""
+    def _find_missing(self, sequence: Sequence) -> tuple[list[int], int]:
+        """What a sequence lacks to write all its tokens: own copies of blocks that others hold too, by their places in
+        its table, and so many more blocks."""
         manager, table = self.block_manager, sequence.block_table
         first = sequence.num_computed_tokens // manager.block_size
         needed = manager.blocks_for(len(sequence))
         shared = [place for place in range(first, min(needed, len(table))) if manager.is_shared(table[place])]
-        num_new = len(shared) + max(0, needed - len(table))
-        if num_new == 0:
+        return shared, max(0, needed - len(table))
+
+    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
+        manager, table = self.block_manager, sequence.block_table
+        shared, num_more = self._find_missing(sequence)
+        if not shared and not num_more:
             return True
-        if not manager.can_allocate(num_new):
+        if not manager.can_allocate(len(shared) + num_more):
             return False
-        blocks = manager.allocate(num_new)
+        blocks = manager.allocate(len(shared) + num_more)
         for place in shared:
             block = blocks.pop()
             draft.copy.append(BlockCopy(table[place], block))
@@ -423,7 +440,7 @@ class Scheduler:
         sequence.block_table = match.blocks + manager.allocate(num_new_blocks)
         sequence.content_ids = match.content_ids
         sequence.num_computed_tokens = len(match.blocks) * size
-        for place in range(len(match.blocks), len(sequence.swapped_blocks)):
+        for place in range(len(match.blocks), manager.blocks_for(sequence.num_swapped_tokens)):
             cpu_block = sequence.swapped_blocks[place]
             if cpu_block is None:
                 break

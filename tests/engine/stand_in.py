@@ -212,12 +212,12 @@ class _Step:
 
 def make_stand_in_engine(depth: int = 1, *, num_blocks: int = 64, max_model_len: int = 64, **fields: Any) -> LLMEngine:
     """An engine whose prompts are token ids below ``VOCAB_SIZE``."""
-    config = EngineConfig(**{"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **fields})
+    common = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, "overlap": depth}
+    config = EngineConfig(**{**common, **fields})
     defaults = GenerationDefaults(frozenset({EOS}), SamplingParams(max_tokens=100))
     scheduler = make_scheduler(config, max_model_len, num_blocks, PreemptionCosts(1e-6, 1e-6))
     executor = StandIn(config, num_blocks, max_model_len)
     loop = make_loop(config, scheduler, executor)
-    loop._depth = depth
     tokenizer = NoTokenizer()
     intake = Intake(tokenizer, defaults, VOCAB_SIZE, max_model_len, config)
     return LLMEngine.of(config, Parts(tokenizer, defaults, intake, loop, executor, max_model_len))

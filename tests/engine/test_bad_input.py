@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, EngineConfig, LLMEngine, SamplingParams
 from mini_infer.exceptions import (
@@ -382,8 +383,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"scheduling_policy": "lottery"}, "'lottery'"),
     ({"preemption_mode": "swap"}, "preemption_mode='swap'"),
     ({"preemption_mode": "never"}, "'never'"),
-    ({"npu_queue_limit": 3}, "overlap=3"),
-    ({"overlap": True, "trace": "trace.json"}, "overlap and trace"),
+    ({"npu_queue_limit": 5}, "overlap=5"),
     ({"overlap": "yes"}, "'yes'"),
     ({"overlap": None}, "None"),
     ({"quantization": "awq"}, "quantization='awq'"),

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
-from mini_infer.random import derived_seed
 from mini_infer.exceptions import InvalidCheckpointError
+from mini_infer.random import derived_seed
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
 
 PROMPT = "Once upon a time"

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mini_infer
 from mini_infer import kernels
 
 from .truth import PagedCase, check
@@ -143,14 +145,89 @@ def test_a_processor_with_avx2_alone(name: str, features: str, expected: str) ->
     assert done.stdout.strip() == expected
 
 
+SILU = """
+import logging, sys, torch
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+from mini_infer import kernels
+x = torch.linspace(-3, 3, 64).reshape(2, 32)
+cpu = kernels.resolve("cpu", "cpu")
+print(cpu.silu_and_mul(x).tolist())
+print(cpu.rmsnorm(x, x[0]).tolist())
+"""
+
+
+def kept(directory: Path) -> dict[str, int]:
+    """The files of compiled kernels, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def in_the_installation() -> list[Path]:
+    return [path for suffix in ("nbi", "nbc") for path in Path(mini_infer.__path__[0]).rglob(f"*.{suffix}")]
+
+
+def silu(cache: Path, prelude: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two kernels in a process of its own, right or wrong."""
+    done = run(prelude + SILU, **{"XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": "", **environment})
+    assert done.returncode == 0, done.stderr
+    assert not in_the_installation()
+    return done
+
+
 def test_compiled_kernels_are_found_again(tmp_path: Path) -> None:
     """Whatever a kernel depends on has the same name in every process; otherwise each would compile anew."""
     found = []
     for _ in range(2):
         done = run(PROGRAM, XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR="")
         assert done.returncode == 0, done.stderr
-        found.append(sorted(path.name for path in tmp_path.rglob("*.nbc")))
+        found.append(kept(tmp_path))
     assert found[0] and found[1] == found[0]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the two kernels give, and where they are kept from then on."""
+    directory = tmp_path_factory.mktemp("fresh")
+    return silu(directory).stdout, directory
+
+
+def test_a_damaged_file_is_not_run(fresh: tuple[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(fresh[1], tmp_path, dirs_exist_ok=True)
+    first, second = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    content = bytearray(first.read_bytes())
+    content[-1000] ^= 1
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:500])
+    again = silu(tmp_path)
+    assert again.stdout == fresh[0] and again.stderr.count(" is damaged;") == 2
+    assert silu(tmp_path).stderr == "", "both were put in order"
+
+
+def test_a_changed_source_is_compiled_anew(fresh: tuple[str, Path], tmp_path: Path) -> None:
+    """The kernel's own file is as it was; it is a function that it calls, in another file, that changes."""
+    shutil.copytree(Path(mini_infer.__path__[0]), tmp_path / "mini_infer")
+    jit = tmp_path / "mini_infer" / "kernels" / "cpu" / "jit.py"
+    source = jit.read_text(encoding="utf-8")
+    assert source.count("np.float32(0.6931471805599453)") == 1  # of the exponential
+    jit.write_text(source.replace("np.float32(0.6931471805599453)", "np.float32(0.5)"), encoding="utf-8")
+    assert silu(fresh[1], f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n").stdout != fresh[0]
+    assert silu(fresh[1]).stdout == fresh[0]
+
+
+@pytest.mark.parametrize("fault", ["no directory", "no home", "a full disk"])
+def test_without_a_place_to_keep_them_kernels_are_compiled(fresh: tuple[str, Path], tmp_path: Path, fault: str) -> None:
+    prelude = ""
+    if fault == "no directory":
+        (tmp_path / "nowhere").touch()
+    elif fault == "no home":
+        prelude = "import os, pathlib\ndel os.environ['XDG_CACHE_HOME']\n"
+        prelude += "def home(): raise RuntimeError\npathlib.Path.home = home\n"
+    else:
+        pytest.importorskip("resource", reason="limits a process's files")
+        prelude = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    done = silu(tmp_path / "nowhere", prelude)
+    assert done.stdout == fresh[0]
+    assert done.stderr.count("compiled kernels cannot be kept in") == (fault != "no home")
+    assert not kept(tmp_path / "nowhere")
 
 
 def test_without_numba_the_reference_runs_and_says_so() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
+from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.serving import results
 
 from .running import Running, running, wait_until

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import AsyncLLMEngine, EngineConfig
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.serving import serve
 

@@ -228,10 +228,9 @@ def test_every_small_fork(answer, explain):
 
 def test_beside_the_engine(answer, explain):
     """beside the engine's scheduler · 与引擎的调度器并排"""
-    from torch import device
-
     from mini_infer.engine.block_tables import BlockTables
     from mini_infer.engine.model_runner import build_batch
+    from torch import device
 
     for seed in range(20):
         draw = random.Random(seed)
@@ -272,7 +271,7 @@ def test_beside_the_engine(answer, explain):
             ]
             longest = max(len(sequence.block_table) for sequence, _ in mine)
             batch = build_batch(mine, BlockTables(len(mine), longest, device("cpu")), block_size, device("cpu"))
-            wanted = batch.slot_mapping.tolist()
+            wanted = batch.attention.slot_mapping.tolist()
             assert slots == wanted, f"slots {slots}, the engine's are {wanted} · 槽位是 {slots}，引擎的是 {wanted}"
             parents = [item.sequence for item in plan.scheduled if item.samples]
             scheduler.advance(plan)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mini_infer.engine.model_runner import ModelRunner
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 

@@ -358,9 +358,7 @@ def test_a_failed_step_is_repeated(
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
 def test_an_exception_leaves_nothing_behind(make_engine: MakeEngine, num_steps: int) -> None:
     engine = make_engine()
-    interpose(
-        engine, lambda executor: Failing(executor, lambda n, _: KeyboardInterrupt() if n == num_steps else None)
-    )
+    interpose(engine, lambda executor: Failing(executor, lambda n, _: KeyboardInterrupt() if n == num_steps else None))
     with pytest.raises(KeyboardInterrupt):
         engine.beam_search([[1, 2, 3], [4, 5]], 3, 20, use_tqdm=False)
     assert_nothing_left(engine)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, EngineConfig, LLMEngine, SamplingParams
 from mini_infer.exceptions import (

@@ -5,10 +5,10 @@ from typing import Any
 
 import httpx
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.serving import results
+from tests.engine.executors import Failing, interpose
 
 from .running import Running, running, wait_until
 from .test_http import JSON, assert_error
@@ -131,19 +131,14 @@ def test_old_results_go(http: httpx.Client, server: Running, monkeypatch: pytest
     assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404] * 4
 
 
-def test_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed() -> None:
     """A step that raises, and a request that takes longer than is allowed."""
     engine = AsyncLLMEngine(num_gpu_blocks=128, max_num_seqs=1)
-    forward = ModelRunner.forward
-
-    def fail_once(self: ModelRunner, scheduled: Any) -> Any:
-        if self is engine.engine._loop._runner:
-            monkeypatch.setattr(ModelRunner, "forward", forward)
-            raise RuntimeError("cosmic ray")
-        return forward(self, scheduled)
-
     with running(engine, request_timeout=0.5) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        monkeypatch.setattr(ModelRunner, "forward", fail_once)
+        interpose(
+            engine.engine,
+            lambda executor: Failing(executor, lambda n, _: RuntimeError("cosmic ray") if n == 0 else None),
+        )
         (number,) = http.post("/v1/generate", json={"prompt": "Once"}).json()["request_ids"]
         body = fetch(http, number)
         assert (body["status"], body["text"]) == ("failed", None) and "step" in body["error"]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import AsyncLLMEngine, EngineConfig
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.serving import serve
+from mini_infer.step import StepInput
+from tests.engine.executors import Failing, interpose
 
 from .running import PATIENCE, Running, running, wait_until
 from .test_http import assert_error
@@ -124,16 +125,17 @@ class TestStepsThatRaise:
             yield server
 
     @pytest.fixture
-    def fail_next_step(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
-        forward, runner = ModelRunner.forward, server.engine.engine._loop._runner
+    def fail_next_step(self, server: Running) -> Callable[[], None]:
+        failing = threading.Event()
 
-        def fail(self: ModelRunner, scheduled: Any) -> Any:
-            if self is runner:
-                monkeypatch.setattr(ModelRunner, "forward", forward)
-                raise RuntimeError("cosmic ray")
-            return forward(self, scheduled)
+        def error_of(number: int, step: StepInput) -> BaseException | None:
+            if failing.is_set():
+                failing.clear()
+                return RuntimeError("cosmic ray")
+            return None
 
-        return lambda: monkeypatch.setattr(ModelRunner, "forward", fail)
+        interpose(server.engine.engine, lambda executor: Failing(executor, error_of))
+        return failing.set
 
     def test_only_those_under_way_fail(
         self, server: Running, fail_next_step: Any, caplog: pytest.LogCaptureFixture

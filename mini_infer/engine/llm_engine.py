@@ -364,7 +364,7 @@ class LLMEngine:
             request = self._loop.requests.get(request_id) if isinstance(request_id, str) else None
             if request is not None:
                 self._loop.abort(request)
-            elif request_id not in self._finished and request_id not in self._handed_over:
+            elif not isinstance(request_id, str) or request_id not in {*self._finished, *self._handed_over}:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 
     def stats(self) -> EngineStats:

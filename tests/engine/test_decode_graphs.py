@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mini_infer import LLM, SamplingParams, kernels
+from mini_infer import LLM, SamplingParams
 from mini_infer.engine.describe import Describer, Wanted
 from mini_infer.exceptions import NotRecordableError
 from mini_infer.executor.device import pack, unpack
@@ -150,7 +150,6 @@ def test_padding_adds_rows_that_read_and_write_nothing(block_size: int) -> None:
         for some in (None, graphs):
             runner = ModelRunner(
                 model,  # type: ignore[arg-type]
-                kernels.resolve("cpu"),
                 KVCache([(torch.zeros(1, 1), torch.zeros(1, 1))], 0),
                 CPU,
                 torch.zeros((40, 90), dtype=torch.int32),

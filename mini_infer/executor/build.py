@@ -242,5 +242,7 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) 
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed. On a CPU PyTorch has no class for this, only the allocator's words."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Whether an allocation failed. On a CPU PyTorch has no class for this, only the allocator's words, and others for
+    more bytes than an integer can count."""
+    words = ("allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)

@@ -1,5 +1,6 @@
 """One token after the other, each drawn from the logits after the last one."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from mini_infer.engine.token_logprobs import token_logprobs
 from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, Sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ class Autoregressive:
                 request.error = NotFiniteError(
                     f"request {request.request_id!r}: its logits are not finite; a wider dtype may help"
                 )
+                logger.error("%s", request.error)
                 self._close(request, sequence, completion, "error", "", 0)
                 continue
             for rule in self._streams[sequence].rules:

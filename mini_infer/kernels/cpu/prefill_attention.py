@@ -41,7 +41,6 @@ from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import COLUMNS, LANES, PAIRS, ROWS, VECTORS, tiles, widest
 from mini_infer.kernels.reference import attention as reference
 
-
 CHUNK = 4096
 """Tokens that are copied and scored at a time; a multiple of `COLUMNS`."""
 

@@ -72,8 +72,8 @@ def _build(config: EngineConfig, device: torch.device) -> Parts:
     tokenizer_directory = (
         directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
     )
-    tokenizer = Tokenizer(tokenizer_directory, config)
     model_config = ModelConfig.from_directory(directory)
+    tokenizer = Tokenizer(tokenizer_directory, config, model_config.vocab_size)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
     with kernels.use_backend(config.kernel_backend):

@@ -8,13 +8,13 @@ from itertools import count
 from typing import Any, TypeAlias
 
 from mini_infer.config import EngineConfig
-from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.random import derived_seed
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.fields import check_int
+from mini_infer.fields import check_int, plain_ids
 from mini_infer.outputs import StepOutput
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Sequence
@@ -79,7 +79,7 @@ class Intake:
             request_id = f"request-{number}-{secrets.token_hex(4)}"
         elif not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
-        check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
+        priority = check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
         token_ids = self._token_ids(prompt)
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         max_length = self._max_length(len(token_ids), params)
@@ -87,9 +87,7 @@ class Intake:
         if not params.ignore_eos:
             stop_token_ids |= self._defaults.eos_token_ids
 
-        def decode(ids: Seq[int]) -> str:
-            return self._tokenizer.decode(ids, params.skip_special_tokens)
-
+        make_stream = self._stream_maker(token_ids, params)
         completions = [
             Completion(
                 index=place,
@@ -107,12 +105,11 @@ class Intake:
                     reads_prefix_cache=params.prompt_logprobs is None,
                     num_forks=min(params.n, self._max_num_seqs) - 1 if place == 0 else 0,
                 ),
-                detokenizer=Detokenizer(decode, token_ids),
-                stop_strings=StopStringMatcher(params.stop_strings),
+                stream=make_stream(),
             )
             for place in range(params.n)
         ]
-        text = prompt if isinstance(prompt, str) else None
+        text = str(prompt) if isinstance(prompt, str) else None
         return Request(request_id, text, token_ids, params, completions, listener)
 
     def _params(self, sampling_params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
@@ -134,28 +131,44 @@ class Intake:
                 )
         return params
 
+    def _stream_maker(self, prompt_token_ids: TokenIds, params: SamplingParams) -> Callable[[], TextStream]:
+        """Makes the text stream of each completion of a request."""
+        matcher = StopStringMatcher(params.stop_strings)
+        hides = params.skip_special_tokens and params.stop_strings
+        hidden = self._tokenizer.special_tokens if hides else {}
+
+        def make() -> TextStream:
+            detokenizer = self._tokenizer.detokenizer(prompt_token_ids, params.skip_special_tokens)
+            return TextStream(detokenizer, matcher.fresh(), hidden)
+
+        return make
+
     def _token_ids(self, prompt: Prompt) -> TokenIds:
-        prompt = _plain(prompt)
-        if not isinstance(prompt, str | list | tuple):
-            raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {shown(prompt)}")
-        if not prompt:
-            raise InvalidRequestError(f"prompt {prompt!r} is empty; give at least one token")
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, self._max_model_len)
-        self._check_room(len(prompt), least=0)
-        token_ids = [_plain(token_id) for token_id in prompt]
-        self.check_token_ids(token_ids)
-        return token_ids
+        token_ids = plain_ids(prompt)
+        if not isinstance(token_ids, list):
+            raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {shown(prompt)}")
+        if not token_ids:
+            raise InvalidRequestError(f"prompt {prompt!r} is empty; give at least one token")
+        self._check_room(len(token_ids), least=0)
+        return self.check_token_ids(token_ids)
 
-    def check_token_ids(self, token_ids: Seq[int]) -> None:
-        """Raise ``InvalidRequestError`` unless all of them are in the vocabulary."""
-        for place, token_id in enumerate(token_ids):
+    def check_token_ids(self, token_ids: Seq[int]) -> TokenIds:
+        """The ids as a list of Python's own integers.
+
+        Raises:
+            InvalidRequestError: there is another thing among them, or one that the vocabulary does not have.
+        """
+        known: TokenIds = plain_ids(token_ids)
+        for place, token_id in enumerate(known):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"token {place} of the prompt must be an integer, got {shown(token_id)}")
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     f"token {place} of the prompt is {token_id}, but the vocabulary is 0 to {self._vocab_size - 1}"
                 )
+        return known
 
     def _max_length(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Length at which a sequence ends; refuses a prompt that leaves no room."""
@@ -175,13 +188,12 @@ class Intake:
 
 def list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """One prompt becomes a list of one; so does a list of integers, which is one prompt's token ids."""
-    prompts = _plain(prompts)
+    prompts = plain_ids(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, list | tuple):
+    if not isinstance(prompts, list):
         raise InvalidRequestError(f"prompts must be a string, token ids, or a list of those, got {shown(prompts)}")
-    items = [_plain(item) for item in prompts]
-    return [items] if items and all(isinstance(item, int) for item in items) else items
+    return [prompts] if prompts and all(isinstance(item, int) for item in prompts) else prompts
 
 
 def list_params(
@@ -209,8 +221,3 @@ def shown(value: object) -> str:
     """A value as an error message shows it: its beginning, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
-
-
-def _plain(prompt: Any) -> Any:
-    """Arrays and tensors of token ids as lists."""
-    return prompt.tolist() if hasattr(prompt, "tolist") else prompt

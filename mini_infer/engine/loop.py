@@ -164,7 +164,7 @@ class EngineLoop:
         if asking:
             wanted = send(tensor(asking), logits.device)
             num_top = [completions[row].params.logprobs or 0 for row in asking]
-            places = token_logprobs(logits[wanted], sampled[wanted], num_top, self._tokenizer.decode_token)
+            places = token_logprobs(logits[wanted], sampled[wanted], num_top, self._tokenizer.token_text)
             for row, place in zip(asking, places, strict=True):
                 completions[row].logprobs.append(place)
         for completion, logprob in zip(completions, logprobs.tolist(), strict=True):
@@ -206,7 +206,7 @@ class EngineLoop:
                 part = send(tensor(targets[first : first + _LOGPROB_ROWS]), hidden.device)
                 logits = self._runner.compute_logits(rows[first : first + _LOGPROB_ROWS])
                 request.prompt_logprobs += token_logprobs(
-                    logits, part, [num_top] * len(part), self._tokenizer.decode_token
+                    logits, part, [num_top] * len(part), self._tokenizer.token_text
                 )
 
     # ---- with the results ----------------------------------------------------------------------------------------
@@ -282,5 +282,7 @@ class EngineLoop:
     def _close(self, completion: Completion, request: Request, text: str, token_ids: list[int]) -> None:
         """A completion's sequence has ended: release the rest of its text and tell the listener."""
         text += completion.end()
+        if isinstance(completion.stop_reason, str):
+            completion.sequence.finish_reason = "stop"  # also when only the end released the text that stops
         del self._completions[completion.sequence]
         request.tell(completion, text, token_ids, completion.sequence.finish_reason)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.detokenizer import TextStream
 from mini_infer.outputs import (
     CompletionOutput,
     FinishReason,
@@ -26,7 +26,7 @@ class Completion:
         params: the request's sampling parameters.
         seed: the request's seed.
         sequence: its tokens.
-        detokenizer, stop_strings: turn tokens into text that can be shown.
+        stream: turns tokens into text that can be shown.
         text: released so far.
         stop_reason: the stop string or stop token id that ended it.
         done: the sequence has ended, and all its text is released.
@@ -37,8 +37,7 @@ class Completion:
     params: SamplingParams
     seed: int
     sequence: Sequence
-    detokenizer: Detokenizer
-    stop_strings: StopStringMatcher
+    stream: TextStream
     text: str = ""
     stop_reason: str | int | None = None
     done: bool = False
@@ -50,18 +49,19 @@ class Completion:
 
         Sets ``stop_reason`` if a stop string is complete; the caller then ends the sequence.
         """
-        piece = self.detokenizer.append([token_id])
-        stop = None
-        if self.sequence.num_generated_tokens > self.params.min_tokens:
-            piece, stop = self.stop_strings.append(piece)
-        self.stop_reason = stop
+        piece = self.stream.append(token_id, self.sequence.num_generated_tokens > self.params.min_tokens)
+        self.stop_reason = self.stream.stop_string
         self.text += piece
         return piece
 
     def end(self) -> str:
-        """No more tokens come: release what was held back as the possible beginning of a stop string."""
+        """No more tokens come: release what was held back as the beginning of a character or of a stop string.
+
+        Sets ``stop_reason`` if that completes a stop string.
+        """
         self.done = True
-        piece = "" if isinstance(self.stop_reason, str) else self.stop_strings.flush()
+        piece = self.stream.end()
+        self.stop_reason = self.stop_reason or self.stream.stop_string
         self.text += piece
         return piece
 

@@ -234,7 +234,7 @@ def _weights(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         weights.masked_fill_(logits < threshold, 0)
         ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
     if has_top_p:
-        top_p = _column(draws, "top_p", logits)
+        top_p = _column(draws, "top_p", logits).clamp(min=torch.finfo(logits.dtype).tiny)  # 0: the likeliest token
         weights = _keep_top_p_unasked(weights, top_p) if logits.is_cuda else _keep_top_p(weights, top_p, ranked.exp())
     if any(p.min_p > 0 for p in params):
         threshold = weights.amax(dim=-1, keepdim=True) * _column(draws, "min_p", logits)

@@ -97,7 +97,12 @@ class _ChatCompletion:
         }
 
     def _logprobs(self, places: list[TokenLogprobs] | None) -> dict[str, Any] | None:
-        return chat_logprobs(places or [], self._num_top) if self._body.logprobs else None
+        return chat_logprobs(places or [], self._num_top, self._bytes_of) if self._body.logprobs else None
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        tokenizer = self._service.engine.engine.tokenizer
+        is_left_out = self._params.skip_special_tokens and token_id in tokenizer.special_tokens
+        return b"" if is_left_out else tokenizer.token_bytes(token_id)
 
 
 def _choice(

@@ -21,7 +21,7 @@ from transformers import (
 
 from mini_infer import SamplingParams
 from mini_infer.engine import sampler
-from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher, TextStream
 from mini_infer.engine.request import Completion
 from mini_infer.scheduler import Sequence
 
@@ -94,8 +94,7 @@ def completion(
         params=params,
         seed=seed,
         sequence=sequence,
-        detokenizer=Detokenizer(lambda ids: "", prompt),
-        stop_strings=StopStringMatcher(()),
+        stream=TextStream(Detokenizer(lambda ids: "", prompt), StopStringMatcher(()), {}),
     )
 
 

@@ -62,6 +62,7 @@ class Tokenizer:
             for name, text in (("Ġ", " "), ("Ċ", "\n"))
             if name in vocab
         )
+        self._adds_bos = bool(self.hf.bos_token) and self.hf.encode("")[:1] == [self.hf.bos_token_id]
         self._left_out = {False: self.unused_ids, True: self.unused_ids | self.special_tokens.keys()}
         self._token_bytes: dict[int, bytes] = {}  # of those that were asked for
 
@@ -96,8 +97,7 @@ class Tokenizer:
                 f"shorten it or raise max_model_len (it begins {text[:40]!r})"
             )
         token_ids: list[int] = self.hf.encode(str(text), add_special_tokens=not isinstance(text, RenderedChat))
-        bos = self.hf.bos_token
-        if bos and text.startswith(bos) and token_ids[:2] == [self.hf.bos_token_id] * 2:
+        if self._adds_bos and text.startswith(self.hf.bos_token) and not isinstance(text, RenderedChat):
             del token_ids[0]
         if not token_ids:
             raise InvalidRequestError(f"prompt {text[:40]!r} has no tokens; give at least one")

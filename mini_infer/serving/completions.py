@@ -13,7 +13,7 @@ from mini_infer.outputs import CompletionOutput, GenerateOutput, TokenLogprobs
 from mini_infer.serving.answers import DONE, event
 from mini_infer.serving.errors import ApiError
 from mini_infer.serving.logprobs import CompletionLogprobs, check_num_top
-from mini_infer.serving.protocol import MAX_CHOICES, CompletionBody
+from mini_infer.serving.protocol import MAX_CHOICES, CompletionBody, check_answer_size
 from mini_infer.serving.service import Service, now, usage
 
 
@@ -54,6 +54,7 @@ class _TextCompletion:
                 f"{len(self._prompts)} prompts, n={self._params.n}: a request must have 1 to {MAX_CHOICES} choices",
                 param="prompt",
             )
+        check_answer_size(self._params, len(self._prompts), service.engine.engine.max_model_len)
         self._tokenizer = service.engine.engine.tokenizer
         self._special_tokens = self._tokenizer.special_tokens
         self._left_out = self._special_tokens if self._params.skip_special_tokens else {}

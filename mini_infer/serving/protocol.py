@@ -14,6 +14,25 @@ from mini_infer.sampling import SamplingParams
 MAX_CHOICES = 1024
 """Most completions of one HTTP request, over all its prompts."""
 
+MAX_ANSWER_SIZE = 2**20
+"""Most log probabilities that an answer may hold, the tokens' own included; without any, most tokens."""
+
+
+def check_answer_size(params: SamplingParams, num_prompts: int, max_model_len: int) -> None:
+    """Refuse a request of few bytes whose answer would fill the memory.
+
+    Raises:
+        InvalidRequestError: its completions, their tokens and the log probabilities of each make too many.
+    """
+    num_tokens = max_model_len if params.max_tokens is None else min(params.max_tokens, max_model_len)
+    num_choices, num_each = num_prompts * params.n, (params.logprobs or 0) + 1
+    if num_choices * num_tokens * num_each > MAX_ANSWER_SIZE:
+        raise InvalidRequestError(
+            f"{num_choices} completions of up to {num_tokens} tokens with {num_each} log probabilities each are more "
+            f"than an answer may hold, {MAX_ANSWER_SIZE} in all; set max_tokens lower, or n or logprobs"
+        )
+
+
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
 _IGNORED = "Accepted and ignored."

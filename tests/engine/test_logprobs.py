@@ -46,7 +46,7 @@ def assert_place(
         assert entry.logprob == pytest.approx(value, abs=tolerance)
         # Tokens nearer to each other than the tolerance may have changed places.
         assert (expected > value + 2 * tolerance).sum() + 1 <= entry.rank <= (expected > value - 2 * tolerance).sum()
-        assert entry.decoded_token == engine._tokenizer.hf.decode([entry_id])
+        assert entry.decoded_token == engine.tokenizer.hf.decode([entry_id])
     others = [entry.logprob for entry_id, entry in place.items() if entry_id != token_id]
     assert others == sorted(others, reverse=True)
     # With the first put in its place among them, the likeliest are all there.

@@ -404,9 +404,9 @@ class Scheduler:
         """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
         manager, table = self.block_manager, sequence.block_table
         place = sequence.num_computed_tokens // manager.block_size
-        if place == (len(sequence.token_ids) - 1) // manager.block_size and place < len(table):
-            if not manager.is_shared(table[place]):
-                return True  # the common case, and the hot one: all goes into a block of its own
+        is_last = place == (len(sequence.token_ids) - 1) // manager.block_size
+        if is_last and place < len(table) and not manager.is_shared(table[place]):
+            return True  # the common case, and the hot one: all goes into a block of its own
         shared, num_more = self._find_missing(sequence)
         if not shared and not num_more:
             return True

@@ -229,8 +229,9 @@ class Scheduler:
         """
         wanted = [outcome for outcome in outcomes if outcome.sequence.status is not SequenceStatus.FINISHED]
         for sequence, token_ids, num_valid, _ in wanted:
-            most = sequence.num_placeholders or sequence.max_length - sequence.num_known_tokens
-            if len(token_ids) > most or not 0 <= num_valid <= sequence.num_known_tokens + len(token_ids):
+            known = sequence.num_known_tokens
+            most = sequence.num_placeholders or sequence.max_length - known
+            if len(token_ids) > most or not 0 <= num_valid <= known + len(token_ids):
                 raise ValueError(
                     f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens (at most {most}) with "
                     f"{num_valid} positions valid"
@@ -241,17 +242,16 @@ class Scheduler:
     def _commit(
         self, sequence: Sequence, token_ids: tuple[int, ...], num_valid: int, finish_reason: FinishReason | None
     ) -> None:
+        known = sequence.num_known_tokens
+        length = known + len(token_ids)
         if sequence.num_placeholders:
-            first = sequence.num_known_tokens
-            sequence.token_ids[first : first + len(token_ids)] = token_ids
+            sequence.token_ids[known:length] = token_ids
             sequence.num_placeholders -= len(token_ids)
         elif sequence.is_undecided or token_ids:
-            del sequence.token_ids[sequence.num_known_tokens :]
+            sequence.token_ids[known:] = token_ids
             sequence.num_drafts = 0
             sequence.is_undecided = False
-            sequence.token_ids += token_ids
             self._invalidate(sequence, num_valid)
-        length = sequence.num_known_tokens
         if finish_reason is None and length >= sequence.max_length:
             # The last token is not computed; a prompt that nothing is to follow is.
             has_ended = length > sequence.num_prompt_tokens or num_valid >= length
@@ -334,19 +334,19 @@ class Scheduler:
 
     def _schedule(self, sequence: Sequence, draft: _Draft) -> None:
         """Put as many of a sequence's tokens into the plan as the budget allows."""
-        start, length = sequence.num_computed_tokens, len(sequence)
+        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
         num_tokens = min(length - start, draft.budget)
         reaches_end = start + num_tokens == length
-        samples = reaches_end and length - sequence.num_drafts < sequence.max_length
+        samples = reaches_end and length - num_drafts < sequence.max_length
         draft.budget -= num_tokens
         draft.scheduled.append(
             ScheduledSequence(
                 sequence,
                 start,
                 num_tokens,
-                num_logits=1 + sequence.num_drafts if samples else 0,
-                is_decode=reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + sequence.num_drafts,
-                forks=sequence.forks if samples else (),
+                1 + num_drafts if samples else 0,
+                reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
+                sequence.forks if samples else (),
             )
         )
         if self.prefix_caching:
@@ -360,9 +360,10 @@ class Scheduler:
         sequence.num_computed_tokens = item.end
         if not item.num_logits:
             return
-        sequence.forks = ()
-        for child in item.forks:
-            self.fork(sequence, child)
+        if item.forks:
+            sequence.forks = ()
+            for child in item.forks:
+                self.fork(sequence, child)
         if sequence.decides_late or sequence.num_drafts:
             sequence.is_undecided = True
             return
@@ -404,6 +405,10 @@ class Scheduler:
     def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
         manager, table = self.block_manager, sequence.block_table
+        place = sequence.num_computed_tokens // manager.block_size
+        is_last = place == (len(sequence.token_ids) - 1) // manager.block_size
+        if is_last and place < len(table) and not manager.is_shared(table[place]):
+            return True  # the common case, and the hot one: all goes into a block of its own
         shared, num_more = self._find_missing(sequence)
         if not shared and not num_more:
             return True

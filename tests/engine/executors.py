@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from mini_infer import LLM, LLMEngine
+from mini_infer import LLMEngine
 from mini_infer.executor.queue import InlineExecutor, ThreadExecutor
 from mini_infer.executor.runner import ModelRunner
 from mini_infer.step import Executor, StepFuture, StepInput, StepOutput, TokenScore
@@ -19,21 +19,13 @@ NAN = float("nan")
 
 def interpose(engine: LLMEngine, wrap: Callable[[Executor], E]) -> E:
     """Put an executor around an engine's own, while nothing is under way; the new one."""
-    wrapped = wrap(engine._executor)
-    engine._executor = engine._loop._executor = wrapped
+    wrapped = engine._loop._executor = wrap(engine._loop._executor)
     return wrapped
-
-
-def make_engine(model: object, depth: int, **fields: object) -> LLM:
-    """An engine with so many steps under way at most, which are computed on a thread if it is more than one."""
-    engine = LLM(model, overlap=depth > 1, **fields)  # type: ignore[arg-type]
-    engine._loop._depth = depth
-    return engine
 
 
 def runner_of(engine: LLMEngine) -> ModelRunner:
     """What computes an engine's steps in the end."""
-    executor = engine._executor
+    executor = engine._loop._executor
     while isinstance(executor, Passing):
         executor = executor.inner
     assert isinstance(executor, InlineExecutor | ThreadExecutor)

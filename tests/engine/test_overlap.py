@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
-from mini_infer.exceptions import InvalidConfigError
 from mini_infer.outputs import GenerateOutput
 from tests.engine.checkpoints import EOS, make_engine_checkpoint
-from tests.engine.executors import Failing, Late, Logging, Recording, interpose, make_engine
+from tests.engine.executors import Failing, Late, Logging, Recording, interpose
 
 MAX_LEN = 96
 DEPTHS = (2, 3, 4)
@@ -72,7 +71,7 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> LLM:
     """Requests that come and leave between steps; whoever stays has the tokens it would have alone."""
     draw = random.Random(seed)
     looks_back = draw.random() < 0.3
-    engine = make_engine(checkpoint, draw.choice(DEPTHS), **draw_fields(draw))
+    engine = LLM(checkpoint, overlap=draw.choice(DEPTHS), **draw_fields(draw))
     to_come = [draw_request(draw, looks_back) for _ in range(draw.randint(8, 20))]
     requests: dict[str, tuple[list[int], SamplingParams]] = {}
     aborted: set[str] = set()
@@ -121,7 +120,7 @@ def test_tokens_are_those_of_steps_one_after_the_other_in_many_workloads(checkpo
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_steps_are_under_way_when_one_is_read(small: Path, depth: int) -> None:
     """What overlap is about: the next steps are queued before the first one's tokens are asked for."""
-    engine = make_engine(small, depth)
+    engine = LLM(small, overlap=depth)
     executor = interpose(engine, Logging)
     engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
     # The last token is not followed, so that nothing is queued behind it.
@@ -150,7 +149,7 @@ def test_a_stop_token_costs_dropped_tokens_and_leaves_no_trace(small: Path, dept
     (free,) = LLM(small, dtype="float64").generate([[5, 6, 7]], greedy)
     token_id = free.token_ids[4]
     stopping = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[token_id])
-    sync, overlapped = (make_engine(small, d, dtype="float64") for d in (1, depth))
+    sync, overlapped = (LLM(small, overlap=d, dtype="float64") for d in (1, depth))
     outputs = [engine.generate([[5, 6, 7]], stopping)[0] for engine in (sync, overlapped)]
     assert results(outputs[0]) == results(outputs[1])
     assert outputs[0].outputs[0].finish_reason == "stop"
@@ -177,7 +176,7 @@ def test_a_failed_step_loses_nothing(small: Path, failing: set[int], depth: int)
         "enable_prefix_caching": True,
     }
     expected = [results(output) for output in LLM(small, **fields).generate(prompts, params)]
-    engine = make_engine(small, depth, **fields)
+    engine = LLM(small, overlap=depth, **fields)
     interpose(
         engine,
         lambda executor: Failing(executor, lambda n, _: RuntimeError(f"step {n} fails") if n in failing else None),
@@ -201,7 +200,7 @@ def test_penalties_and_logprobs_are_those_of_the_plain_loop(small: Path, depth: 
     penalised = SamplingParams(max_tokens=20, temperature=0, frequency_penalty=1.5, logprobs=2, prompt_logprobs=1)
     logged = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
     plain = SamplingParams(max_tokens=30, temperature=0)
-    engines = [make_engine(small, d, dtype="float64") for d in (1, depth)]
+    engines = [LLM(small, overlap=d, dtype="float64") for d in (1, depth)]
     prompts, params = [[1, 2, 3], [4, 5], [6]], [penalised, plain, logged]
     for ours, theirs in zip(*(engine.generate(prompts, params) for engine in engines), strict=True):
         assert results(ours) == results(theirs)
@@ -216,7 +215,7 @@ def test_penalties_wait_for_the_last_token_and_log_probabilities_do_not(small: P
     """Only a rule that looks back keeps the next step waiting, and only as long as its request lasts."""
 
     def order(params: SamplingParams) -> list[str]:
-        engine = make_engine(small, 3)
+        engine = LLM(small, overlap=3)
         executor = interpose(engine, Logging)
         engine.generate([[1, 2, 3]], params)
         return executor.log[:4]
@@ -232,7 +231,7 @@ def test_what_is_computed_late_is_computed_in_order(small: Path, depth: int) -> 
     """Steps that nobody waits for any more are still computed, and a request that takes turns does not start beside
     them."""
     greedy = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
-    plain, engine = LLM(small, dtype="float64"), make_engine(small, depth, dtype="float64")
+    plain, engine = LLM(small, dtype="float64"), LLM(small, overlap=depth, dtype="float64")
     executor = interpose(engine, Late)
     recorded = interpose(engine, Recording)
     (free,) = plain.generate([[5, 6, 7]], greedy)
@@ -255,8 +254,3 @@ def test_streams_of_the_async_engine(small: Path) -> None:
             return list(await asyncio.gather(*(collect(engine, [i, i + 1]) for i in range(6))))
 
     assert asyncio.run(run(True)) == asyncio.run(run(False))
-
-
-def test_a_trace_and_overlap_exclude_each_other(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfigError, match="overlap and trace"):
-        LLM(small, overlap=True, trace=tmp_path / "trace.json")

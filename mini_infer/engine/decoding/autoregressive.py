@@ -89,7 +89,7 @@ class Autoregressive:
         return outcomes
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
-        if answer.scores:
+        if request.params.prompt_logprobs is not None and self._streams[item.sequence].completion.index == 0:
             self._note_prompt_logprobs(request, item, answer)
         if not item.num_logits:
             if item.sequence.finish_reason is not None:  # nothing is to follow the prompt

@@ -21,7 +21,7 @@ from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.scheduler import Scheduler, Sequence
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
-from tests.models.checkpoints import FAMILIES
+from tests.models.checkpoints import VARIED_FAMILIES
 from tests.models.test_decoder import reference_model
 
 MAX_LEN = 64
@@ -39,7 +39,7 @@ class Checkpoint:
     reference: PreTrainedModel
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=VARIED_FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     paths = [tmp_path_factory.mktemp(f"{request.param}-{name}") for name in ("plain", "stopping")]
     options: dict[str, Any] = {"seed": 3, "num_hidden_layers": 2}

@@ -46,4 +46,4 @@ class KernelError(MiniInferError, ValueError):
 
 
 class NotRecordableError(MiniInferError, RuntimeError):
-    """What a function does depends on values of tensors, so that a recording of it would be wrong for others."""
+    """What a function does cannot be recorded: it depends on values of tensors, or it is done where nobody sees it."""

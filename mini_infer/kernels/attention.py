@@ -57,7 +57,7 @@ def compose(
     ) -> Tensor:
         write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
         tables, lengths, n = metadata.block_tables, metadata.context_lens, metadata.num_decodes
-        if n == len(query):  # decodes alone, as most steps are: nothing is cut
+        if n == len(tables):  # decodes alone, as most steps are: nothing is cut
             return paged_attention(query, key_cache, value_cache, tables, lengths, scale, sliding_window)
         starts, span = metadata.prefill_start_loc, metadata.span
         if n == 0:

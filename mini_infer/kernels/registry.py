@@ -14,22 +14,29 @@ unless a backend is chosen that registers it as a whole.
 
 Backends other than the reference are imported when an implementation is first looked up: ours as far as what they need
 is installed, and those that packages add through the entry-point group `mini_infer.kernels` (the entry point's name is
-the backend's name, its value the module whose import registers it).
+the backend's name, its value the module whose import registers it). Wherever a backend's name is accepted, so is
+`FILE:NAME`, for one that a Python file of one's own registers; the file is run when it is named, and again once it has
+changed.
 """
 
+import importlib.util
+import linecache
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from mini_infer.exceptions import KernelError
+from mini_infer.exceptions import KernelError, NotRecordableError
 from mini_infer.kernels.attention import PARTS, compose
 from mini_infer.kernels.contract import Operations
 
@@ -98,6 +105,12 @@ class Kernels(Operations):
         return self.backends[op]
 
 
+recording: ContextVar[bool] = ContextVar("mini_infer_cpu_recording", default=False)
+"""Set while a recording is made that sees only PyTorch's operations and the launches of `kernels.cpu`."""
+
+_RECORDABLE = ("mini_infer.kernels.reference.", "mini_infer.kernels.cpu.")
+"""Modules whose implementations consist of what a recording sees."""
+
 _table: dict[tuple[str, str, str], Implementation] = {}
 _requested: ContextVar[str | None] = ContextVar("mini_infer_kernel_backend", default=None)
 _BEST = ""  # requested where the environment was looked at and names no backend
@@ -126,7 +139,7 @@ def register(
         for device in kinds:
             key = (op, backend, device)
             known = _table.get(key)
-            if known is not None and known.function.__module__ != function.__module__:
+            if known is not None and _origin(known.function) != _origin(function):
                 raise KernelError(
                     f"kernel backend {backend!r} already has {op!r}, from module {known.function.__module__!r}; "
                     f"module {function.__module__!r} must choose another backend name"
@@ -145,9 +158,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     The choice belongs to the current thread or asyncio task, and threads do not inherit it. The environment variable is
     looked at once, here.
     """
-    if name is not None:
-        _check_backend(name)
-    token = _requested.set(name or _from_environment())
+    token = _requested.set(load_backend(name) if name else _from_environment())
     try:
         yield
     finally:
@@ -178,11 +189,13 @@ def resolve(device: str | torch.device, backend: str | None = None) -> Kernels:
         device: where the tensors will be.
         backend: whose implementations to take where it has them. None takes those of the backend that the environment
             variable `MINI_INFER_KERNELS` names now, or of the highest priority. (`use_backend` is for calls by hand.)
+            A name, or `FILE:NAME`.
 
     Raises:
         KernelError: there is no such backend.
     """
-    return _resolve(torch.device(device), _from_environment() if backend is None else backend)
+    wanted = _from_environment() if backend is None else backend
+    return _resolve(torch.device(device), load_backend(wanted) if wanted else _BEST)
 
 
 def ambient(device: torch.device) -> Kernels:
@@ -198,14 +211,41 @@ def _from_environment() -> str:
 @cache
 def _resolve(device: torch.device, wanted: str) -> Kernels:
     if wanted != _BEST:
-        _check_backend(wanted)
+        wanted = load_backend(wanted)
     rows = {op: _choose(op, device.type, wanted) for op in OPS}
-    functions = {op: row.function for op, row in rows.items()}
+    functions = {op: _recordable(row) for op, row in rows.items()}
     backends = {op: row.backend for op, row in rows.items()}
     if backends["attention"] == REFERENCE:
         functions["attention"] = compose(*(functions[part] for part in PARTS))
         backends["attention"] = "+".join(dict.fromkeys(backends[part] for part in PARTS))
     return Kernels(functions, device, backends)
+
+
+def _recordable(row: Implementation) -> Callable[..., Any]:
+    """The row's function, which refuses to be recorded unless a recording would see all that it does."""
+    if row.function.__module__.startswith(_RECORDABLE):
+        return row.function
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            if recording.get():
+                raise NotRecordableError(
+                    f"kernel backend {row.backend!r} performs {row.op!r}, and what it does with memory is not seen"
+                )
+            return function(*args)
+
+        return call
+
+    if row.op != "pack_linear":
+        return guarded(row.function)
+
+    @wraps(row.function)
+    def pack_linear(*args: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        multiply, rows = row.function(*args)
+        return guarded(multiply), guarded(rows)
+
+    return pack_linear
 
 
 def _choose(op: str, device: str, wanted: str) -> Implementation:
@@ -249,13 +289,65 @@ def _check_op(op: str) -> None:
         raise KernelError(f"unknown kernel operation {op!r}; the operations are {', '.join(OPS)}")
 
 
-def _check_backend(name: str) -> None:
+def load_backend(name: str) -> str:
+    """The bare name of a backend, of which `FILE:NAME` runs the file that registers it.
+
+    Raises:
+        KernelError: there is no such file, it fails, or no backend of that name.
+    """
+    file, _, bare = name.rpartition(":")
+    if file:
+        registered = _run(file)
+        if bare not in registered:
+            raise KernelError(
+                f"kernel backend {name!r}: the file registers no backend {bare!r}; "
+                f"those that it does: {', '.join(sorted(registered)) or 'none'}"
+            )
+        return bare
     known = available_backends()
     if name not in known:
         reason = broken_backends().get(name)
         raise KernelError(
-            f"unknown kernel backend {name!r}" + (f" ({reason})" if reason else "") + f"; available: {', '.join(known)}"
+            f"unknown kernel backend {name!r}"
+            + (f" ({reason})" if reason else "")
+            + f"; available: {', '.join(known)}, or FILE:NAME of a Python file that registers one"
         )
+    return name
+
+
+def _run(file: str) -> frozenset[str]:
+    """Run a Python file for what it registers; the names of its backends."""
+    path = Path(file).expanduser()
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise KernelError(f"kernel backend file {file!r} cannot be read: {error}") from error
+    return _run_once(path.resolve(), source)
+
+
+@cache
+def _run_once(path: Path, source: bytes) -> frozenset[str]:
+    """Once for each content of the file; it is a module of its own, whatever other modules are called."""
+    broken_backends()  # registered before, and so not taken for the file's
+    name = f"mini_infer_kernel_file_{sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+    linecache.checkcache(str(path))  # Triton reads a kernel's source there
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise KernelError(f"kernel backend file {str(path)!r} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    before = dict(_table)
+    sys.modules[name] = module
+    try:
+        exec(compile(source, path, "exec"), vars(module))
+    except Exception as error:
+        raise KernelError(f"kernel backend file {str(path)!r} failed: {type(error).__name__}: {error}") from error
+    return frozenset(row.backend for key, row in _table.items() if before.get(key) is not row)
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    """The file that a function stands in, or else its module; of one file there may be several modules."""
+    module = function.__module__
+    return getattr(sys.modules.get(module), "__file__", None) or module
 
 
 def _kind(device: str | torch.device) -> str:

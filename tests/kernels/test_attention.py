@@ -247,8 +247,9 @@ def test_sequences_may_share_blocks(backend: str) -> None:
             case.block_tables,
             case.context_lens,
             case.query_start,
-            None,
-            None,
+            scale=None,
+            window=None,
+            span=1,
         )
         check(out[row : row + 1], alone.truth(), torch.float32)
 

@@ -153,7 +153,7 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
     for round_ in range(rounds + 1):
         for contender in [c for c in contenders if c.label not in failed]:
             what = f"round {round_} of {rounds}" if round_ else "warming up"
-            before = Machine.measure(torch.device("cpu"), precision)
+            before = Machine.measure(torch.device("cpu"), precision) if round_ else None
             with console.status(f"{scenario.name}: {contender.label}, {what}"):
                 try:
                     done = contender.run(workload, None if round_ else WARM_UP_TOKENS)
@@ -161,7 +161,7 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
                     failed[contender.label] = error.reason
                     console.print(f"left out: {error}", style="red", soft_wrap=True)
                     continue
-            if round_:
+            if before is not None:
                 machine = before.best(Machine.measure(torch.device("cpu"), precision))
                 least = floor(shape, precision.itemsize, workload, machine, SEATS)
                 runs[contender.label].append(Run(done, machine, least.seconds))

@@ -16,7 +16,8 @@ class Logprob:
     Attributes:
         logprob: the log probability.
         rank: 1 for the most likely token of the vocabulary at this place.
-        decoded_token: the token as text.
+        decoded_token: the token as text, wherever it stands: with its leading space. A part of a character shows as
+            U+FFFD.
     """
 
     logprob: float

@@ -226,7 +226,7 @@ scheduler = Scheduler(
         )
         run("004\nscheduled_seqs = scheduler.schedule()\n")
         assert type(names["scheduled_seqs"]).__name__ == "SchedulerOutputs"
-        assert names["scheduled_seqs"].scheduled == []
+        assert names["scheduled_seqs"].scheduled == ()
 
     def test_block_manager(self, run: Run) -> None:
         names = run(

@@ -211,11 +211,15 @@ def demo() -> None:
 
 
 @app.command(rich_help_panel=LOOK)
-def kernels() -> None:
+def kernels(
+    kernel_backend: Annotated[
+        str | None, typer.Option(metavar="[FILE:]NAME", help="What if an engine asked for this backend.")
+    ] = None,
+) -> None:
     """Show which backend runs each operation on this machine, and why the others do not."""
     from mini_infer.cli.kernels import show_kernels
 
-    show_kernels(Console())
+    show_kernels(Console(), kernel_backend)
 
 
 @app.command(

@@ -10,6 +10,7 @@ from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
 from mini_infer.engine.loop import EngineLoop, StepObserver
 from mini_infer.engine.no_tokenizer import NoTokenizer
+from mini_infer.engine.trace import StepTrace
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import PreemptionCosts, Scheduler, make_policy
 from mini_infer.step import Executor
@@ -58,25 +59,26 @@ def build(config: EngineConfig) -> Parts:
     # Only here does an engine need torch; with an executor of another kind it does without.
     from mini_infer.engine.tokenizer import Tokenizer
     from mini_infer.executor.build import build as build_local
-    from mini_infer.models import resolve_model, resolve_tokenizer
+    from mini_infer.models import read_config, resolve_model, resolve_tokenizer
 
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     directory = resolve_model(str(config.model), config.revision, cache_dir)
     tokenizer_directory = (
         directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
     )
-    tokenizer = Tokenizer(tokenizer_directory, config)
-    local = build_local(config, directory)
-    defaults = GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, local.model_config.vocab_size)
+    model_config = read_config(directory)
+    tokenizer = Tokenizer(tokenizer_directory, config, model_config.vocab_size)
+    local = build_local(config, directory, model_config)
+    defaults = GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, model_config.vocab_size)
     scheduler = make_scheduler(config, local.max_model_len, local.num_gpu_blocks, _preemption_costs(local))
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
-        intake=Intake(tokenizer, defaults, local.model_config.vocab_size, local.max_model_len, config),
+        intake=Intake(tokenizer, defaults, model_config.vocab_size, local.max_model_len, config),
         loop=make_loop(config, scheduler, local.executor),
         executor=local.executor,
         max_model_len=local.max_model_len,
-        model_config=local.model_config,
+        model_config=model_config,
         device=local.device,
     )
 
@@ -100,7 +102,13 @@ def make_scheduler(config: EngineConfig, max_model_len: int, num_gpu_blocks: int
 def make_loop(
     config: EngineConfig, scheduler: Scheduler, executor: Executor, observers: tuple[StepObserver, ...] = ()
 ) -> EngineLoop:
-    """A loop around a scheduler and an executor."""
+    """A loop around a scheduler and an executor; a trace, if one is asked for, is among its observers.
+
+    Raises:
+        InvalidConfigError: the trace cannot be written.
+    """
+    if config.trace is not None:
+        observers = (*observers, StepTrace(config.trace, scheduler))
     width = -(-scheduler.max_model_len // config.block_size)
     describer = Describer(config.max_num_seqs, width, config.block_size)
     return EngineLoop(scheduler, executor, describer, config.depth, observers)

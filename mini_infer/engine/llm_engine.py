@@ -3,16 +3,19 @@
 import os
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
-from mini_infer.engine.loop import StepResult
+from mini_infer.engine.loop import CLOSED, StepResult
+from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
@@ -25,7 +28,14 @@ from mini_infer.typing import TokenIds
 if TYPE_CHECKING:
     import torch
 
+    from mini_infer.engine.tokenizer import RenderedChat, Tokenizer
     from mini_infer.models import ModelConfig
+
+
+_Engine = TypeVar("_Engine", bound="LLMEngine")
+
+_KEPT_OUTPUTS = 256
+"""Outputs that `step` handed over and `get_output` still finds; no more, so that a loop of `step` stays small."""
 
 
 class LLMEngine:
@@ -69,8 +79,8 @@ class LLMEngine:
         self._tokenizer = parts.tokenizer
         self._intake = parts.intake
         self._loop = parts.loop
-        self._executor = parts.executor
-        self._finished: dict[str, Request] = {}
+        self._finished = parts.loop.finished  # whose output nobody has fetched
+        self._handed_over: OrderedDict[str, GenerateOutput] = OrderedDict()  # the last ones that `step` gave
         self._lock = threading.RLock()
 
     @property
@@ -90,6 +100,22 @@ class LLMEngine:
         if self._parts.device is None:
             raise EngineError("this engine's executor was made elsewhere, and has no device that it knows of")
         return self._parts.device
+
+    def close(self) -> None:
+        """Abort what runs, and free the model and the KV memory. Safe to call twice. Nothing can be queued then."""
+        with self._lock:
+            for request in list(self._loop.requests.values()):
+                self._loop.abort(request)
+            self._loop.close()
+            self._parts = replace(self._parts, executor=CLOSED)
+
+    def __enter__(self: _Engine) -> _Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 
@@ -154,10 +180,10 @@ class LLMEngine:
         Raises:
             InvalidRequestError: a prompt or argument is unusable; nothing has run then.
         """
-        check_int(InvalidRequestError, "beam_width", beam_width, 1, self.config.max_num_seqs)
+        beam_width = check_int(InvalidRequestError, "beam_width", beam_width, 1, self.config.max_num_seqs)
         check_int(InvalidRequestError, "max_tokens", max_tokens, 1)
-        check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
-        check_bool(InvalidRequestError, "early_stopping", early_stopping)
+        length_penalty = check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
+        early_stopping = check_bool(InvalidRequestError, "early_stopping", early_stopping)
         params = SamplingParams(n=beam_width, max_tokens=max_tokens, temperature=0.0)
         searches = self._each(
             list_prompts(prompts),
@@ -180,7 +206,7 @@ class LLMEngine:
         """Answer a conversation, or each of several, in the model's own chat format.
 
         Args:
-            messages: dicts with "role" and "content"; or a list of such conversations.
+            messages: dicts with "role" and "content", a text or a list of text parts; or a list of such conversations.
             chat_template_kwargs: further variables of the chat template.
 
         The other arguments, the result and the errors are those of ``generate``.
@@ -197,8 +223,22 @@ class LLMEngine:
             top_k=top_k,
         )
 
-    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
-        """The prompt that the model's chat template makes of a conversation; for ``generate`` or ``stream``."""
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """What turns text into token ids and back, and knows what each token stands for.
+
+        Raises:
+            EngineError: this engine has none.
+        """
+        if isinstance(self._tokenizer, NoTokenizer):
+            raise EngineError("this engine has no tokenizer")
+        return self._tokenizer
+
+    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> "RenderedChat":
+        """The prompt that the model's chat template makes of a conversation; for ``generate``, ``stream`` or
+        ``tokenize``, which add no special token to it. It is a string like any other; put together with more text it is
+        plain text again, which the tokenizer may begin with a token of its own.
+        """
         return self._tokenizer.render_chat(messages, **template_kwargs)
 
     def tokenize(self, text: str) -> TokenIds:
@@ -215,8 +255,7 @@ class LLMEngine:
         Raises:
             InvalidRequestError: an id is not in the vocabulary.
         """
-        self._intake.check_token_ids(token_ids)
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return self._tokenizer.decode(self._intake.check_token_ids(token_ids), skip_special_tokens=False)
 
     def stream(
         self,
@@ -239,8 +278,8 @@ class LLMEngine:
             raise InvalidRequestError(f"stream yields one text but n={request.params.n}; use generate, or n=1")
 
         def pieces() -> Iterator[str]:
-            self.submit(request)
             try:
+                self.submit(request)
                 ended = False
                 while not ended:
                     if not increments:
@@ -296,6 +335,8 @@ class LLMEngine:
         with self._lock:
             if isinstance(request_id, str) and request_id in self._loop.requests:
                 self._advance()
+            elif isinstance(request_id, str) and request_id in self._handed_over:
+                return self._handed_over.pop(request_id)
             elif not isinstance(request_id, str) or request_id not in self._finished:
                 raise InvalidRequestError(
                     f"request_id {request_id!r} is unknown, or its output was handed over already; "
@@ -308,12 +349,18 @@ class LLMEngine:
         """Run one step.
 
         Returns:
-            ``(request_id, token_ids)`` of each request that finished (those of its first completion; ``get_output``
-            has the rest), and the number of tokens computed, negative for a step that only decoded.
+            ``(request_id, token_ids)`` of each request that finished, and so is handed over (the tokens are those of
+            its first completion; ``get_output`` still has the rest, of the last 256), and the number of tokens
+            computed, negative for a step that only decoded.
         """
         with self._lock:
             result = self._advance()
             finished = [request.output() for request in result.finished]
+            for output in finished:
+                self._handed_over[output.request_id] = output
+                self._finished.pop(output.request_id, None)
+            while len(self._handed_over) > _KEPT_OUTPUTS:
+                self._handed_over.popitem(last=False)
             return signed_step(finished, result.plan.num_tokens, result.plan.only_decodes)
 
     def is_finished(self) -> bool:
@@ -332,8 +379,7 @@ class LLMEngine:
             request = self._loop.requests.get(request_id) if isinstance(request_id, str) else None
             if request is not None:
                 self._loop.abort(request)
-                self._keep_output(request)
-            elif not isinstance(request_id, str) or request_id not in self._finished:
+            elif request_id not in self._finished and request_id not in self._handed_over:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 
     def stats(self) -> EngineStats:
@@ -386,6 +432,7 @@ class LLMEngine:
     def _enqueue(self, request: Request) -> None:
         if request.request_id in self._loop.requests or request.request_id in self._finished:
             raise InvalidRequestError(f"request_id {request.request_id!r} is taken; choose another or fetch its output")
+        self._handed_over.pop(request.request_id, None)
         self._loop.enqueue(request)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -418,16 +465,8 @@ class LLMEngine:
             self.discard(requests)
 
     def _advance(self) -> StepResult:
-        """One step; outputs that nobody listens for wait to be fetched."""
         with self._lock:
-            result = self._loop.advance()
-            for request in result.finished:
-                self._keep_output(request)
-            return result
-
-    def _keep_output(self, request: Request) -> None:
-        if request.listener is None:
-            self._finished[request.request_id] = request
+            return self._loop.advance()
 
     def discard(self, requests: Seq[Request]) -> None:
         """Forget requests that nobody waits for any more, wherever they are."""
@@ -435,7 +474,7 @@ class LLMEngine:
             for request in requests:
                 if self._loop.requests.get(request.request_id) is request:
                     self._loop.abort(request)
-                elif self._finished.get(request.request_id) is request:
+                if self._finished.get(request.request_id) is request:
                     del self._finished[request.request_id]
 
 

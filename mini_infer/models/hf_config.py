@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from mini_infer.exceptions import InvalidCheckpointError, ModelNotFoundError, UnsupportedModelError
-from mini_infer.models.config import DTYPES, LARGEST_SIZE, FeedForwardConfig, LayerConfig, ModelConfig
+from mini_infer.models.config import DTYPES, LARGEST_SIZE, AttentionConfig, LayerConfig, ModelConfig
 from mini_infer.models.rope import (
     LinearRope,
     Llama3Rope,
@@ -29,7 +29,7 @@ _LARGEST = {
     "vocab_size": LARGEST_SIZE,
     "hidden_size": LARGEST_SIZE,
     "intermediate_size": LARGEST_SIZE,
-    "num_hidden_layers": 10_000,
+    "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16,
     "head_dim": 1 << 16,
@@ -71,7 +71,7 @@ def hf_config(model_type: str, fields: dict[str, Any]) -> PretrainedConfig:
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # which exception a bad field raises differs by field and by transformers version
-        reason = " ".join(str(error).split())
+        reason = shorten(" ".join(str(error).split()))
         raise InvalidCheckpointError(f"no valid {model_type} config: {type(error).__name__}: {reason}") from error
 
 
@@ -82,7 +82,7 @@ def model_config(hf: PretrainedConfig, architecture: str, layers: tuple[LayerCon
         InvalidCheckpointError: the fields contradict each other.
         UnsupportedModelError: they describe a model that Mini-Infer does not implement.
     """
-    if getattr(hf, "quantization_config", None):
+    if getattr(hf, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "quantized checkpoints (quantization_config) are not supported; use the unquantized model"
         )
@@ -106,17 +106,10 @@ def model_config(hf: PretrainedConfig, architecture: str, layers: tuple[LayerCon
     )
 
 
-def heads(hf: PretrainedConfig) -> dict[str, int]:
-    """The counts of an `AttentionConfig`."""
-    return {
-        "num_heads": hf.num_attention_heads,
-        "num_kv_heads": hf.num_key_value_heads,
-        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-    }
-
-
-def feed_forward(hf: PretrainedConfig, bias: bool = False) -> FeedForwardConfig:
-    return FeedForwardConfig(hf.intermediate_size, bias)
+def attention(hf: PretrainedConfig, **options: Any) -> AttentionConfig:
+    """Attention with the heads and the RoPE of a config, and whatever else its family says."""
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return AttentionConfig(hf.num_attention_heads, hf.num_key_value_heads, head_dim, rope(hf), **options)
 
 
 def sliding_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:
@@ -140,6 +133,7 @@ def rope(hf: PretrainedConfig) -> Rope:
         InvalidCheckpointError: the parameters cannot be used.
         UnsupportedModelError: a kind of scaling that Mini-Infer does not implement.
     """
+    hf.standardize_rope_params()  # as its models do before they compute; some fields have moved only then
     parameters = hf.rope_parameters
     per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     if per_layer_type:
@@ -233,9 +227,10 @@ _ROPE_READERS: Mapping[str, Callable[[Mapping[str, Any], int], Rope]] = {
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    if not math.isfinite(number) or (isinstance(value, int) and abs(value) >= 2**63):  # which no tensor can hold
         raise ValueError(f"{_short(value)} is not a finite number")
-    return float(value)
+    return number
 
 
 def _dtype(hf: PretrainedConfig) -> torch.dtype | None:
@@ -246,7 +241,10 @@ def _dtype(hf: PretrainedConfig) -> torch.dtype | None:
     raise UnsupportedModelError(f"dtype must be one of {names}; got {_short(dtype)}")
 
 
+def shorten(text: str) -> str:
+    """What a checkpoint says, for a message: it cannot make that arbitrarily long."""
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def _short(value: object) -> str:
-    """A value for a message, which a checkpoint cannot make arbitrarily long."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return shorten(repr(value))

@@ -80,7 +80,7 @@ class LinearRope(Rope):
         return super().frequencies(rotary_dim) / self.factor
 
     def reach(self, max_position_embeddings: int) -> int:
-        return max(max_position_embeddings, int(self.factor * max_position_embeddings))
+        return max(max_position_embeddings, _rounded(self.factor * max_position_embeddings))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Llama3Rope(Rope):
         return (1 - kept) * plain / self.factor + kept * plain
 
     def reach(self, max_position_embeddings: int) -> int:
-        return max(max_position_embeddings, int(self.factor * self.original_max_positions))
+        return max(max_position_embeddings, _rounded(self.factor * self.original_max_positions))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class YarnRope(Rope):
         return (1 - kept) * slowed + kept * plain
 
     def reach(self, max_position_embeddings: int) -> int:
-        return max(max_position_embeddings, int(self.factor * self.original_max_positions))
+        return max(max_position_embeddings, _rounded(self.factor * self.original_max_positions))
 
     def _index(self, turns: float, rotary_dim: int) -> float:
         return rotary_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
@@ -191,7 +191,7 @@ class LongRope(Rope):
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * self.periods(rotary_dim))
 
     def reach(self, max_position_embeddings: int) -> int:
-        return max(max_position_embeddings, int(self.factor * self.original_max_positions))
+        return max(max_position_embeddings, _rounded(self.factor * self.original_max_positions))
 
     def within(self, max_positions: int) -> "LongRope":
         """The long factors if texts may be longer than the original context, the short ones otherwise."""
@@ -200,6 +200,10 @@ class LongRope(Rope):
     @property
     def magnitude(self) -> float:
         return self.attention_factor
+
+
+def _rounded(positions: float) -> int:
+    return int(min(positions, 2.0**62))  # which no config may reach, but infinity has no integer
 
 
 def longrope_attention_factor(factor: float, original_max_positions: float) -> float:

@@ -26,6 +26,14 @@ from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
 from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence, SequenceStatus
 
+# Looked up some times for each sequence and step.
+WAITING, RUNNING, RESTING, FINISHED = (
+    SequenceStatus.WAITING,
+    SequenceStatus.RUNNING,
+    SequenceStatus.RESTING,
+    SequenceStatus.FINISHED,
+)
+
 
 @dataclass(slots=True)
 class SchedulerCounts:
@@ -54,10 +62,13 @@ class _Draft:
     swap_in: list[BlockCopy] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)
 
-    def finish(self) -> SchedulerOutputs:
+    def finish(self, num_tokens: int) -> SchedulerOutputs:
+        single = [item for item in self.scheduled if item.num_tokens == 1]
+        if len(single) < len(self.scheduled):
+            single += [item for item in self.scheduled if item.num_tokens > 1]
         return SchedulerOutputs(
-            scheduled=tuple(sorted(self.scheduled, key=lambda item: item.num_tokens > 1)),
-            num_tokens=sum(item.num_tokens for item in self.scheduled),
+            scheduled=tuple(single),
+            num_tokens=num_tokens,
             preempted=tuple(self.preempted),
             swap_out=tuple(self.swap_out),
             copy=tuple(self.copy),
@@ -153,34 +164,43 @@ class Scheduler:
         """
         draft = _Draft(self.max_num_batched_tokens)
         ready = [sequence for sequence in self.running if sequence.can_step]
+        num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
 
-        # Only decodes need more blocks: a prompt got its own when it was admitted. Whoever is preempted to make room
-        # goes last in this very loop, so nothing was promised to it yet.
+        # Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
+        # admitted. Whoever is preempted to make room goes last in this very loop, so nothing was promised to it yet.
+        chunks = []
         for sequence in ready:
             if draft.budget == 0:
                 break
-            if sequence.num_uncomputed_tokens - sequence.num_drafts == 1:
-                self._shorten(sequence, draft.budget - 1)
-                while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence, draft):
-                    if sequence.num_drafts:  # nobody is preempted for a guess
-                        self._shorten(sequence, 0)
-                    else:
-                        self._preempt(self.running[-1], draft)
-                if sequence.status is SequenceStatus.RUNNING:
-                    self._schedule(sequence, draft)
+            if sequence.status is not RUNNING:
+                continue
+            if sequence.num_drafts:
+                self._shorten(sequence, num_guesses)
+            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(self._find_missing(sequence)):
+                chunks.append(sequence)
+                continue
+            while not self._grow(sequence, draft):
+                if sequence.num_drafts:  # nobody is preempted for a guess
+                    self._shorten(sequence, 0)
+                    continue
+                self._preempt(self.running[-1], draft)
+                if sequence.status is not RUNNING:
+                    break
+            else:
+                num_guesses -= sequence.num_drafts
+                self._schedule(sequence, draft)
 
-        for sequence in ready:
+        for sequence in chunks:
             if draft.budget == 0:
                 break
-            chunk_left = sequence.num_uncomputed_tokens - sequence.num_drafts > 1
-            if chunk_left and sequence.status is SequenceStatus.RUNNING and self._grow(sequence, draft):
+            if sequence.status is RUNNING:
                 self._schedule(sequence, draft)
 
         while self.waiting and draft.budget and not (draft.scheduled and draft.preempted):
             sequence = self.waiting.first()
             if self._admit(sequence, draft):
                 self.waiting.remove(sequence)
-                sequence.status = SequenceStatus.RUNNING
+                sequence.status = RUNNING
                 insort(self.running, sequence, key=lambda s: s.order)
                 self._schedule(sequence, draft)
             elif draft.scheduled or not self.running:
@@ -190,7 +210,7 @@ class Scheduler:
             else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
                 self._preempt(self.running[-1], draft)
 
-        plan = draft.finish()
+        plan = draft.finish(self.max_num_batched_tokens - draft.budget)
         for item in plan.scheduled:
             self._expect(item)
         return plan
@@ -199,12 +219,12 @@ class Scheduler:
         """Put drafts behind a sequence's last token, for the next step to compute along with it.
 
         Nothing happens where there can be none: the sequence does not run, has a step under way, is still computing its
-        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length``, with a place
-        for the token after the last draft, is left out.
+        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length`` is left out,
+        with a place for the token after the last draft.
         """
         room = sequence.max_length - len(sequence) - 1
         waits_for_step = sequence.num_placeholders or sequence.num_drafts or sequence.is_undecided or sequence.forks
-        if sequence.status is SequenceStatus.RUNNING and not waits_for_step and sequence.num_uncomputed_tokens == 1:
+        if sequence.status is RUNNING and not waits_for_step and sequence.num_uncomputed_tokens == 1:
             drafts = list(draft_token_ids)[: max(room, 0)]
             sequence.token_ids += drafts
             sequence.num_drafts = len(drafts)
@@ -220,49 +240,60 @@ class Scheduler:
         Raises:
             ValueError: an outcome that does not follow from the plan; nothing has changed then.
         """
-        wanted = [outcome for outcome in outcomes if outcome.sequence.status is not SequenceStatus.FINISHED]
-        for sequence, token_ids, num_valid, _ in wanted:
-            most = sequence.num_placeholders or sequence.max_length - sequence.num_known_tokens
-            if len(token_ids) > most or not 0 <= num_valid <= sequence.num_known_tokens + len(token_ids):
+        wanted = []
+        for outcome in outcomes:
+            sequence, token_ids, num_valid, finish_reason = outcome
+            if sequence.status is FINISHED:
+                continue
+            known = sequence.num_known_tokens
+            most = sequence.num_placeholders or sequence.max_length - known
+            if len(token_ids) > most or not 0 <= num_valid <= known + len(token_ids):
                 raise ValueError(
                     f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens (at most {most}) with "
                     f"{num_valid} positions valid"
                 )
-        for outcome in wanted:
-            self._commit(*outcome)
+            wanted.append((sequence, known, token_ids, num_valid, finish_reason))
+        for settled in wanted:
+            self._commit(*settled)
 
     def _commit(
-        self, sequence: Sequence, token_ids: tuple[int, ...], num_valid: int, finish_reason: FinishReason | None
+        self,
+        sequence: Sequence,
+        known: int,
+        token_ids: tuple[int, ...],
+        num_valid: int,
+        finish_reason: FinishReason | None,
     ) -> None:
+        length = known + len(token_ids)
         if sequence.num_placeholders:
-            first = sequence.num_known_tokens
-            sequence.token_ids[first : first + len(token_ids)] = token_ids
+            for place, token_id in enumerate(token_ids, known):
+                sequence.token_ids[place] = token_id
             sequence.num_placeholders -= len(token_ids)
         elif sequence.is_undecided or token_ids:
-            del sequence.token_ids[sequence.num_known_tokens :]
+            sequence.token_ids[known:] = token_ids
             sequence.num_drafts = 0
             sequence.is_undecided = False
-            sequence.token_ids += token_ids
             self._invalidate(sequence, num_valid)
-        length = sequence.num_known_tokens
         if finish_reason is None and length >= sequence.max_length:
             # The last token is not computed; a prompt that nothing is to follow is.
             has_ended = length > sequence.num_prompt_tokens or num_valid >= length
             finish_reason = "length" if has_ended else None
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
-        elif sequence.status is SequenceStatus.RESTING and sequence.can_step and not sequence.num_placeholders:
+        elif sequence.status is RESTING and sequence.can_step and not sequence.num_placeholders:
             self._queue(sequence)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence, wherever it is, and free its blocks. One that has ended stays as it is."""
-        if sequence.status is SequenceStatus.FINISHED:
+        """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
+        text of its last token may hold a stop string."""
+        sequence.finish_reason = reason
+        if sequence.status is FINISHED:
             return
-        if sequence.status is SequenceStatus.RUNNING:
+        if sequence.status is RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
+        elif sequence.status is WAITING:
             self.waiting.remove(sequence)
-        sequence.status, sequence.finish_reason = SequenceStatus.FINISHED, reason
+        sequence.status = FINISHED
         self._drop_provisional(sequence)
         self._release(sequence)
         self._drop_swapped(sequence)
@@ -276,14 +307,14 @@ class Scheduler:
         child.arrival = next(self._arrivals)
         child.order = (*parent.order[:-1], child.arrival)
         parent.num_seats = max(1, parent.num_seats - 1)
-        if parent.status is not SequenceStatus.RUNNING or self._num_taken_seats >= self.max_num_seqs:
+        if parent.status is not RUNNING or self._num_taken_seats >= self.max_num_seqs:
             self._queue(child)
             return
         child.block_table = parent.block_table[: self.block_manager.blocks_for(parent.num_computed_tokens)]
         self.block_manager.share(child.block_table)
         child.content_ids = list(parent.content_ids)
         child.num_computed_tokens = parent.num_computed_tokens
-        child.status = SequenceStatus.RUNNING
+        child.status = RUNNING
         insort(self.running, child, key=lambda s: s.order)
 
     def rewind(self, plans: Iterable[SchedulerOutputs]) -> None:
@@ -292,24 +323,24 @@ class Scheduler:
         Args:
             plans: of all steps that were not committed, the oldest first.
         """
-        touched: dict[Sequence, None] = {}
+        touched: dict[Sequence, bool] = {}  # whether it has something to compute again, and not just lost its blocks
         for plan in plans:
             for block in plan.remembered:
                 self.block_manager.forget(block)
-            touched |= dict.fromkeys(plan.preempted)
+            for sequence in plan.preempted:
+                touched.setdefault(sequence, False)
             for item in plan.scheduled:
-                touched |= dict.fromkeys((item.sequence, *item.forks))
-        for sequence in touched:
-            if sequence.status is SequenceStatus.FINISHED:
+                touched |= dict.fromkeys((item.sequence, *item.forks), True)
+        for sequence, was_under_way in touched.items():
+            if sequence.status is FINISHED:
                 continue
-            rests = sequence.status is SequenceStatus.RESTING
-            rests = rests and not (sequence.is_undecided or sequence.num_placeholders)
+            rests = sequence.status is RESTING and not was_under_way
             self._drop_provisional(sequence)
             self._release(sequence)
             self._drop_swapped(sequence)
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is RUNNING:
                 self.running.remove(sequence)
-            if sequence.status is not SequenceStatus.WAITING and not rests:
+            if sequence.status is not WAITING and not rests:
                 self._queue(sequence)
 
     # ---- one sequence --------------------------------------------------------------------------------------------
@@ -320,44 +351,49 @@ class Scheduler:
         return sum(sequence.num_seats for sequence in self.running)
 
     def _queue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
+        sequence.status = WAITING
         self.waiting.push(sequence)
 
     def _schedule(self, sequence: Sequence, draft: _Draft) -> None:
         """Put as many of a sequence's tokens into the plan as the budget allows."""
-        start, length = sequence.num_computed_tokens, len(sequence)
+        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
         num_tokens = min(length - start, draft.budget)
         reaches_end = start + num_tokens == length
-        samples = reaches_end and length - sequence.num_drafts < sequence.max_length
+        samples = reaches_end and length - num_drafts < sequence.max_length
         draft.budget -= num_tokens
         draft.scheduled.append(
             ScheduledSequence(
                 sequence,
                 start,
                 num_tokens,
-                num_logits=1 + sequence.num_drafts if samples else 0,
-                is_decode=reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + sequence.num_drafts,
-                forks=sequence.forks if samples else (),
+                1 + num_drafts if samples else 0,
+                reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
+                sequence.forks if samples else (),
             )
         )
         if self.prefix_caching:
-            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens), draft)
+            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
+            is_certain = not (samples and sequence.decides_late)
+            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft)
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""
-        sequence = item.sequence
-        sequence.num_computed_tokens = item.end
-        if not item.num_logits:
+        sequence, start, num_tokens, num_logits, _, forks = item
+        sequence.num_computed_tokens = start + num_tokens
+        if not num_logits:
             return
-        sequence.forks = ()
-        for child in item.forks:
-            self.fork(sequence, child)
+        if forks:
+            sequence.forks = ()
+            for child in forks:
+                self.fork(sequence, child)
         if sequence.decides_late or sequence.num_drafts:
             sequence.is_undecided = True
             return
-        for one in (sequence, *item.forks):
-            one.token_ids.append(PLACEHOLDER)
-            one.num_placeholders += 1
+        sequence.token_ids.append(PLACEHOLDER)
+        sequence.num_placeholders += 1
+        for child in forks:
+            child.token_ids.append(PLACEHOLDER)
+            child.num_placeholders += 1
 
     def _remember(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
         """Let others share the full blocks that hold the first ``num_tokens`` tokens once this step is computed.
@@ -381,19 +417,29 @@ class Scheduler:
             del sequence.token_ids[-surplus:]
             sequence.num_drafts -= surplus
 
-    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
-        """See to it that a sequence can write all its tokens: new blocks, and its own copies of those that others hold
-        too. False, and nothing has changed, if there are not enough."""
+    def _find_missing(self, sequence: Sequence) -> tuple[list[int], int]:
+        """What a sequence lacks to write all its tokens: own copies of blocks that others hold too, by their places in
+        its table, and so many more blocks."""
         manager, table = self.block_manager, sequence.block_table
         first = sequence.num_computed_tokens // manager.block_size
         needed = manager.blocks_for(len(sequence))
         shared = [place for place in range(first, min(needed, len(table))) if manager.is_shared(table[place])]
-        num_new = len(shared) + max(0, needed - len(table))
-        if num_new == 0:
+        return shared, max(0, needed - len(table))
+
+    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
+        manager, table = self.block_manager, sequence.block_table
+        computed = sequence.num_computed_tokens
+        if len(sequence.token_ids) - computed == 1:  # the common case, and the hot one
+            place = computed // manager.block_size
+            if place < len(table) and not manager.is_shared(table[place]):
+                return True
+        shared, num_more = self._find_missing(sequence)
+        if not shared and not num_more:
             return True
-        if not manager.can_allocate(num_new):
+        if not manager.can_allocate(len(shared) + num_more):
             return False
-        blocks = manager.allocate(num_new)
+        blocks = manager.allocate(len(shared) + num_more)
         for place in shared:
             block = blocks.pop()
             draft.copy.append(BlockCopy(table[place], block))
@@ -424,7 +470,7 @@ class Scheduler:
         sequence.block_table = match.blocks + manager.allocate(num_new_blocks)
         sequence.content_ids = match.content_ids
         sequence.num_computed_tokens = len(match.blocks) * size
-        for place in range(len(match.blocks), len(sequence.swapped_blocks)):
+        for place in range(len(match.blocks), manager.blocks_for(sequence.num_swapped_tokens)):
             cpu_block = sequence.swapped_blocks[place]
             if cpu_block is None:
                 break
@@ -476,7 +522,7 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         if rests:
-            sequence.status = SequenceStatus.RESTING
+            sequence.status = RESTING
         else:
             self._drop_provisional(sequence)
             self._queue(sequence)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Response
 from mini_infer.outputs import TokenLogprobs
 from mini_infer.serving.answers import DONE, event
 from mini_infer.serving.logprobs import chat_logprobs, check_num_top
-from mini_infer.serving.protocol import ChatBody
+from mini_infer.serving.protocol import ChatBody, check_answer_size
 from mini_infer.serving.service import Service, now, usage
 
 
@@ -41,6 +41,8 @@ class _ChatCompletion:
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=self._num_top if body.logprobs else None,
         )
+
+        check_answer_size(self._params, 1, service.engine.engine.max_model_len)
 
     async def whole(self) -> dict[str, Any]:
         (output,) = await self._service.complete([await self._prompt()], self._params, [self.id], self._body.priority)
@@ -97,7 +99,12 @@ class _ChatCompletion:
         }
 
     def _logprobs(self, places: list[TokenLogprobs] | None) -> dict[str, Any] | None:
-        return chat_logprobs(places or [], self._num_top) if self._body.logprobs else None
+        return chat_logprobs(places or [], self._num_top, self._bytes_of) if self._body.logprobs else None
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        tokenizer = self._service.engine.engine.tokenizer
+        is_left_out = self._params.skip_special_tokens and token_id in tokenizer.special_tokens
+        return b"" if is_left_out else tokenizer.token_bytes(token_id)
 
 
 def _choice(

@@ -9,11 +9,11 @@ from fastapi import APIRouter, Response
 
 from mini_infer.engine.intake import list_prompts
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.outputs import CompletionOutput, GenerateOutput, Increment, TokenLogprobs
+from mini_infer.outputs import CompletionOutput, GenerateOutput, TokenLogprobs
 from mini_infer.serving.answers import DONE, event
 from mini_infer.serving.errors import ApiError
-from mini_infer.serving.logprobs import check_num_top, completion_logprobs
-from mini_infer.serving.protocol import MAX_CHOICES, CompletionBody
+from mini_infer.serving.logprobs import CompletionLogprobs, check_num_top
+from mini_infer.serving.protocol import MAX_CHOICES, CompletionBody, check_answer_size
 from mini_infer.serving.service import Service, now, usage
 
 
@@ -54,6 +54,10 @@ class _TextCompletion:
                 f"{len(self._prompts)} prompts, n={self._params.n}: a request must have 1 to {MAX_CHOICES} choices",
                 param="prompt",
             )
+        check_answer_size(self._params, len(self._prompts), service.engine.engine.max_model_len)
+        self._tokenizer = service.engine.engine.tokenizer
+        self._special_tokens = self._tokenizer.special_tokens
+        self._left_out = self._special_tokens if self._params.skip_special_tokens else {}
         several = len(self._prompts) > 1
         self._request_ids = [f"{self.id}-{place}" if several else self.id for place in range(len(self._prompts))]
 
@@ -72,8 +76,11 @@ class _TextCompletion:
 
     def _whole_choice(self, index: int, output: GenerateOutput, completion: CompletionOutput) -> dict[str, Any]:
         echo = self._echo(output.prompt, output.prompt_token_ids)
-        places: list[TokenLogprobs | None] = [*(output.prompt_logprobs or []), *(completion.logprobs or [])]
-        logprobs = self._logprobs(places, 0, output.prompt_token_ids)
+        logprobs = None
+        if self._body.logprobs is not None:
+            made = self._begin_logprobs(echo, output.prompt, output.prompt_token_ids, output.prompt_logprobs)
+            made.append(completion.text, completion.token_ids, completion.logprobs or [], left_out=self._left_out)
+            logprobs = made.take(is_whole=True)
         return _choice(index, echo + completion.text, logprobs, completion.finish_reason)
 
     # ---- as events -----------------------------------------------------------------------------------------------
@@ -82,7 +89,7 @@ class _TextCompletion:
         options = self._body.stream_options
         counts_all = options is not None and options.include_usage
         counts_each = options is not None and options.include_usage and options.continuous_usage_stats
-        offsets: dict[int, int] = {}
+        made: dict[int, CompletionLogprobs] = {}
         num_completion = 0
         with await self._service.engine.submit(
             self._prompts, self._params, request_ids=self._request_ids, priority=self._body.priority
@@ -93,14 +100,19 @@ class _TextCompletion:
             async for increment in increments:
                 place, request = requests[increment.request_id]
                 index = place * self._params.n + increment.index
-                text, places = increment.text, list[TokenLogprobs | None](increment.logprobs or [])
-                if index not in offsets:  # by now the prompt was computed
-                    text = self._echo(request.prompt, request.prompt_token_ids) + text
-                    places = [*(request.prompt_logprobs if self._scores_prompt else []), *places]
+                text, logprobs = increment.text, None
+                if index not in made:  # by now the prompt was computed
+                    echo = self._echo(request.prompt, request.prompt_token_ids)
+                    scores = request.prompt_logprobs if self._scores_prompt else None
+                    made[index] = self._begin_logprobs(echo, request.prompt, request.prompt_token_ids, scores)
+                    text = echo + text
                 num_completion += len(increment.token_ids)
-                logprobs = self._logprobs(places, offsets.get(index, 0), request.prompt_token_ids)
-                offsets[index] = offsets.get(index, 0) + sum(map(len, logprobs["tokens"] if logprobs else []))
-                if _says_something(increment, text):
+                if self._body.logprobs is not None:
+                    made[index].append(
+                        increment.text, increment.token_ids, increment.logprobs or [], left_out=self._left_out
+                    )
+                    logprobs = made[index].take(is_whole=increment.finish_reason is not None)
+                if text or increment.finish_reason or (logprobs and logprobs["tokens"]):
                     chunk = self._frame([_choice(index, text, logprobs, increment.finish_reason)])
                     if counts_all:
                         chunk["usage"] = usage(num_prompt, num_completion) if counts_each else None
@@ -124,18 +136,16 @@ class _TextCompletion:
             return ""
         return self._service.engine.engine.detokenize(token_ids) if prompt is None else prompt
 
-    def _logprobs(
-        self, places: Seq[TokenLogprobs | None], offset: int, prompt_token_ids: Seq[int]
-    ) -> dict[str, Any] | None:
-        if self._body.logprobs is None:
-            return None
-        first = self._service.engine.engine.detokenize(prompt_token_ids[:1]) if None in places else ""
-        return completion_logprobs(places, offset, first)
+    def _begin_logprobs(
+        self, echo: str, prompt: str | None, prompt_token_ids: Seq[int], places: Seq[TokenLogprobs | None] | None
+    ) -> CompletionLogprobs:
+        """Those of a choice, begun with its prompt's if they are asked for."""
+        made = CompletionLogprobs(self._tokenizer)
+        if places:
+            added = () if prompt is None else [i for i, name in self._special_tokens.items() if name not in prompt]
+            made.append(echo, prompt_token_ids, places, left_out=added)
+        return made
 
 
 def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
-def _says_something(increment: Increment, text: str) -> bool:
-    return bool(text or increment.logprobs or increment.finish_reason)

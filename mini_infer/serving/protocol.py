@@ -7,11 +7,31 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from mini_infer.engine.tokenizer import whole_text
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import SamplingParams
 
 MAX_CHOICES = 1024
 """Most completions of one HTTP request, over all its prompts."""
+
+MAX_ANSWER_SIZE = 2**20
+"""Most log probabilities that an answer may hold, the tokens' own included; without any, most tokens."""
+
+
+def check_answer_size(params: SamplingParams, num_prompts: int, max_model_len: int) -> None:
+    """Refuse a request of few bytes whose answer would fill the memory.
+
+    Raises:
+        InvalidRequestError: its completions, their tokens and the log probabilities of each make too many.
+    """
+    num_tokens = max_model_len if params.max_tokens is None else min(params.max_tokens, max_model_len)
+    num_choices, num_each = num_prompts * params.n, (params.logprobs or 0) + 1
+    if num_choices * num_tokens * num_each > MAX_ANSWER_SIZE:
+        raise InvalidRequestError(
+            f"{num_choices} completions of up to {num_tokens} tokens with {num_each} log probabilities each are more "
+            f"than an answer may hold, {MAX_ANSWER_SIZE} in all; set max_tokens lower, or n or logprobs"
+        )
+
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
@@ -142,20 +162,10 @@ class CompletionBody(OpenAIBody):
 
 
 def _whole_text(content: Any) -> Any:
-    """The text of a message whose content comes in parts, all of them texts."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "content_part",
-                'only text parts, {{"type": "text", "text": ...}}, are supported, got type {kind}',
-                {"kind": repr(kind)[:40]},
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
+    try:
+        return whole_text(content)
+    except InvalidRequestError as error:
+        raise PydanticCustomError("content_part", "{message}", {"message": str(error)}) from error
 
 
 _TEXT_PARTS = {
@@ -174,17 +184,26 @@ _TEXT_PARTS = {
 
 
 class Message(Body):
+    """Unlike anywhere else, fields that are not known are ignored: answers come back as part of a conversation with
+    whatever a server or a client put into them, such as ``annotations`` or ``reasoning_content``."""
+
+    model_config = ConfigDict(extra="ignore")
+
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system")
     content: Annotated[str, BeforeValidator(_whole_text), WithJsonSchema(_TEXT_PARTS)] = Field(
         description="Text, or a list of text parts, which are put on lines of their own"
     )
     name: str | None = Field(None, description="Handed to the chat template")
+    tool_calls: Any = Field(None, description=_NOT_YET)
+    function_call: Any = Field(None, description=_NOT_YET)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_lists(cls, message: Any) -> Any:
-        """Answers sent back as part of a conversation bring fields such as ``"annotations": []``."""
-        return {k: v for k, v in message.items() if v != []} if isinstance(message, dict) else message
+    @model_validator(mode="after")
+    def _refuse_calls(self) -> "Message":
+        for name in ("tool_calls", "function_call"):
+            if getattr(self, name):
+                message = f"{name} in a message is not supported yet; leave it out"
+                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
+        return self
 
     def for_template(self) -> dict[str, str]:
         message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError
 from mini_infer.outputs import GenerateOutput, Increment
+from mini_infer.step import StepInput
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
+from tests.engine.executors import Failing, interpose
 
 PROMPTS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two", "五", "six")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -325,7 +325,7 @@ class TestErrors:
 
         run(main)
 
-    def test_a_full_queue(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_queue(self, checkpoint: Path) -> None:
         async def main() -> None:
             async with AsyncLLMEngine(model=checkpoint, block_size=4, max_num_seqs=1, max_waiting=1) as engine:
                 running = engine.generate("One", ENDLESS)
@@ -340,19 +340,23 @@ class TestErrors:
         run(main)
 
     def test_a_step_that_raises_fails_those_under_way(
-        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], monkeypatch: pytest.MonkeyPatch
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]
     ) -> None:
-        forward = ModelRunner.forward
+        failing = threading.Event()
 
-        def raise_once(self: ModelRunner, scheduled: Any) -> torch.Tensor:
-            monkeypatch.setattr(ModelRunner, "forward", forward)
-            raise RuntimeError("cosmic ray")
+        def error_of(number: int, step: StepInput) -> BaseException | None:
+            if failing.is_set():
+                failing.clear()
+                return RuntimeError("cosmic ray")
+            return None
+
+        interpose(engine.engine, lambda executor: Failing(executor, error_of))
 
         async def main() -> None:
             under_way = [engine.generate(prompt, ENDLESS) for prompt in ("three", "four")]
             for increments in under_way:
                 await anext(increments)
-            monkeypatch.setattr(ModelRunner, "forward", raise_once)
+            failing.set()
             for increments in under_way:
                 with pytest.raises(RuntimeError, match="cosmic ray"):
                     await collect(increments)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, EngineConfig, LLMEngine, SamplingParams
 from mini_infer.exceptions import (
@@ -22,9 +21,11 @@ from mini_infer.exceptions import (
     KernelError,
     MiniInferError,
     ModelNotFoundError,
+    NotFiniteError,
     OutOfMemoryError,
     QueueFullError,
 )
+from mini_infer.models import Decoder
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
 
 MAX_MODEL_LEN = 256
@@ -177,7 +178,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     *[({"max_tokens": value}, repr(value)) for value in (0, -1, -(10**30), 1.5, "16", True, INF)],
     *[({"min_tokens": value}, repr(value)) for value in (-1, 17, 0.5, None)],
     *[({"temperature": value}, repr(value)) for value in (-0.1, NAN, INF, -INF, "1", None, True, 1j, -(10**400))],
-    *[({"top_p": value}, repr(value)) for value in (0, -0.1, 1.0001, 2, NAN, "0.9", None)],
+    *[({"top_p": value}, repr(value)) for value in (-0.1, 1.0001, 2, NAN, "0.9", None)],
     *[({"top_k": value}, repr(value)) for value in (-2, 1.5, "5", True, NAN)],
     *[({"min_p": value}, repr(value)) for value in (-0.01, 1.01, NAN, [0.1])],
     *[({"repetition_penalty": value}, repr(value)) for value in (0, -1.5, NAN, INF)],
@@ -213,7 +214,7 @@ class TestSamplingOptions:
 
     @pytest.mark.parametrize(
         "options",
-        [{"max_tokens": 0}, {"max_tokens": -5}, {"temperature": NAN}, {"top_p": 2.0}, {"top_k": -2}, {"top_p": 0.0}],
+        [{"max_tokens": 0}, {"max_tokens": -5}, {"temperature": NAN}, {"top_p": 2.0}, {"top_k": -2}, {"top_p": -0.5}],
         ids=str,
     )
     @pytest.mark.parametrize("method", ["generate", "chat", "stream"])
@@ -552,7 +553,7 @@ class TestFailingSteps:
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
     @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
-    def test_logits_that_are_no_numbers_abort_only_their_request(
+    def test_logits_that_are_no_numbers_end_only_their_request(
         self,
         own: LLM,
         expected: list[int],
@@ -566,20 +567,21 @@ class TestFailingSteps:
         while own.stats().num_generated_tokens % 7 != 3:  # anywhere in its decoding
             own.step()
         sick = own.add_request("sick", SamplingParams(temperature=temperature, max_tokens=9, **filters))
-        compute_logits = ModelRunner.compute_logits
+        compute_logits = Decoder.compute_logits
 
-        def corrupt(self: ModelRunner, hidden: torch.Tensor) -> torch.Tensor:
+        def corrupt(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
             logits = compute_logits(self, hidden).clone()
             if len(logits) == 2:
                 logits[1] = value  # requests come in the order of their arrival
             return logits
 
-        monkeypatch.setattr(ModelRunner, "compute_logits", corrupt)
+        monkeypatch.setattr(Decoder, "compute_logits", corrupt)
         with caplog.at_level(logging.ERROR):
             while not own.is_finished():
                 own.step()
         output = own.get_output(sick)
-        assert output is not None and output.finish_reason == "abort"
+        assert output is not None and output.finish_reason == "error"
+        assert isinstance(output.error, NotFiniteError) and sick in str(output.error)
         assert [record.levelname for record in caplog.records] == ["ERROR"] and sick in caplog.text
         assert finish(own, under_way) == expected
         monkeypatch.undo()
@@ -588,11 +590,11 @@ class TestFailingSteps:
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """The next call of the runner's method raises, and only that one."""
-    method = getattr(ModelRunner, where)
+    """The next call of the model's method raises, and only that one."""
+    method = getattr(Decoder, where)
 
-    def raise_once(self: ModelRunner, *args: Any) -> Any:
-        monkeypatch.setattr(ModelRunner, where, method)
+    def raise_once(self: Decoder, *args: Any) -> Any:
+        monkeypatch.setattr(Decoder, where, method)
         raise RuntimeError("cosmic ray")
 
-    monkeypatch.setattr(ModelRunner, where, raise_once)
+    monkeypatch.setattr(Decoder, where, raise_once)

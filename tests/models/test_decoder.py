@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mini_infer import kernels
-from mini_infer.models import Batch, Decoder, load_model, read_config
+from mini_infer.models import Batch, Decoder, ModelConfig, load_model, read_config
 
 from .checkpoints import FAMILIES, ROPE_SCALINGS, make_checkpoint
 
@@ -93,10 +93,15 @@ class PagedRun:
 
 
 def compare(
-    path: Path, dtype: torch.dtype, block_size: int, seed: int, lengths: tuple[int, ...] = (23, 1, 9, 40)
+    path: Path,
+    dtype: torch.dtype,
+    block_size: int,
+    seed: int,
+    lengths: tuple[int, ...] = (23, 1, 9, 40),
+    config: ModelConfig | None = None,
 ) -> None:
     """Random token sequences of these lengths through both models; all logits must agree."""
-    config = read_config(path)
+    config = config or read_config(path)
     model = load_model(path, config, dtype, "cpu", KERNELS)
     draw = random.Random(seed)
     sequences = [[draw.randrange(config.vocab_size) for _ in range(length)] for length in lengths]

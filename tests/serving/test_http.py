@@ -144,7 +144,7 @@ BAD_FIELDS: list[Any] = [
     ("temperature", -0.1),
     ("temperature", "hot"),
     ("temperature", [1]),
-    ("top_p", 0),
+    ("top_p", -0.1),
     ("top_p", 1.1),
     ("top_k", -2),
     ("min_p", 2),

@@ -1,5 +1,6 @@
 """One token after the other, each drawn from the logits after the last one."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from mini_infer.engine.token_logprobs import token_logprobs
 from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, Sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ class Autoregressive:
         return outcomes
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
-        if answer.scores:
+        if request.params.prompt_logprobs is not None and self._streams[item.sequence].completion.index == 0:
             self._note_prompt_logprobs(request, item, answer)
         if not item.num_logits:
             if item.sequence.finish_reason is not None:  # nothing is to follow the prompt
@@ -104,6 +107,7 @@ class Autoregressive:
                 request.error = NotFiniteError(
                     f"request {request.request_id!r}: its logits are not finite; a wider dtype may help"
                 )
+                logger.error("%s", request.error)
                 self._close(request, sequence, completion, "error", "", 0)
                 continue
             for rule in self._streams[sequence].rules:

@@ -16,6 +16,7 @@ shared, and copied only where the ways part. The beams of a round may be compute
 budget or the memory is short; those that are done rest, with nothing to compute, until the last one has reported.
 """
 
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, Sequence
 from mini_infer.typing import TokenIds
+
+logger = logging.getLogger(__name__)
 
 Continuations: TypeAlias = list[tuple[int, float]]
 """The likeliest next tokens of a beam and their log probabilities, best first."""
@@ -127,6 +130,7 @@ class BeamSearch:
             request.error = NotFiniteError(
                 f"request {self._request_id!r}: its logits are not finite; a wider dtype may help"
             )
+            logger.error("%s", request.error)
             self.stop(request, scheduler, "error")
             return
         extensions.sort(key=lambda extension: extension.logprob, reverse=True)

@@ -43,7 +43,6 @@ with H heads of dimension D, bytes of b per element, and K KV heads:
 T = 8192, H = 32, D = 128 are 550 GFLOPs: 0.7 ms at an H200's measured 790 TFLOP/s, against 0.04 ms for its 168 MB.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,8 +51,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product, types_of_arguments
-from mini_infer.kernels.triton.launch import DTYPES, MODELS, CompileCase, Device, compile_case, device_of, launches
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product
+from mini_infer.kernels.triton.launch import Device, device_of, launches
 
 
 @triton.jit
@@ -234,7 +233,7 @@ def paged_prefill_attention(
         query, scale = -query, -scale
     group = num_heads // num_kv_heads
     plan = config(group, head_dim, query.element_size(), device_of(query))
-    tiles = _tiles(num_kv_heads, group, head_dim, block_size, plan)
+    tiles = tile_sizes(num_kv_heads, group, head_dim, block_size, plan)
     most_tiles = num_tokens // tiles["QUERIES"] + num_seqs
     paged_prefill_attention_kernel[(most_tiles * num_kv_heads,)](
         out=out,
@@ -249,7 +248,7 @@ def paged_prefill_attention(
     return out
 
 
-def _tiles(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
+def tile_sizes(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
     """The kernel's compile-time sizes: a tile holds all the heads of a group for as many tokens as there is room."""
     return {
         "NUM_KV_HEADS": num_kv_heads,
@@ -261,22 +260,3 @@ def _tiles(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: 
         "COLS": triton.next_power_of_2(max(head_dim, 16)),
         "TILE": plan.tile,
     }
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    unit_strides = {"key_stride_dim": 1, "value_stride_dim": 1}
-    spans = {"causal": {"span": 1}, "in spans": {}}  # a 1 is compiled into the kernel
-    for model, shapes in MODELS.items():
-        group = shapes.num_heads // shapes.num_kv_heads
-        for name, dtype in DTYPES.items():
-            plan = config(group, shapes.head_dim, dtype.itemsize, device)
-            for block_size, causal in ((16, "causal"), (256, "causal"), (16, "in spans")):
-                tiles = _tiles(shapes.num_kv_heads, group, shapes.head_dim, block_size, plan)
-                yield compile_case(
-                    f"paged_prefill_attention block_size={block_size} {causal} {model} {name}",
-                    paged_prefill_attention_kernel,
-                    types_of_arguments(name, name),
-                    {**unit_strides, **spans[causal], **tiles},
-                    num_warps=plan.num_warps,
-                    num_stages=plan.num_stages,
-                )

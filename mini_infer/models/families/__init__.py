@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
 from mini_infer.models.config import ModelConfig
-from mini_infer.models.hf_config import hf_config, read_json
+from mini_infer.models.hf_config import hf_config, read_json, shorten
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -51,20 +51,23 @@ def read_config(directory: str | Path) -> ModelConfig:
         family = _family(fields.get("architectures"))
         if fields.get("model_type", family.MODEL_TYPE) != family.MODEL_TYPE:
             raise UnsupportedModelError(
-                f"model_type {fields['model_type']!r} does not go with architectures {fields['architectures']}"
+                f"model_type {shorten(repr(fields['model_type']))} does not go with architectures "
+                f"{fields['architectures']}"
             )
         return family.read(hf_config(family.MODEL_TYPE, fields))
     except (InvalidCheckpointError, UnsupportedModelError) as error:
         raise type(error)(f"{path}: {error}") from error.__cause__
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        raise InvalidCheckpointError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+        raise InvalidCheckpointError(f"{path} cannot be used: {type(error).__name__}: {shorten(str(error))}") from error
 
 
 def _family(architectures: object) -> Family:
     supported = f"supported are {', '.join(FAMILIES)}"
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise UnsupportedModelError(f"architectures must name one model; got {architectures!r}; {supported}")
-    name = architectures[0]
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise UnsupportedModelError(f"architecture {name} is not supported; {supported}")
-    return FAMILIES[name]
+    match architectures:
+        case [str(name)] if name in FAMILIES:
+            return FAMILIES[name]
+        case [str(name)]:
+            raise UnsupportedModelError(f"architecture {shorten(name)} is not supported; {supported}")
+        case _:
+            got = shorten(repr(architectures))
+            raise UnsupportedModelError(f"architectures must name one model; got {got}; {supported}")

@@ -164,7 +164,7 @@ class Scheduler:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             if sequence.num_drafts:
-                self._shorten(sequence, num_guesses)
+                self._shorten(sequence, min(num_guesses, draft.budget - 1))
             elif sequence.num_uncomputed_tokens > 1 and not any(self._find_missing(sequence)):
                 chunks.append(sequence)
                 continue
@@ -258,8 +258,8 @@ class Scheduler:
             finish_reason = "length" if has_ended else None
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
-        elif sequence.status is SequenceStatus.RESTING and sequence.can_step and not sequence.num_placeholders:
-            self._queue(sequence)
+        elif sequence.status is SequenceStatus.RESTING and num_valid < length and not sequence.num_placeholders:
+            self._queue(sequence)  # otherwise all is computed, and it rests on until it gets a token
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the

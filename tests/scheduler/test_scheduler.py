@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mini_infer.config import PreemptionMode
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import (
@@ -390,6 +391,22 @@ def test_a_sequence_preempted_under_a_step_goes_on_with_the_token_that_it_brings
     assert young.finish_reason == old.finish_reason == "length"
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_beam_whose_logits_came_after_its_preemption_rests_until_it_gets_a_token(mode: PreemptionMode) -> None:
+    blocks = BlockManager(4, 4, num_cpu_blocks=4)
+    scheduler = Scheduler(4, 16, 4, block_manager=blocks, watermark=0, preemption_mode=mode)
+    old, beam = sequence("old", 8, 8), sequence("beam", 8, 8, decides_late=True)
+    scheduler.add(old)
+    scheduler.add(beam)
+    assert [scheduler.schedule().preempted for _ in range(2)] == [(), (beam,)]
+    scheduler.commit([Outcome(old, (1,), 8), Outcome(beam, (), 8)])
+    assert beam.status is SequenceStatus.RESTING  # nothing of it is left to compute
+    scheduler.finish(old, "abort")
+    assert scheduler.schedule() == SchedulerOutputs()
+    scheduler.commit([Outcome(beam, (5,), 8)])
+    assert names(scheduler.schedule()) == [("beam", 1 if mode == "swap" else 9)]
+
+
 def test_a_sequence_that_waits_again_has_one_entry_in_the_queue() -> None:
     scheduler = Scheduler(4, 16, 4)
     one, other = sequence("one", 4, 4), sequence("other", 4, 4)
@@ -509,6 +526,19 @@ def test_drafts_take_the_budget_that_others_leave() -> None:
     scheduler.propose(one, [1] * 20)
     plan = scheduler.schedule()
     assert dict(names(plan)) == {"other": 1, "s": 7}
+
+
+def test_drafts_are_never_cut_in_two_by_the_budget() -> None:
+    scheduler = Scheduler(4, 40, 4, max_num_batched_tokens=4)
+    late, one = sequence("late", 2, 12, decides_late=True), sequence("one", 2, 12)
+    scheduler.add(late)
+    scheduler.add(one)
+    scheduler.schedule()
+    scheduler.commit([Outcome(late, (1, 2, 3), 2), Outcome(one, (1,), 2)])
+    scheduler.propose(one, [1, 2, 3])
+    plan = scheduler.schedule()  # three tokens of "late" need a block, and leave room for one
+    assert names(plan) == [("one", 1), ("late", 3)] and one.num_drafts == 0
+    assert [item.num_logits for item in plan.scheduled] == [1, 1]
 
 
 def test_several_tokens_that_came_at_once_get_the_blocks_that_they_need() -> None:

@@ -79,7 +79,7 @@ class LLMEngine:
         self._tokenizer = parts.tokenizer
         self._intake = parts.intake
         self._loop = parts.loop
-        self._finished: dict[str, Request] = {}  # whose output nobody has fetched
+        self._finished = parts.loop.finished  # whose output nobody has fetched
         self._handed_over: OrderedDict[str, GenerateOutput] = OrderedDict()  # the last ones that `step` gave
         self._lock = threading.RLock()
 
@@ -278,8 +278,8 @@ class LLMEngine:
             raise InvalidRequestError(f"stream yields one text but n={request.params.n}; use generate, or n=1")
 
         def pieces() -> Iterator[str]:
-            self.submit(request)
             try:
+                self.submit(request)
                 ended = False
                 while not ended:
                     if not increments:
@@ -357,8 +357,8 @@ class LLMEngine:
             result = self._advance()
             finished = [request.output() for request in result.finished]
             for output in finished:
-                self._finished.pop(output.request_id, None)
                 self._handed_over[output.request_id] = output
+                self._finished.pop(output.request_id, None)
             while len(self._handed_over) > _KEPT_OUTPUTS:
                 self._handed_over.popitem(last=False)
             return signed_step(finished, result.plan.num_tokens, result.plan.only_decodes)
@@ -379,7 +379,6 @@ class LLMEngine:
             request = self._loop.requests.get(request_id) if isinstance(request_id, str) else None
             if request is not None:
                 self._loop.abort(request)
-                self._keep_output(request)
             elif request_id not in self._finished and request_id not in self._handed_over:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 
@@ -466,16 +465,8 @@ class LLMEngine:
             self.discard(requests)
 
     def _advance(self) -> StepResult:
-        """One step; outputs that nobody listens for wait to be fetched."""
         with self._lock:
-            result = self._loop.advance()
-            for request in result.finished:
-                self._keep_output(request)
-            return result
-
-    def _keep_output(self, request: Request) -> None:
-        if request.listener is None:
-            self._finished[request.request_id] = request
+            return self._loop.advance()
 
     def discard(self, requests: Seq[Request]) -> None:
         """Forget requests that nobody waits for any more, wherever they are."""
@@ -483,7 +474,7 @@ class LLMEngine:
             for request in requests:
                 if self._loop.requests.get(request.request_id) is request:
                     self._loop.abort(request)
-                elif self._finished.get(request.request_id) is request:
+                if self._finished.get(request.request_id) is request:
                     del self._finished[request.request_id]
 
 

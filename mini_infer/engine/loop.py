@@ -132,6 +132,11 @@ class EngineLoop:
         describer: makes steps of plans, in the terms of that executor.
         depth: most steps under way.
         observers: are told of every step.
+
+    Attributes:
+        requests: under way, by their ids.
+        finished: those that have ended and that nobody listened to, until somebody takes them out.
+        counts: totals since the start.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class EngineLoop:
     ) -> None:
         self.scheduler = scheduler
         self.requests: dict[str, Request] = {}
+        self.finished: dict[str, Request] = {}
         self.counts = LoopCounts()
         self._executor = executor
         self._describer = describer
@@ -153,6 +159,7 @@ class EngineLoop:
         self._waiting: set[Request] = set()
         self._unhurried: set[Request] = set()
         self._is_publishing = False
+        self._held_back: BaseException | None = None
 
     @property
     def num_waiting_requests(self) -> int:
@@ -190,6 +197,8 @@ class EngineLoop:
         """End a request, wherever it is; its listener is told."""
         with uninterrupted():
             self._stop(request, "abort")
+            if not self._is_publishing:
+                self._raise_held_back()
 
     def advance(self) -> StepResult:
         """Read one step, with those that follow it under way.
@@ -203,9 +212,9 @@ class EngineLoop:
         if self._is_publishing:
             raise EngineError("a listener cannot run steps, since it is told in the middle of one; queue what it needs")
         with uninterrupted():
-            self._fill()
+            failed = self._fill()
         if not self._flights:
-            return StepResult(SchedulerOutputs(), [])
+            return StepResult(SchedulerOutputs(), failed)
         flight = self._flights[0]
         try:
             output = flight.future.result()
@@ -214,21 +223,25 @@ class EngineLoop:
                 self._rewind([flight.plan for flight in self._flights], error)
             if isinstance(error, Exception) and not any(map(self._is_alive, flight.requests)):
                 logger.warning("a step failed in which nobody was interested any more: %r", error)
-                return StepResult(SchedulerOutputs(), [])
+                return StepResult(SchedulerOutputs(), failed)
             raise
         with uninterrupted():
-            return self._land(flight, output)
+            result = self._land(flight, output, failed)
+            self._raise_held_back()
+            return result
 
     # ---- before a step -------------------------------------------------------------------------------------------
 
-    def _fill(self) -> None:
-        """Submit steps until as many are under way as may be, or there is nothing to compute now."""
+    def _fill(self) -> list[Request]:
+        """Submit steps until as many are under way as may be, or there is nothing to compute now. Returns the requests
+        that failed."""
+        failed: list[Request] = []
         depth = 1 if self._unhurried else self._depth
         while len(self._flights) < depth:
             began = time.perf_counter_ns()
             plan = self.scheduler.schedule()
             if plan.is_empty:
-                return
+                break
             for observer in self._observers:
                 observer.planned(plan, began)
             try:
@@ -238,10 +251,12 @@ class EngineLoop:
                 if not isinstance(error, _WantError):
                     raise
                 self._fail(error.request, error.error)
+                failed.append(error.request)
                 continue
             self._flights.append(flight)
             for observer in self._observers:
                 observer.submitted(flight)
+        return failed
 
     def _submit(self, plan: SchedulerOutputs) -> Flight:
         now = time.monotonic()
@@ -273,18 +288,19 @@ class EngineLoop:
 
     # ---- after a step --------------------------------------------------------------------------------------------
 
-    def _land(self, flight: Flight, output: StepOutput) -> StepResult:
+    def _land(self, flight: Flight, output: StepOutput, finished: list[Request]) -> StepResult:
+        """Commit a step, and tell of it. ``finished`` are requests that ended before it."""
         for observer in self._observers:
             observer.computed(flight, output)
         answers = list(flight.wanted.answers(output))
         outcomes: list[Outcome] = []
-        failed: list[tuple[Request, Exception]] = []
+        failed: dict[Request, Exception] = {}
         for item, request, answer in zip(flight.plan.scheduled, flight.requests, answers, strict=True):
             try:
                 if self._is_alive(request):
                     outcomes += request.decoding.decide(request, item, answer)
             except Exception as error:
-                failed.append((request, error))
+                failed.setdefault(request, error)
         try:
             self.scheduler.commit(outcomes)
         except ValueError as error:
@@ -293,20 +309,20 @@ class EngineLoop:
         self._flights.popleft()
         self._count(flight.plan)
         num_generated_before = self.counts.num_generated_tokens
-        for request, cause in failed:
-            self._fail(request, cause)
-        finished = self._publish(flight, answers)
+        finished = [*finished, *self._publish(flight, answers, failed)]
         result = StepResult(flight.plan, finished, self.counts.num_generated_tokens - num_generated_before)
         for observer in self._observers:
             observer.committed(flight, result)
         return result
 
-    def _publish(self, flight: Flight, answers: list[Answer]) -> list[Request]:
-        """Tell of a step whose outcomes are committed. Returns the requests that this finished."""
+    def _publish(self, flight: Flight, answers: list[Answer], failed: dict[Request, Exception]) -> list[Request]:
+        """Tell of a step whose outcomes are committed, save of those that failed. Returns the requests that ended."""
         now = time.monotonic()
-        finished: list[Request] = []
+        finished = list(failed)
         self._is_publishing = True
         try:
+            for request, cause in failed.items():
+                self._fail(request, cause)
             for item, request, answer in zip(flight.plan.scheduled, flight.requests, answers, strict=True):
                 if self._is_alive(request):
                     if item.num_logits and request.first_token_time is None:
@@ -322,24 +338,36 @@ class EngineLoop:
     def _publish_one(self, request: Request, item: ScheduledSequence, answer: Answer) -> None:
         try:
             self.counts.num_generated_tokens += request.decoding.publish(request, item, answer, self.scheduler)
-        except Exception as error:
+        except BaseException as error:
             self._fail(request, error)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         """Something that concerns one request alone has raised: it ends."""
-        logger.error("request %s ends with an error", request.request_id, exc_info=error)
-        request.error = RequestError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
-        request.error.__cause__ = error
+        self._blame(request, error)
         self._stop(request, "error")
+
+    def _blame(self, request: Request, error: BaseException) -> None:
+        """Keep an error with the request that it is about. One that asks the program to end also goes to the caller,
+        once all others have been told of the step."""
+        logger.error("request %s ends with an error", request.request_id, exc_info=error)
+        if request.error is None:
+            request.error = RequestError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
+            request.error.__cause__ = error
+        if not isinstance(error, Exception):
+            self._held_back = self._held_back or error
+
+    def _raise_held_back(self) -> None:
+        error, self._held_back = self._held_back, None
+        if error is not None:
+            raise error
 
     def _stop(self, request: Request, reason: FinishReason) -> None:
         for _ in range(len(request.completions) + 1):  # the listener is told of each of them, and may raise each time
             try:
                 request.decoding.stop(request, self.scheduler, reason)
                 break
-            except Exception as error:
-                logger.error("request %s: its listener or its text raised", request.request_id, exc_info=error)
-                request.error = request.error or RequestError(f"request {request.request_id!r} failed: {error!r}")
+            except BaseException as error:
+                self._blame(request, error)
                 reason = "error"
         for completion in request.completions:
             completion.finish_reason = completion.finish_reason or reason
@@ -351,6 +379,8 @@ class EngineLoop:
             del self.requests[request.request_id]
             self._waiting.discard(request)
             self._unhurried.discard(request)
+            if request.listener is None:
+                self.finished[request.request_id] = request
             for observer in self._observers:
                 observer.ended(request)
 

@@ -100,7 +100,7 @@ class Tokenizer:
         if self._adds_bos and text.startswith(self.hf.bos_token) and not isinstance(text, RenderedChat):
             del token_ids[0]
         if not token_ids:
-            raise InvalidRequestError(f"prompt {text[:40]!r} has no tokens; give at least one")
+            raise InvalidRequestError(f"prompt {text[:40]!r} is empty, it has no tokens; give at least one token")
         self._check_known(token_ids)
         return token_ids
 

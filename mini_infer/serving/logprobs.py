@@ -72,7 +72,7 @@ class CompletionLogprobs:
         shape: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         while self._waiting:
             token_id, place, is_left_out = self._waiting[0]
-            size = 0 if is_left_out else self._size(self._tokenizer.token_bytes(token_id), is_whole)
+            size = 0 if is_left_out else self._size(token_id, is_whole)
             if size is None:
                 break
             self._waiting.popleft()
@@ -87,14 +87,18 @@ class CompletionLogprobs:
             self._offset += len(token)
         return shape
 
-    def _size(self, token: bytes, is_whole: bool) -> int | None:
+    def _size(self, token_id: int, is_whole: bool) -> int | None:
         """How many of the bytes that have come are a token's; None while that is open.
 
         The text need not have it there: decoders drop a space in front of a text, show bad bytes in another way, and
         tokenizers may have read the prompt less exactly than it was written. Then the token may be found close by.
         """
+        token = self._tokenizer.token_bytes(token_id)
         if self._text.startswith(token):
             return len(token)
+        is_part = token_id in self._tokenizer.byte_tokens or "\ufffd" in self._tokenizer.token_text(token_id)
+        if is_part and self._text.startswith(_REPLACEMENT):
+            return len(_REPLACEMENT)
         if not is_whole and token.startswith(self._text):
             return None
         if self._offset == 0 and token.startswith(b" ") and self._text.startswith(token[1:]):
@@ -113,6 +117,8 @@ class CompletionLogprobs:
                 numbers[text if is_free else f"token_id:{other}"] = _number(entry)
         return numbers
 
+
+_REPLACEMENT = "\ufffd".encode()
 
 _NEAR = 32
 """Bytes that may lie between one token's text and the next's."""

@@ -37,6 +37,10 @@ class StepError(MiniInferError, RuntimeError):
     """A step of the engine raised, so that the requests in it could not go on; the cause is chained to it."""
 
 
+class NotFiniteError(MiniInferError, ArithmeticError):
+    """The model's logits were not numbers, so that a request could not go on."""
+
+
 class OutOfMemoryError(MiniInferError, MemoryError):
     """The weights do not fit the device, or one sequence could never fit the KV memory."""
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+from mini_infer.exceptions import MiniInferError
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class CompletionOutput:
         index: which of the ``n``, from 0.
         text: generated text, without stop strings.
         token_ids: generated tokens, including the one that ended the sequence.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length" or "abort".
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort" (by the caller) or
+            "error".
         stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
         cumulative_logprob: sum of the generated tokens' log probabilities.
         logprobs: per generated token, if the request asked for it.
@@ -85,6 +88,7 @@ class GenerateOutput:
         outputs: one completion for each of ``n``.
         prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
         metrics: when things happened.
+        error: why it could not go on, with ``finish_reason`` "error"; else None.
     """
 
     request_id: str
@@ -93,6 +97,7 @@ class GenerateOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
     metrics: RequestMetrics
+    error: MiniInferError | None = None
 
     @property
     def text(self) -> str:

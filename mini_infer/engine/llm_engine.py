@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -12,6 +11,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.engine.beam_search import BeamSearch
 from mini_infer.engine.build import build
 from mini_infer.engine.device import on
+from mini_infer.engine.fork import OwnLock
 from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
 from mini_infer.engine.loop import EngineLoop, StepResult
 from mini_infer.engine.overlap import OverlappedLoop
@@ -67,7 +67,7 @@ class LLMEngine:
             else EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
         )
         self._finished: dict[str, Request] = {}
-        self._lock = threading.RLock()
+        self._lock = OwnLock()
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.sampler import Draw, sample
 from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Scheduler, SchedulerOutputs, Sequence
 
@@ -259,10 +260,12 @@ class EngineLoop:
         """The text that a new token releases; ends the sequence if that completes a stop string."""
         sequence = completion.sequence
         if math.isnan(completion.cumulative_logprob):
-            logger.error(
-                "request %s: its logits are not finite, so it is aborted; a wider dtype may help", sequence.request_id
+            error = NotFiniteError(
+                f"request {sequence.request_id}: its logits are not finite, so it ends here; a wider dtype may help"
             )
-            self._end(sequence, "abort")
+            logger.error("%s", error)
+            self.requests[sequence.request_id].error = error
+            self._end(sequence, "error")
             return ""
         if sequence.finish_reason == "stop":  # by this token, which is not part of the text
             asked_for = token_id in (completion.params.stop_token_ids or ())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.exceptions import MiniInferError
 from mini_infer.outputs import (
     CompletionOutput,
     FinishReason,
@@ -87,6 +88,7 @@ class Request:
         completions: one for each of ``params.n``.
         listener: told of every increment as it happens; such a request's output is handed over by its last one.
             Without a listener the output waits for ``get_output``.
+        error: why it could not go on.
     """
 
     request_id: str
@@ -100,6 +102,7 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    error: MiniInferError | None = None
 
     @property
     def finished(self) -> bool:
@@ -127,4 +130,5 @@ class Request:
                 finished_time=self.finished_time or time.monotonic(),
                 num_preemptions=sum(completion.sequence.num_preemptions for completion in self.completions),
             ),
+            error=self.error,
         )

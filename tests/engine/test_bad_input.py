@@ -22,6 +22,7 @@ from mini_infer.exceptions import (
     KernelError,
     MiniInferError,
     ModelNotFoundError,
+    NotFiniteError,
     OutOfMemoryError,
     QueueFullError,
 )
@@ -580,7 +581,8 @@ class TestFailingSteps:
             while not own.is_finished():
                 own.step()
         output = own.get_output(sick)
-        assert output is not None and output.finish_reason == "abort"
+        assert output is not None and output.finish_reason == "error"
+        assert isinstance(output.error, NotFiniteError) and sick in str(output.error)
         assert [record.levelname for record in caplog.records] == ["ERROR"] and sick in caplog.text
         assert finish(own, under_way) == expected
         monkeypatch.undo()

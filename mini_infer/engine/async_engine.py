@@ -21,6 +21,7 @@ from mini_infer.engine.intake import Prompt
 from mini_infer.engine.llm_engine import LLMEngine
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
+from mini_infer.engine.tokenizer import Renderer
 from mini_infer.exceptions import MiniInferError, StepError
 from mini_infer.outputs import StepOutput
 from mini_infer.sampling import SamplingParams
@@ -39,7 +40,7 @@ Run: TypeAlias = Callable[[Callable[[], list[Request]]], Awaitable[list[Request]
 SHUTDOWN_SECONDS = 30.0
 """How long ``shutdown`` waits for a step to end."""
 
-_Arrivals: TypeAlias = asyncio.Queue[StepOutput | Exception]
+_Arrivals: TypeAlias = "asyncio.Queue[StepOutput | Exception | None]"
 
 
 _HANDFUL = 16
@@ -88,8 +89,6 @@ class Increments(AsyncIterator[StepOutput]):
 
     Attributes:
         requests: whose increments these are, in the order of their prompts.
-        close: aborts those that have not ended.
-
     Raises:
         MiniInferError: while it is iterated, if one of the requests cannot go on; the others are given up with it.
     """
@@ -99,12 +98,16 @@ class Increments(AsyncIterator[StepOutput]):
         self._listener = listener
         self._engine = engine  # which lives on as long as somebody listens
         self._num_open = len(requests)
-        self.close = self._close
+        self._at_close: list[Callable[[], None]] = []
+        self._is_closed = False
 
     async def __anext__(self) -> StepOutput:
         if self._num_open == 0:
             raise StopAsyncIteration
         increment = await self._listener.arrivals.get()
+        if increment is None:
+            self._num_open -= 1
+            return await self.__anext__()
         if isinstance(increment, Exception):
             self._num_open = 0
             raise increment
@@ -119,8 +122,21 @@ class Increments(AsyncIterator[StepOutput]):
         """In the event loop: end with an error."""
         self._listener.arrivals.put_nowait(error)
 
-    def _close(self) -> None:
-        self._engine.forget(self.requests)
+    def drop_one(self) -> None:
+        """In the event loop: one of the requests was never queued, and will not be."""
+        self._listener.arrivals.put_nowait(None)
+
+    def on_close(self, function: Callable[[], None]) -> None:
+        """Have a function called once, when these are closed."""
+        self._at_close.append(function)
+
+    def close(self) -> None:
+        """Nobody listens any more: abort what has not ended. Safe to call twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            for function in self._at_close:
+                function()
+            self._engine.forget(self.requests)
 
     def __enter__(self) -> "Increments":
         return self
@@ -188,6 +204,10 @@ class AsyncLLMEngine:
     def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
         """As ``LLMEngine.render_chat``; on the caller's thread."""
         return self.engine.render_chat(messages, **template_kwargs)
+
+    def render_with(self, renderer: Renderer) -> None:
+        """Have chat templates rendered elsewhere, by somebody who can end one that has no end."""
+        self.engine._tokenizer.renderer = renderer
 
     async def stats(self) -> EngineStats:
         """As ``LLMEngine.stats``, between two steps."""
@@ -305,14 +325,17 @@ class AsyncLLMEngine:
         thread = self._thread  # not ``self``: a command must not keep the engine alive
         thread.put_quietly(lambda engine: thread.forget(requests))
 
-    def shutdown(self, timeout: float = SHUTDOWN_SECONDS) -> None:
+    def shutdown(self, timeout: float = SHUTDOWN_SECONDS) -> bool:
         """Stop the thread; requests that have not ended fail with ``MiniInferError``. Safe to call twice.
 
         Args:
             timeout: seconds that the step under way may take. After that the thread is left to itself, and everybody
                 who waits is told.
+
+        Returns:
+            Whether the thread has ended.
         """
-        self._thread.shut_down(timeout)
+        return self._thread.shut_down(timeout)
 
     async def __aenter__(self) -> "AsyncLLMEngine":
         return self
@@ -394,13 +417,15 @@ class _EngineThread:
         self._stopping.set()
         self._inbox.put(_Command(lambda engine: None, concurrent.futures.Future()))  # wakes it if it is idle
 
-    def shut_down(self, timeout: float) -> None:
+    def shut_down(self, timeout: float) -> bool:
         with self._lock:
             self.stop()
         self._thread.join(timeout)
-        if self._thread.is_alive():
-            logger.critical("a step has not ended for %.0f seconds; its thread is left to itself", self.step_seconds)
-            self._tell_everybody(_shut_down())
+        if not self._thread.is_alive():
+            return True
+        logger.critical("a step has not ended for %.0f seconds; its thread is left to itself", self.step_seconds)
+        self._tell_everybody(_shut_down())
+        return False
 
     def prepare(
         self,

@@ -1,14 +1,14 @@
 """Text to token ids, with the checks that keep bad text from going any further."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_infer.config import EngineConfig
-from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError
+from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError, MiniInferError
 
 _TEMPLATE_OPTIONS = {
     "messages",
@@ -16,13 +16,20 @@ _TEMPLATE_OPTIONS = {
 } - {"tools", "documents"}
 """Names that are no variables of a chat template, but say what is rendered and how."""
 
+Renderer: TypeAlias = Callable[[str, Mapping[str, Any]], str]
+"""Makes text of a chat template and its variables, among them ``messages``."""
+
 
 class Tokenizer:
     """A transformers tokenizer and what the engine needs of it.
 
     Attributes:
         hf: the tokenizer itself.
+        renderer: makes text of a chat template and its variables, in the tokenizer's place. For servers, which must
+            not wait for a template that has no end.
     """
+
+    renderer: Renderer | None = None
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
         try:
@@ -98,9 +105,18 @@ class Tokenizer:
             if not well_formed or not isinstance(message.get("content"), str):
                 raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
         try:
-            text: str = self.hf.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
-            )
+            text = self._apply_template(list(messages), template_kwargs)
+        except MiniInferError:
+            raise
         except Exception as error:  # a missing template, or whatever the template itself raises
             raise InvalidRequestError(f"the chat template cannot render these messages: {error}") from error
         return text
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        has_own_way = type(self.hf).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        if self.renderer is None or has_own_way:
+            text: str = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+            return text
+        special = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        template: str = self.hf.get_chat_template(None, variables.get("tools"))
+        return self.renderer(template, {"messages": messages, **special, **variables})

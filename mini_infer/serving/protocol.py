@@ -9,9 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import SamplingParams
-
-MAX_CHOICES = 1024
-"""Most completions of one HTTP request, over all its prompts."""
+from mini_infer.serving.limits import MAX_CHOICES, MAX_MESSAGES, MAX_STOP_CHARACTERS, MAX_STOPS, MAX_TOKEN_IDS
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
@@ -20,10 +18,12 @@ _NOT_YET = "Not supported yet."
 
 # Lists stop at their first bad item: collecting a million complaints would hold everybody up.
 _TokenIds = Annotated[list[int], Field(fail_fast=True)]
+_SEVERAL = Field(fail_fast=True, max_length=MAX_CHOICES)
 _Prompts = Annotated[
-    str | _TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[_TokenIds], Field(fail_fast=True)],
+    str | _TokenIds | Annotated[list[str], _SEVERAL] | Annotated[list[_TokenIds], _SEVERAL],
     Field(union_mode="left_to_right"),
 ]
+_Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 def _without_nulls(body: Any) -> Any:
@@ -45,21 +45,28 @@ class SamplingBody(Body):
     temperature: float | None = Field(None, description=_HELP["temperature"])
     top_p: float | None = Field(None, description=_HELP["top_p"])
     n: int | None = Field(None, description=_HELP["n"])
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = Field(
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = Field(
         None, description=_HELP["stop"]
     )
     seed: int | None = Field(None, description=_HELP["seed"])
     presence_penalty: float | None = Field(None, description=_HELP["presence_penalty"])
     frequency_penalty: float | None = Field(None, description=_HELP["frequency_penalty"])
     logit_bias: (
-        Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})] | None
+        Annotated[
+            dict[str, Any],
+            Field(max_length=MAX_TOKEN_IDS),
+            WithJsonSchema(
+                {"type": "object", "additionalProperties": {"type": "number"}, "maxProperties": MAX_TOKEN_IDS}
+            ),
+        ]
+        | None
     ) = Field(None, description="Token ids, as strings, and what to add to their logits, -100 to 100 each")
 
     top_k: int | None = Field(None, description=f"Extension. {_HELP['top_k']}")
     min_p: float | None = Field(None, description=f"Extension. {_HELP['min_p']}")
     repetition_penalty: float | None = Field(None, description=f"Extension. {_HELP['repetition_penalty']}")
     min_tokens: int | None = Field(None, description=f"Extension. {_HELP['min_tokens']}")
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = Field(
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)] | None = Field(
         None, description=f"Extension. {_HELP['stop_token_ids']}"
     )
     ignore_eos: bool | None = Field(None, description=f"Extension. {_HELP['ignore_eos']}")
@@ -191,7 +198,7 @@ class Message(Body):
         return message if self.name is None else {**message, "name": self.name}
 
 
-_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 _TemplateVariables = dict[str, Any]
 
 

@@ -375,7 +375,7 @@ class _EngineThread:
         self._step_started: float | None = None
         # These are touched by the thread alone.
         self._listening: dict[Request, _Listener] = {}
-        self._outbox: list[tuple[Request, _Listener, StepOutput | Exception]] = []
+        self._outbox: list[tuple[_Listener, StepOutput | Exception]] = []
         self._num_failed_steps = 0  # since the last one that did not
         self._thread = threading.Thread(target=self._work, name="mini-infer-engine", daemon=True)
 
@@ -444,7 +444,7 @@ class _EngineThread:
                 except Exception:
                     logger.exception("an observer failed; it is told no more")
                     self.observers.remove(observe)
-            self._outbox.append((request, listener, increment))
+            self._outbox.append((listener, increment))
 
         request = self._engine.make_request(prompt, params, request_id=request_id, priority=priority, listener=tell)
         return request
@@ -514,7 +514,8 @@ class _EngineThread:
             else:
                 self._fail(error)
         else:
-            self._num_failed_steps, self.is_hopeless = 0, False
+            if num_tokens:  # a step without any says nothing of the device
+                self._num_failed_steps, self.is_hopeless = 0, False
         finally:
             self._step_started = None
 
@@ -533,7 +534,7 @@ class _EngineThread:
         news = StepError(f"a step failed: {type(error).__name__}: {error}")
         news.__cause__ = error
         for request in failing:  # they hear of it first, so that the abort is not taken for a normal end
-            self._outbox.append((request, self._listening[request], news))
+            self._outbox.append((self._listening[request], news))
         self.forget(failing)
         if self._num_failed_steps >= _HOPELESS or (self._engine.is_finished() and not self._can_step()):
             if not self.is_hopeless:
@@ -552,26 +553,36 @@ class _EngineThread:
         return bool(ends) and ends[-1].finish_reason in ("stop", "length")
 
     def _tell_everybody(self, reason: MiniInferError) -> None:
-        """Whoever waits for a request or a command learns that it will not come."""
+        """Whoever waits for a request or a command learns that it will not come. On any thread, as the engine's own may
+        never come back, and holds the engine's lock then."""
         while not self._inbox.empty():
             command = self._inbox.get()
             if command.result.set_running_or_notify_cancel():
                 command.result.set_exception(reason)
-        self._outbox.extend((request, listener, reason) for request, listener in list(self._listening.items()))
-        self._send()
+        _post([(listener, reason) for listener in list(self._listening.values())])
 
     def _send(self) -> None:
-        """Hand over what a step brought: one wake-up for each event loop, not one for each increment."""
+        """Hand over what a step brought."""
         outbox, self._outbox = self._outbox, []
-        parcels: dict[asyncio.AbstractEventLoop, list[tuple[_Arrivals, StepOutput | Exception]]] = {}
-        mailboxes = {listener.loop: listener.mailbox for _, listener, _ in outbox}
-        for _, listener, item in outbox:
-            parcels.setdefault(listener.loop, []).append((listener.arrivals, item))
-        for loop, parcel in parcels.items():
-            try:
-                loop.call_soon_threadsafe(mailboxes[loop].take, parcel)
-            except RuntimeError:  # the loop is closed, so nobody listens any more
-                self.forget([request for request, listener in list(self._listening.items()) if listener.loop is loop])
+        closed = _post(outbox)
+        if closed:
+            self.forget([request for request, listener in list(self._listening.items()) if listener.loop in closed])
+
+
+def _post(items: Seq[tuple[_Listener, StepOutput | Exception]]) -> set[asyncio.AbstractEventLoop]:
+    """Hand items over: one wake-up for each event loop, not one for each item. Returns loops that are closed, in which
+    nobody listens any more."""
+    parcels: dict[asyncio.AbstractEventLoop, list[tuple[_Arrivals, StepOutput | Exception]]] = {}
+    mailboxes = {listener.loop: listener.mailbox for listener, _ in items}
+    for listener, item in items:
+        parcels.setdefault(listener.loop, []).append((listener.arrivals, item))
+    closed = set()
+    for loop, parcel in parcels.items():
+        try:
+            loop.call_soon_threadsafe(mailboxes[loop].take, parcel)
+        except RuntimeError:
+            closed.add(loop)
+    return closed
 
 
 def _shut_down() -> MiniInferError:

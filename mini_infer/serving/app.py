@@ -75,10 +75,7 @@ def create_app(
     Raises:
         InvalidConfigError: a key that is empty or cannot be sent, or a time that is none.
     """
-    keys = _checked_keys(api_key, salt_by_key)
-    for option, seconds in (("request_timeout", request_timeout), ("step_timeout", step_timeout)):
-        if seconds is not None:
-            check_number(InvalidConfigError, option, seconds, 0, open_low=True)
+    keys = check_options(api_key, salt_by_key, request_timeout, step_timeout)
     check_number(InvalidConfigError, "body_timeout", body_timeout, 0, open_low=True)
     name = served_model_name or default_model_name(engine.config)
     limits = Limits.of(engine.max_model_len, max_body_bytes, engine.config.max_waiting or MAX_WAITING)
@@ -138,9 +135,18 @@ def create_app(
     return app
 
 
-def _checked_keys(api_key: str | Seq[str] | None, salt_by_key: bool) -> list[str]:
+def check_options(
+    api_key: str | Seq[str] | None, salt_by_key: bool, request_timeout: float | None, step_timeout: float
+) -> list[str]:
     """The keys, all of which a client can send. An empty one is a variable that was not filled in, not the wish for
-    an open server."""
+    an open server.
+
+    Raises:
+        InvalidConfigError: a key, or a time, is none.
+    """
+    for option, seconds in (("request_timeout", request_timeout), ("step_timeout", step_timeout)):
+        if seconds is not None:
+            check_number(InvalidConfigError, option, seconds, 0, open_low=True)
     keys = [] if api_key is None else [api_key] if isinstance(api_key, str) else list(api_key)
     for key in keys:
         if not key or not all("!" <= character <= "~" for character in key):

@@ -150,6 +150,8 @@ class BoundBody:
         except ApiError as error:
             await respond(error)(scope, receive, send)
         else:
+            if messages[0]["type"] == "http.disconnect":
+                return  # nobody waits for an answer
 
             async def replay() -> Message:
                 return messages.pop() if messages else await receive()

@@ -21,7 +21,7 @@ from mini_infer.engine import AsyncLLMEngine
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_number
 from mini_infer.serving.admission import Admission
-from mini_infer.serving.app import STEP_TIMEOUT, create_app
+from mini_infer.serving.app import STEP_TIMEOUT, check_options, create_app
 from mini_infer.serving.connections import BACKLOG, FewLines, bounded, max_connections
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,9 @@ def serve(
         InvalidConfigError: the address cannot be had, or the config or an option is unusable.
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError, OutOfMemoryError: about the checkpoint.
     """
+    check_options(api_key, salt_by_key, request_timeout, step_timeout)  # before the model is loaded
     check_number(InvalidConfigError, "drain_timeout", drain_timeout, 0)
-    with _bind(host, port) as listener:  # before the model is loaded: a port that is taken shows at once
+    with _bind(host, port) as listener:  # a port that is taken shows at once, too
         engine = AsyncLLMEngine(config)
         try:
             app = create_app(

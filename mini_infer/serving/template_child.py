@@ -27,12 +27,12 @@ def main() -> None:
     def render(template: str, variables: dict[str, Any], most: int) -> dict[str, str]:
         messages = variables.pop("messages")
         try:
-            rendered, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
             )
-            text = rendered[0]
         except Exception as error:
             return {"error": str(error)[:1000] or type(error).__name__}
+        text: str = rendered[0][0]
         if len(text) > most:
             return {"error": f"it makes {len(text)} characters of them; at most {most} are taken"}
         return {"text": text}

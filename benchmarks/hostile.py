@@ -13,10 +13,10 @@ import multiprocessing
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -57,7 +57,7 @@ class Tally:
     peak_rss_mib: float = 0.0
 
 
-Attack: TypeAlias = Callable[["Target", Tally], Awaitable[None]]
+Attack: TypeAlias = Callable[["Target", Tally], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,14 @@ def repeating(path: str, bodies: list[Any], num_clients: int = 4) -> Attack:
 
 
 async def nobody(target: Target, tally: Tally) -> None:
-    await asyncio.sleep(target.left)
+    await asyncio.sleep(max(0.0, target.left))
 
 
 async def fill_the_queue(target: Target, tally: Tally) -> None:
     """Ten batches of a thousand; what was queued is cancelled when the time is over."""
     body = json.dumps({"prompts": ["Once"] * 1024, "max_tokens": 100, "ignore_eos": True}).encode()
-    answers = await asyncio.gather(*(send(target, tally, "/v1/generate_batch", body) for _ in range(10)))
+    patient = replace(target, deadline=target.deadline + PATIENCE / 2)
+    answers = await asyncio.gather(*(send(patient, tally, "/v1/generate_batch", body) for _ in range(10)))
     await asyncio.sleep(max(0.0, target.left))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{target.port}", timeout=PATIENCE) as http:
         for answer in answers:
@@ -279,6 +280,14 @@ def attack_alone(name: str, target: Target) -> Counter[str]:
     return tally.answers
 
 
+@contextmanager
+def attackers_process() -> Iterator[ProcessPoolExecutor]:
+    """Where attacks run."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as attackers:
+        attackers.submit(attack_alone, "nobody", Target(0, 0, 0.0)).result()  # it has started
+        yield attackers
+
+
 async def run_attack(
     name: str, attackers: ProcessPoolExecutor, port: int, pid: int, seconds: float, period: float
 ) -> Tally:
@@ -324,12 +333,10 @@ def main(
     names = ["nobody", *(name for name in ATTACKS if name != "nobody" and (not only or name in only))]
     table = Table("attack", "requests", "failed", "p50 ms", "p99 ms", "RSS before", "peak, MiB", "attackers' answers")
     figures = {}
-    spawn = multiprocessing.get_context("spawn")
     with (
         server_process(threads, {"dtype": "float32", "num_gpu_blocks": 1024}) as (port, pid),
-        ProcessPoolExecutor(1, mp_context=spawn) as attackers,
+        attackers_process() as attackers,
     ):
-        attackers.submit(time.monotonic).result()  # it has started
         for name in names:
             tally = asyncio.run(run_attack(name, attackers, port, pid, seconds, period))
             p50, p99 = (float(numpy.percentile(tally.latencies, q)) * 1e3 for q in (50, 99))

@@ -102,12 +102,12 @@ class Increments(AsyncIterator[StepOutput]):
         self._is_closed = False
 
     async def __anext__(self) -> StepOutput:
-        if self._num_open == 0:
-            raise StopAsyncIteration
-        increment = await self._listener.arrivals.get()
-        if increment is None:
-            self._num_open -= 1
-            return await self.__anext__()
+        increment = None
+        while increment is None:
+            if self._num_open == 0:
+                raise StopAsyncIteration
+            increment = await self._listener.arrivals.get()
+            self._num_open -= increment is None
         if isinstance(increment, Exception):
             self._num_open = 0
             raise increment
@@ -118,7 +118,7 @@ class Increments(AsyncIterator[StepOutput]):
         self._num_open -= increment.output is not None
         return increment
 
-    def fail(self, error: MiniInferError) -> None:
+    def fail(self, error: Exception) -> None:
         """In the event loop: end with an error."""
         self._listener.arrivals.put_nowait(error)
 

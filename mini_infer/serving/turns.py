@@ -16,7 +16,7 @@ from mini_infer.engine import AsyncLLMEngine
 from mini_infer.engine.async_engine import Increments, Run
 from mini_infer.engine.intake import Prompt
 from mini_infer.engine.request import Request
-from mini_infer.exceptions import MiniInferError, QueueFullError
+from mini_infer.exceptions import MiniInferError, QueueFullError, StepError
 from mini_infer.outputs import StepOutput
 from mini_infer.sampling import SamplingParams
 from mini_infer.serving.admission import Budget
@@ -171,10 +171,10 @@ class Turns:
 
     def _started(self, ticket: _Ticket, request: Request, started: "asyncio.Future[None]") -> None:
         error = None if started.cancelled() else started.exception()
-        if isinstance(error, MiniInferError):
-            self._failed(ticket, request, error)
+        if error is not None:
+            self._failed(ticket, request, error if isinstance(error, Exception) else StepError(repr(error)))
 
-    def _failed(self, ticket: _Ticket, request: Request, error: MiniInferError) -> None:
+    def _failed(self, ticket: _Ticket, request: Request, error: Exception) -> None:
         with self._lock:
             self._ahead.discard(request)
             self._open.discard(request)

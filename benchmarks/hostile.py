@@ -180,11 +180,11 @@ async def fill_the_queue(target: Target, tally: Tally) -> None:
     patient = replace(target, deadline=target.deadline + PATIENCE / 2)
     answers = await asyncio.gather(*(send(patient, tally, "/v1/generate_batch", body) for _ in range(10)))
     await asyncio.sleep(max(0.0, target.left))
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{target.port}", timeout=PATIENCE) as http:
-        for answer in answers:
-            if answer.startswith(b"HTTP/1.1 200"):
-                for number in json.loads(answer.partition(b"\r\n\r\n")[2])["request_ids"]:
-                    await http.delete(f"/v1/result/{number}")
+    queued = [answer.partition(b"\r\n\r\n")[2] for answer in answers if answer.startswith(b"HTTP/1.1 200")]
+    numbers = [number for content in queued for number in json.loads(content)["request_ids"]]
+    few = httpx.Limits(max_connections=20)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{target.port}", timeout=PATIENCE, limits=few) as http:
+        await asyncio.gather(*(http.delete(f"/v1/result/{number}") for number in numbers))
 
 
 async def never_read(target: Target, tally: Tally) -> None:

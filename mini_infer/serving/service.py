@@ -170,7 +170,7 @@ class Service:
 
     def _caller(self, request: Request) -> Hashable:
         """Who takes turns with the others: a key where there are several, else a connection."""
-        return request.scope.get(KEY) if self.shares_by_key else request.client
+        return (self.shares_by_key and request.scope.get(KEY)) or request.client or "nobody"
 
     async def complete(
         self, request: Request, prompts: Seq[Prompt], params: SamplingParams, request_ids: Seq[str], priority: int

@@ -7,7 +7,7 @@ longest line that grows no more, or becomes shorter (McKenney, "Stochastic fairn
 
 import asyncio
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from functools import partial
@@ -26,6 +26,9 @@ AHEAD = 8
 
 AHEAD_WITH_SEATS = 64
 """The same while it has seats."""
+
+RESERVED = 8
+"""One seat in so many is for callers who have none, so that they need not wait for somebody else's requests to end."""
 
 
 class _Ticket:
@@ -51,18 +54,21 @@ class Turns:
         self._max_waiting = max_waiting
         self._prompt_tokens = held_prompt_tokens
         self._num_seats = engine.config.max_num_seqs
+        self._num_reserved = self._num_seats // RESERVED
         self._by_priority = engine.config.scheduling_policy == "priority"
         self._lines: dict[Hashable, deque[_Ticket]] = {}  # whose turn it is comes first
+        self._preparing: Counter[Hashable] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()  # the engine's thread says what has begun and ended
         self._ahead: set[Request] = set()
-        self._open: set[Request] = set()
+        self._open: dict[Request, Hashable] = {}  # and whose they are
         engine.observe(self._observe)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait here."""
-        return sum(len(ticket.waiting) for line in self._lines.values() for ticket in line)
+        """Requests that wait here, or are being prepared to."""
+        num_prepared = sum(len(ticket.waiting) for line in self._lines.values() for ticket in line)
+        return num_prepared + sum(self._preparing.values())
 
     async def submit(
         self,
@@ -88,9 +94,16 @@ class Turns:
             ApiError: too many prompt tokens are held already.
         """
         self._loop = asyncio.get_running_loop()
-        increments = await self._engine.prepare(prompts, params, request_ids=request_ids, priority=priority, run=run)
+        self._make_room(caller, len(prompts))  # before the work
+        self._preparing[caller] += len(prompts)
+        try:
+            increments = await self._engine.prepare(
+                prompts, params, request_ids=request_ids, priority=priority, run=run
+            )
+        finally:
+            self._preparing[caller] -= len(prompts)
+            self._preparing += Counter()  # without those who have none left
         num_tokens = params.n * sum(len(request.prompt_token_ids) for request in increments.requests)
-        self._make_room(caller, len(increments.requests))
         self._prompt_tokens.take(num_tokens)
         increments.on_close(partial(self._prompt_tokens.give_back, num_tokens))
         ticket = _Ticket(increments, priority)
@@ -119,10 +132,11 @@ class Turns:
         while (num_waiting := self.num_waiting + num_ahead) + num_new > self._max_waiting:
             lengths = {who: sum(len(ticket.waiting) for ticket in line) for who, line in self._lines.items()}
             longest = max(lengths, key=lengths.__getitem__, default=caller)
+            num_own = lengths.get(caller, 0) + self._preparing[caller] + num_new
             error = QueueFullError(
                 f"{num_waiting} requests wait already and max_waiting is {self._max_waiting}; try again later"
             )
-            if longest == caller or lengths[longest] <= lengths.get(caller, 0) + num_new:
+            if longest == caller or lengths[longest] <= num_own:
                 raise error
             last = self._lines[longest][-1]
             self._withdraw(longest, last)
@@ -138,8 +152,7 @@ class Turns:
 
     def _hand_over(self) -> None:
         """Give the engine what it may have."""
-        while self._lines and self._has_room():
-            caller = self._next()
+        while (caller := self._next()) is not None:
             line = self._lines.pop(caller)
             ticket = line[0]
             request = ticket.waiting.popleft()
@@ -149,7 +162,7 @@ class Turns:
                 self._lines[caller] = line  # behind all others
             with self._lock:
                 self._ahead.add(request)
-                self._open.add(request)
+                self._open[request] = caller
             try:
                 started = asyncio.ensure_future(self._engine.start(ticket.increments, [request]))
             except MiniInferError as error:  # the engine was shut down
@@ -157,17 +170,18 @@ class Turns:
             else:
                 started.add_done_callback(partial(self._started, ticket, request))
 
-    def _next(self) -> Hashable:
+    def _next(self) -> Hashable | None:
+        """Whose turn it is among those who may hand over a request now."""
+        callers = list(self._lines)
         if self._by_priority:
-            return max(self._lines, key=lambda caller: self._lines[caller][0].priority)
-        return next(iter(self._lines))
-
-    def _has_room(self) -> bool:
+            callers.sort(key=lambda caller: -self._lines[caller][0].priority)
         with self._lock:
-            if len(self._ahead) < AHEAD:
-                return True
+            num_ahead, who_has_any = len(self._ahead), set(self._open.values())
             num_taken = sum(request.params.n for request in self._open)
-            return num_taken < self._num_seats and len(self._ahead) < AHEAD_WITH_SEATS
+        if num_ahead >= (AHEAD_WITH_SEATS if num_taken < self._num_seats else AHEAD):
+            return None
+        is_free = num_taken < self._num_seats - self._num_reserved or not self._num_reserved
+        return next((caller for caller in callers if is_free or caller not in who_has_any), None)
 
     def _started(self, ticket: _Ticket, request: Request, started: "asyncio.Future[None]") -> None:
         error = None if started.cancelled() else started.exception()
@@ -177,7 +191,7 @@ class Turns:
     def _failed(self, ticket: _Ticket, request: Request, error: Exception) -> None:
         with self._lock:
             self._ahead.discard(request)
-            self._open.discard(request)
+            self._open.pop(request, None)
         ticket.increments.fail(error)
 
     def _observe(self, request: Request, increment: StepOutput) -> None:
@@ -186,7 +200,7 @@ class Turns:
             is_news = request in self._ahead or increment.output is not None
             self._ahead.discard(request)
             if increment.output is not None:
-                self._open.discard(request)
+                self._open.pop(request, None)
         if is_news and self._lines and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._hand_over)
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from mini_infer import LLM, AsyncLLMEngine
+from mini_infer.cli import app
 from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.serving import events, serve, templates
@@ -251,6 +253,20 @@ class TestTurns:
             wait_until(server.is_idle)
             assert many.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
+    def test_a_seat_is_kept_for_who_has_none(self) -> None:
+        """Eight seats, and one caller with forty requests that take long: another's need not wait for one to end."""
+        with running(engine(max_num_seqs=8)) as server, httpx.Client(base_url=server.url, timeout=60) as many:
+            body = {"prompts": ["Once"] * 40, "max_tokens": 900, "ignore_eos": True}
+            numbers = many.post("/v1/generate_batch", json=body).json()["request_ids"]
+            wait_until(lambda: server.stats().num_running == 7)
+            with httpx.Client(base_url=server.url, timeout=60) as one:
+                assert one.post("/v1/completions", json={"prompt": "Twice", "max_tokens": 1}).status_code == 200
+            states = [many.get(f"/v1/result/{number}").json()["status"] for number in numbers]
+            assert states == ["running"] * 40
+            for number in numbers:
+                many.delete(f"/v1/result/{number}")
+            wait_until(server.is_idle)
+
     def test_in_a_full_queue_the_longest_line_shrinks(self) -> None:
         with (
             running(engine(max_num_seqs=1, max_waiting=12)) as server,
@@ -375,6 +391,13 @@ class TestSettings:
             serve(None, host=" ")  # type: ignore[arg-type]
         with pytest.raises(InvalidConfigError, match="salt_by_key"):
             check_options(None, True, None, 1.0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "variable"), [([], ""), (["--api-key", ""], None), (["--request-timeout", "nan"], None)], ids=str
+    )
+    def test_of_the_command(self, arguments: list[str], variable: str | None) -> None:
+        done = CliRunner().invoke(app, ["serve", *arguments], env={"MINI_INFER_API_KEY": variable})
+        assert done.exit_code == 2 and ("API key" in done.stderr or "request_timeout" in done.stderr)
 
 
 class TestKeys:

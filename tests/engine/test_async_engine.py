@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError, StepError
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.outputs import GenerateOutput, Increment
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
 
@@ -63,21 +63,21 @@ def engine(checkpoint: Path) -> Iterator[AsyncLLMEngine]:
 
 @pytest.fixture
 def step_raises(monkeypatch: pytest.MonkeyPatch) -> StepRaises:
-    forward = ModelRunner.forward
+    forward = ModelRunner._forward
     left, news = 0, BaseException()
 
-    def maybe(self: ModelRunner, scheduled: Any) -> torch.Tensor:
+    def maybe(self: ModelRunner, batch: Any) -> torch.Tensor:
         nonlocal left
         if left:
             left -= 1
             raise news
-        return forward(self, scheduled)
+        return forward(self, batch)
 
     def arm(times: int, error: BaseException) -> None:
         nonlocal left, news
         left, news = times, error
 
-    monkeypatch.setattr(ModelRunner, "forward", maybe)
+    monkeypatch.setattr(ModelRunner, "_forward", maybe)
     return arm
 
 
@@ -517,17 +517,17 @@ class TestShutdown:
     def test_a_step_that_does_not_end(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is left to itself, and nobody waits for it."""
         gate = threading.Event()
-        forward = ModelRunner.forward
+        forward = ModelRunner._forward
 
-        def stuck(self: ModelRunner, scheduled: Any) -> torch.Tensor:
+        def stuck(self: ModelRunner, batch: Any) -> torch.Tensor:
             gate.wait(PATIENCE)
-            return forward(self, scheduled)
+            return forward(self, batch)
 
         async def main() -> None:
             engine = AsyncLLMEngine(model=checkpoint, block_size=4)
             running = engine.generate("One", ENDLESS)
             await anext(running)
-            monkeypatch.setattr(ModelRunner, "forward", stuck)
+            monkeypatch.setattr(ModelRunner, "_forward", stuck)
             await until(lambda: engine.step_seconds > 0.05)
             asked = engine.stats()
             asking = asyncio.create_task(asked)

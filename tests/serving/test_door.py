@@ -10,18 +10,20 @@ from typing import Any
 
 import httpx
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 from typer.testing import CliRunner
 
 from mini_infer import LLM, AsyncLLMEngine
 from mini_infer.cli import app
 from mini_infer.exceptions import InvalidConfigError
+from mini_infer.executor.runner import ModelRunner
+from mini_infer.models import Decoder
 from mini_infer.serving import events, serve, templates
 from mini_infer.serving.admission import Budget
 from mini_infer.serving.answers import Whole
 from mini_infer.serving.app import check_options
 from mini_infer.serving.errors import ApiError
 from mini_infer.serving.server import Server, _bind
+from tests.engine.executors import runner_of
 
 from .running import PATIENCE, Running, running, wait_until
 from .test_http import JSON, assert_error
@@ -306,13 +308,13 @@ class TestTurns:
 class TestEnds:
     @pytest.fixture
     def broken_logits(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-        compute, runner = ModelRunner.compute_logits, server.engine.engine._loop._runner
+        compute, model = Decoder.compute_logits, runner_of(server.engine.engine).model
 
-        def nan(self: ModelRunner, hidden: Any) -> Any:
+        def nan(self: Decoder, hidden: Any) -> Any:
             logits = compute(self, hidden)
-            return logits * float("nan") if self is runner else logits
+            return logits * float("nan") if self is model else logits
 
-        monkeypatch.setattr(ModelRunner, "compute_logits", nan)
+        monkeypatch.setattr(Decoder, "compute_logits", nan)
 
     def test_logits_that_are_no_numbers_are_an_error(self, http: httpx.Client, broken_logits: None) -> None:
         body = {"prompt": "Once", "max_tokens": 5}
@@ -331,20 +333,20 @@ class TestEnds:
 
     def test_a_step_that_does_not_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Health says so; then the server tells those who wait, and ends by itself."""
-        gate, forward = threading.Event(), ModelRunner.forward
+        gate, forward = threading.Event(), ModelRunner._forward
         stuck_engine = engine()
-        runner = stuck_engine.engine._loop._runner
+        runner = runner_of(stuck_engine.engine)
 
-        def stuck(self: ModelRunner, scheduled: Any) -> Any:
+        def stuck(self: ModelRunner, batch: Any) -> Any:
             if self is runner:
                 gate.wait(PATIENCE)
-            return forward(self, scheduled)
+            return forward(self, batch)
 
         with running(stuck_engine, step_timeout=1.0) as server, httpx.Client(base_url=server.url, timeout=60) as http:
             with http.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True}) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                monkeypatch.setattr(ModelRunner, "forward", stuck)
+                monkeypatch.setattr(ModelRunner, "_forward", stuck)
                 with httpx.Client(base_url=server.url, timeout=60) as other:
                     wait_until(lambda: other.get("/health").status_code == 503)
                 assert json.loads([line for line in lines if line][-1][6:])["error"]["type"] == "server_error"

@@ -4,10 +4,11 @@ from typing import Any
 
 import httpx
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.serving import results
+from tests.engine.executors import runner_of
 
 from .running import Running, running, wait_until
 from .test_http import JSON, assert_error
@@ -124,19 +125,19 @@ def test_old_results_go(http: httpx.Client, server: Running, monkeypatch: pytest
 def test_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that raises, and a request that takes longer than is allowed."""
     engine = AsyncLLMEngine(num_gpu_blocks=128, max_num_seqs=1)
-    forward = ModelRunner.forward
+    forward = ModelRunner._forward
 
-    def fail(self: ModelRunner, scheduled: Any) -> Any:
-        if self is engine.engine._loop._runner:
+    def fail(self: ModelRunner, batch: Any) -> Any:
+        if self is runner_of(engine.engine):
             raise RuntimeError("cosmic ray")
-        return forward(self, scheduled)
+        return forward(self, batch)
 
     with running(engine, request_timeout=0.5) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        monkeypatch.setattr(ModelRunner, "forward", fail)
+        monkeypatch.setattr(ModelRunner, "_forward", fail)
         (number,) = http.post("/v1/generate", json={"prompt": "Once"}).json()["request_ids"]
         body = fetch(http, number)
         assert (body["status"], body["text"]) == ("failed", None) and "step" in body["error"]
-        monkeypatch.setattr(ModelRunner, "forward", forward)
+        monkeypatch.setattr(ModelRunner, "_forward", forward)
         endless = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "n": 100}
         (number,) = http.post("/v1/generate", json=endless).json()["request_ids"]
         body = fetch(http, number)

@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import AsyncLLMEngine, EngineConfig
 from mini_infer.exceptions import InvalidConfigError
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.serving import serve
+from tests.engine.executors import runner_of
 
 from .running import PATIENCE, Running, running, wait_until
 from .test_http import assert_error
@@ -127,21 +128,21 @@ class TestStepsThatRaise:
     @pytest.fixture
     def fail_next_steps(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
         """So many steps fail; one that fails once is tried again."""
-        forward, runner = ModelRunner.forward, server.engine.engine._loop._runner
+        forward, runner = ModelRunner._forward, runner_of(server.engine.engine)
         left = 0
 
-        def fail(self: ModelRunner, scheduled: Any) -> Any:
+        def fail(self: ModelRunner, batch: Any) -> Any:
             nonlocal left
             if self is runner and left:
                 left -= 1
                 raise RuntimeError("cosmic ray")
-            return forward(self, scheduled)
+            return forward(self, batch)
 
         def arm(times: int) -> None:
             nonlocal left
             left = times
 
-        monkeypatch.setattr(ModelRunner, "forward", fail)
+        monkeypatch.setattr(ModelRunner, "_forward", fail)
         return arm
 
     def test_nobody_notices_one(self, server: Running, fail_next_steps: Any) -> None:

@@ -10,7 +10,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 HAS_TORCH := -c 'from importlib.metadata import version; \
 	exit(tuple(map(int, version("torch").split(".")[:2])) < (2, 8))' 2>/dev/null
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all lint count bench docs clean
 
 demo: $(VENV)/core.stamp
 	@$(BIN)/mini-infer demo
@@ -27,6 +27,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+count:
+	@$(PYTHON) -m tools.count
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/pytest --benchmark

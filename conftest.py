@@ -1,13 +1,11 @@
 """Two options for every test of this repository: which kernels to test, and whether to time instead of to test."""
 
-import importlib
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
-from mini_infer import kernels
+from mini_infer.exceptions import KernelError
+from mini_infer.kernels.registry import load_backend
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
@@ -18,9 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kernel-backend",
         action="append",
         default=[],
-        metavar="[MODULE:]NAME",
-        help="test or time only this kernel backend; may be repeated. MODULE, a dotted name or a .py file, is imported "
-        "first: examples/my_rmsnorm.py:mine",
+        metavar="[FILE:]NAME",
+        help="test or time only this kernel backend; may be repeated. FILE is run first, and registers it: "
+        "examples/my_rmsnorm.py:mine",
     )
     group.addoption(
         "--benchmark",
@@ -42,20 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _load(name: str) -> str:
-    """Import the module that a backend's name may carry; returns the bare name."""
-    module, _, backend = name.rpartition(":")
+    """The bare name of a backend, whose file is run if it names one."""
     try:
-        if module.endswith(".py"):
-            path = Path(module).resolve(strict=True)
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[path.stem])
-        elif module:
-            importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        raise pytest.UsageError(f"--kernel-backend {name}: cannot import {module}: {error}") from error
-    known = kernels.available_backends()
-    if backend not in known:
-        raise pytest.UsageError(f"--kernel-backend {name}: no backend {backend!r}; there are {', '.join(known)}")
-    return backend
+        return load_backend(name)
+    except KernelError as error:
+        raise pytest.UsageError(f"--kernel-backend {name}: {error}") from error

@@ -54,7 +54,7 @@ def chart(title: str, series: Sequence[str], groups: Sequence[Group]) -> str:
             top += BAR
         top += GAP
     size = f'viewBox="0 0 {WIDTH} {top}" width="{WIDTH}" height="{top}"'
-    return "\n".join(
+    return "".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="{FONT}">',
             f"<title>{escape(title)}</title>",

@@ -25,14 +25,14 @@ from rich.console import Console
 
 from benchmarks import compare_report
 from benchmarks.report import RESULTS, save
+from benchmarks.roofline import Machine, floor
 from benchmarks.shapes import SHAPES, make_random_checkpoint
 from benchmarks.workers.channel import Done
 from benchmarks.workers.driver import Engine, Worker, WorkerError
-from mini_infer.cli.roofline import Machine, floor
-from mini_infer.cli.workload import Range, Workload, parse_range
+from mini_infer.cli.bench import Range, Workload, parse_range
 from mini_infer.exceptions import InvalidConfigError
-from mini_infer.memory.sizing import block_bytes
-from mini_infer.models import ModelConfig
+from mini_infer.memory.cache_spec import block_bytes
+from mini_infer.models import read_config
 
 NEAR_TIE = 1e-4
 """Two logits this close may change places in float32."""
@@ -136,7 +136,7 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
     A peer that fails is left out, and the result says why.
     """
     workload, precision = scenario.workload, getattr(torch, dtype)
-    shape = ModelConfig.from_directory(model)
+    shape = read_config(model)
     contenders = [
         Contender(worker.engine.label, worker, scenario.sampling)
         for worker in workers
@@ -153,7 +153,7 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
     for round_ in range(rounds + 1):
         for contender in [c for c in contenders if c.label not in failed]:
             what = f"round {round_} of {rounds}" if round_ else "warming up"
-            before = Machine.measure(torch.device("cpu"), precision)
+            before = Machine.measure(torch.device("cpu"), precision) if round_ else None
             with console.status(f"{scenario.name}: {contender.label}, {what}"):
                 try:
                     done = contender.run(workload, None if round_ else WARM_UP_TOKENS)
@@ -161,7 +161,7 @@ def compare(scenario: Scenario, workers: Sequence[Worker], model: Path, rounds: 
                     failed[contender.label] = error.reason
                     console.print(f"left out: {error}", style="red", soft_wrap=True)
                     continue
-            if round_:
+            if before is not None:
                 machine = before.best(Machine.measure(torch.device("cpu"), precision))
                 least = floor(shape, precision.itemsize, workload, machine, SEATS)
                 runs[contender.label].append(Run(done, machine, least.seconds))
@@ -266,9 +266,8 @@ def agrees(gaps: list[float], dtype: str) -> bool | None:
 
 def measure_memory(engine: Engine, model: Path, pool_bytes: int, dtype: str) -> dict[str, Any]:
     """Peak memory of a process whose KV pool has been used to the last block, beside weights and pool alone."""
-    shape, block_size = ModelConfig.from_directory(model), 16
-    itemsize = getattr(torch, dtype).itemsize
-    per_block = block_bytes(block_size, shape.num_layers, shape.num_kv_heads, shape.head_dim, itemsize)
+    block_size = 16
+    per_block = block_bytes(read_config(model).cache_specs(getattr(torch, dtype)), block_size)
     num_blocks = pool_bytes // per_block
     options = {**engine.options, "num_gpu_blocks": num_blocks, "block_size": block_size}
     prompt_len, output_len = 1024, 64

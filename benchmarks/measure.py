@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from mini_infer.cli import roofline
+from benchmarks import roofline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLUSH_BYTES = 1 << 30

@@ -37,6 +37,18 @@ class StepError(MiniInferError, RuntimeError):
     """A step of the engine raised, so that the requests in it could not go on; the cause is chained to it."""
 
 
+class RequestError(MiniInferError, RuntimeError):
+    """Something that concerns one request alone raised: its listener, or the tokenizer. It ends; no other does."""
+
+
+class NotFiniteError(RequestError, ArithmeticError):
+    """A request's logits are infinite or not numbers, so that no token follows; a wider dtype may help."""
+
+
+class EngineError(MiniInferError, RuntimeError):
+    """The engine was called where it cannot be: by its own listener, after it was closed, or in a forked process."""
+
+
 class OutOfMemoryError(MiniInferError, MemoryError):
     """The weights do not fit the device, or one sequence could never fit the KV memory."""
 
@@ -46,4 +58,4 @@ class KernelError(MiniInferError, ValueError):
 
 
 class NotRecordableError(MiniInferError, RuntimeError):
-    """What a function does depends on values of tensors, so that a recording of it would be wrong for others."""
+    """What a function does cannot be recorded: it depends on values of tensors, or it is done where nobody sees it."""

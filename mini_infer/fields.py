@@ -12,38 +12,40 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), hash: bool = True) -> Any:
-    """A dataclass field with its one-line description and the names that other engines give it.
+def option(default: Any, help: str, *, hash: bool = True) -> Any:
+    """A dataclass field with its one-line description.
 
     ``hash`` is whether the field counts when the whole is hashed; one that holds a dictionary cannot.
     """
-    return field(default=default, hash=hash, metadata={"help": help, "aliases": aliases})
+    return field(default=default, hash=hash, metadata={"help": help})
 
 
-def named_options(error: type[Exception], unsupported: Mapping[str, str]) -> Callable[[type[T]], type[T]]:
-    """Make a dataclass accept its fields' aliases and refuse every other name with ``error``.
+def named_options(
+    error: type[Exception], aliases: Mapping[str, str], unsupported: Mapping[str, str]
+) -> Callable[[type[T]], type[T]]:
+    """Make a dataclass accept other names for its fields and refuse every further one with ``error``.
 
     Scalars of NumPy and the like become Python's own (see ``plain``).
 
     Args:
         error: raised for a name that is unknown, unsupported, or given twice under two spellings.
+        aliases: other names, each with the field's own.
         unsupported: names that other engines have and this one does not, each with the reason.
     """
 
     def decorate(cls: type[T]) -> type[T]:
         plain_init = cls.__init__
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        canonical = {alias: f.name for f in fields(cls) for alias in f.metadata["aliases"]}  # type: ignore[arg-type]
 
         @functools.wraps(plain_init)
         def init(self: T, *args: Any, **options: Any) -> None:
             given = dict(zip(names, map(plain, args), strict=False))
             for name, value in options.items():
-                known = canonical.get(name, name)
+                known = aliases.get(name, name)
                 if name in unsupported:
                     raise error(f"{name}={value!r}: {unsupported[name]}")
                 if known not in names:
-                    close = difflib.get_close_matches(name, [*names, *canonical], n=1)
+                    close = difflib.get_close_matches(name, [*names, *aliases], n=1)
                     hint = f"did you mean {close[0]!r}?" if close else f"{cls.__name__} has: {', '.join(names)}"
                     raise error(f"{cls.__name__} has no option {name!r} (given: {value!r}); {hint}")
                 if known in given:

@@ -1,10 +1,12 @@
 """What comes back: finished outputs, and the increments of one step."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+from mini_infer.compat.mapping import ReadsAsMapping
+from mini_infer.exceptions import MiniInferError
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class CompletionOutput:
         index: which of the ``n``, from 0.
         text: generated text, without stop strings.
         token_ids: generated tokens, including the one that ended the sequence.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length" or "abort".
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort" (by the caller) or
+            "error", which the output then holds.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
         cumulative_logprob: sum of the generated tokens' log probabilities.
         logprobs: per generated token, if the request asked for it.
@@ -72,7 +75,7 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True)
-class GenerateOutput:
+class GenerateOutput(ReadsAsMapping):
     """The result of one request.
 
     The plain attributes (``text``, ``token_ids``, ...) are those of the first completion; ``outputs`` holds all ``n``.
@@ -86,6 +89,7 @@ class GenerateOutput:
         outputs: one completion for each of ``n``.
         prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
         metrics: when things happened.
+        error: why a completion has finish reason "error"; None if none has.
     """
 
     request_id: str
@@ -94,6 +98,7 @@ class GenerateOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
     metrics: RequestMetrics
+    error: MiniInferError | None = None
 
     @property
     def text(self) -> str:
@@ -115,43 +120,12 @@ class GenerateOutput:
     def logprobs(self) -> list[TokenLogprobs] | None:
         return self.outputs[0].logprobs
 
-    _KEYS = (
-        "text",
-        "token_ids",
-        "finish_reason",
-        "cumulative_logprob",
-        "logprobs",
-        "request_id",
-        "prompt",
-        "prompt_token_ids",
-        "prompt_logprobs",
-        "outputs",
-        "metrics",
-    )
-
-    def keys(self) -> tuple[str, ...]:
-        """The names that ``out[name]`` knows."""
-        return self._KEYS
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._KEYS:
-            raise KeyError(f"{name!r}; a GenerateOutput has {', '.join(self._KEYS)}")
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._KEYS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers all the way down, ready for JSON."""
-        plain = asdict(self)
-        return {name: plain[name] if name in plain else plain["outputs"][0][name] for name in self._KEYS}
-
     def __str__(self) -> str:
         return self.text
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
+class Increment:
     """What one step added to one completion of a request.
 
     Attributes:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mini_infer.compat.options import SAMPLING_ALIASES, SAMPLING_REFUSED
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import check_bool, check_int, check_number, named_options, option, plain, plain_ids
 
@@ -15,13 +16,8 @@ MAX_STOP_STRING_LENGTH = 512
 MAX_STOP_TOKEN_IDS = 1024
 """Most stop tokens of a request, beside the model's."""
 
-_DIFFUSION = "steers a diffusion language model, which Mini-Infer does not run yet; use max_tokens and temperature"
 
-
-@named_options(
-    InvalidRequestError,
-    unsupported=dict.fromkeys(("gen_length", "steps", "cfg_scale", "remasking"), _DIFFUSION),
-)
+@named_options(InvalidRequestError, SAMPLING_ALIASES, SAMPLING_REFUSED)
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen.
@@ -49,9 +45,7 @@ class SamplingParams:
     max_tokens: int | None = option(16, "Most tokens to generate; None for as many as the context holds")
     min_tokens: int = option(0, "Generate this many tokens before any that may stop, by token or by string")
     stop: str | list[str] | tuple[str, ...] | None = option(
-        None,
-        "Strings that end the text and are not part of it; at most 64 of 512 characters",
-        aliases=("stop_strings",),
+        None, "Strings that end the text and are not part of it; at most 64 of 512 characters"
     )
     stop_token_ids: list[int] | tuple[int, ...] | None = option(
         None, "Token ids that end the text, beside the model's; at most 1024"

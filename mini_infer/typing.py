@@ -1,6 +1,6 @@
 """Types that user code annotates with."""
 
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 TokenIds: TypeAlias = list[int]
 """Token ids, in order."""
@@ -23,3 +23,10 @@ class SequenceMetadata(Protocol):
     @property
     def block_table(self) -> BlockTable:
         """The blocks that hold those, and the ones about to be computed."""
+
+
+class SchedulingPolicy(Protocol):
+    """Orders sequences: the smallest key runs first and is preempted last."""
+
+    def key(self, sequence: Any) -> tuple[float, ...]:
+        """The key of a ``Sequence`` that has just arrived, and has its ``arrival``; among equal keys that decides."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mini_infer.config import BUNDLED_MODEL, DTYPES, EngineConfig
+from mini_infer.compat.options import ENGINE_ALIASES
+from mini_infer.config import BUNDLED_MODEL, DTYPES, GROUPS, CacheOptions, EngineConfig
 from mini_infer.exceptions import InvalidConfigError, MiniInferError
 
 DEFAULTS = {
@@ -55,7 +56,7 @@ ACCEPTED: list[dict[str, Any]] = [
     *[{"max_model_len": value} for value in (None, 1, 10**9)],
     *[{"max_waiting": value} for value in (None, 1)],
     *[{"num_gpu_blocks": value} for value in (None, 1)],
-    *[{"overlap": value} for value in (False, True, 0, 1, 2)],
+    *[{"overlap": value} for value in (False, True, 0, 1, 2, 4)],
     *[{"seed": value} for value in (0, 2**63 - 1)],
     {"cache_dir": "~/models"},
     {"kernel_backend": "reference"},
@@ -77,7 +78,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("device", value) for value in (None, 0, ["cpu"])],
     *[("tokenizer_mode", value) for value in ("fast", None)],
     *[("preemption_mode", value) for value in ("swap", "never", None)],
-    *[("overlap", value) for value in (3, -1, "yes", None, math.nan, math.inf)],
+    *[("overlap", value) for value in (5, -1, 2.0, "yes", None, math.nan, math.inf)],
     *[("enable_prefix_caching", value) for value in (1, None)],
     *[(name, value) for name in ("trust_remote_code", "offline", "enforce_eager") for value in (1, 0, "yes", None)],
     *[
@@ -103,8 +104,7 @@ def test_aliases(alias: str, name: str, value: Any) -> None:
 
 
 def test_every_alias_is_tested() -> None:
-    known = {alias for field in dataclasses.fields(EngineConfig) for alias in field.metadata["aliases"]}
-    assert known == {alias for alias, _, _ in ALIASES}
+    assert {alias: name for alias, name, _ in ALIASES} == ENGINE_ALIASES
 
 
 def test_every_field_has_a_line_of_help() -> None:
@@ -168,6 +168,42 @@ def test_the_token_budget() -> None:
     assert EngineConfig().token_budget == 2048
     assert EngineConfig(offline=True).token_budget == 8192
     assert EngineConfig(offline=True, max_num_batched_tokens=5).token_budget == 5
+
+
+def test_each_field_is_of_one_group() -> None:
+    names = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
+    assert names == [field.name for field in dataclasses.fields(EngineConfig)]
+    assert not set(names) & set(GROUPS)
+
+
+def test_a_group_is_an_object_of_its_own() -> None:
+    config = EngineConfig("some/model", kvcache_block_size=8, num_gpu_blocks=-1, max_num_seqs=3, overlap=True)
+    assert config.cache == CacheOptions(block_size=8)
+    assert (config.scheduler.max_num_seqs, config.checkpoint.model, config.engine.depth) == (3, "some/model", 2)
+    for name, group in GROUPS.items():
+        part = getattr(config, name)
+        assert type(part) is group
+        assert all(getattr(part, field.name) == getattr(config, field.name) for field in dataclasses.fields(group))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(group)[0].name, None)
+
+
+@pytest.mark.parametrize(("overlap", "depth"), [(False, 1), (0, 1), (1, 1), (True, 2), (2, 2), (4, 4)])
+def test_the_depth(overlap: bool | int, depth: int) -> None:
+    assert EngineConfig(overlap=overlap, trace="trace.json").depth == depth
+
+
+def test_a_policy_may_be_an_object_or_in_a_file() -> None:
+    class Latest:
+        def key(self, sequence: Any) -> tuple[float, ...]:
+            return (-sequence.arrival,)
+
+    mine = Latest()
+    assert EngineConfig(scheduling_policy=mine).scheduling_policy is mine
+    assert EngineConfig(scheduling_policy="mine.py:Latest").scheduling_policy == "mine.py:Latest"
+    for wrong in ("lottery", Latest, object(), None, 5):
+        with pytest.raises(InvalidConfigError, match=r"scheduling_policy must .*'fcfs', 'priority'"):
+            EngineConfig(scheduling_policy=wrong)  # type: ignore[arg-type]
 
 
 def test_it_is_ready_before_torch_is() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mini_infer.outputs import CompletionOutput, GenerateOutput, Logprob, RequestMetrics, StepOutput
+from mini_infer.outputs import CompletionOutput, GenerateOutput, Increment, Logprob, RequestMetrics
 
 
 def completion(index: int = 0, **options: Any) -> CompletionOutput:
@@ -97,7 +97,7 @@ def test_metrics() -> None:
 
 
 def test_frozen(output: GenerateOutput) -> None:
-    step = StepOutput("request-1", 0, "a", [1], None, None, None)
+    step = Increment("request-1", 0, "a", [1], None, None, None)
     for thing, name in (
         (output, "request_id"),
         (output.outputs[0], "text"),

@@ -226,7 +226,7 @@ scheduler = Scheduler(
         )
         run("004\nscheduled_seqs = scheduler.schedule()\n")
         assert type(names["scheduled_seqs"]).__name__ == "SchedulerOutputs"
-        assert names["scheduled_seqs"].scheduled == []
+        assert names["scheduled_seqs"].scheduled == ()
 
     def test_block_manager(self, run: Run) -> None:
         names = run(
@@ -782,7 +782,7 @@ class TestFuriosa:
         [
             ("pipeline_parallel_size", 2, "pipeline_parallel_size"),
             ("data_parallel_size", 4, "data_parallel_size"),
-            ("npu_queue_limit", 3, "overlap"),
+            ("npu_queue_limit", 5, "overlap"),
         ],
     )
     def test_refused_by_name(self, flag: str, value: Any, field: str) -> None:

@@ -13,21 +13,28 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from benchmarks.tables import fill
-from mini_infer.cli.flags import PANELS, hints
-from mini_infer.config import EngineConfig
+from mini_infer.cli.flags import hints
+from mini_infer.compat.options import ENGINE_ALIASES, SAMPLING_ALIASES, aliases_of
+from mini_infer.config import GROUPS, EngineConfig
 from mini_infer.sampling import SamplingParams
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {"en": DOCS / "configuration.md", "zh": DOCS / "zh" / "configuration.md"}
-CLASSES = (EngineConfig, SamplingParams)
-
-REST = "Engine"
-"""The panel of the fields that ``PANELS`` does not name, as in ``--help``."""
+ALIASES: Mapping[type, Mapping[str, str]] = {EngineConfig: ENGINE_ALIASES, SamplingParams: SAMPLING_ALIASES}
 
 WORDS: Mapping[str, Mapping[str, str]] = {
-    "en": {"head": "| field | type | default | meaning |", "or": " or ", "also": " Also `{}`.", "end": "."},
+    "en": {"head": "| field | type | default | meaning |", "or": " or ", "also": " Also `{}`.", "end": "."}
+    | {"group": "{} (`config.{}`)"},
     "zh": {"head": "| 字段 | 类型 | 默认值 | 含义 |", "or": " 或 ", "also": "也可写作 `{}`。", "end": "。"}
-    | {"Model": "模型", "Device": "设备", "Memory": "内存", "Scheduling": "调度", "Engine": "引擎"},
+    | {"group": "{}（`config.{}`）"}
+    | {
+        "checkpoint": "检查点",
+        "executor": "执行",
+        "cache": "KV 缓存",
+        "scheduler": "调度",
+        "parallel": "并行",
+        "engine": "引擎",
+    },
 }
 
 
@@ -39,12 +46,10 @@ def chinese() -> dict[str, dict[str, str]]:
 
 def tables(language: str) -> dict[str, str]:
     """The tables of a page by the name in their markers."""
-    groups = {panel: names.split() for panel, names in PANELS.items()}
-    named = {name for names in groups.values() for name in names}
-    groups[REST] = [field.name for field in fields(EngineConfig) if field.name not in named]
-    parts = []
-    for panel, names in groups.items():
-        parts += [f"### {WORDS[language].get(panel, panel)}", _table(EngineConfig, names, language)]
+    words, parts = WORDS[language], []
+    for name, group in GROUPS.items():
+        parts.append("### " + words["group"].format(words.get(name, name.capitalize()), name))
+        parts.append(_table(EngineConfig, [field.name for field in fields(group)], language))
     sampling = _table(SamplingParams, [field.name for field in fields(SamplingParams)], language)
     return {"EngineConfig": "\n\n".join(parts), "SamplingParams": sampling}
 
@@ -62,7 +67,7 @@ def _table(cls: type, names: Sequence[str], language: str) -> str:
 def _meaning(cls: type, field: "Field[Any]", language: str) -> str:
     words = WORDS[language]
     help = field.metadata["help"] if language == "en" else chinese()[cls.__name__][field.name]
-    aliases = "`, `".join(field.metadata["aliases"])
+    aliases = "`, `".join(aliases_of(field.name, ALIASES[cls]))
     return help + words["end"] + (words["also"].format(aliases) if aliases else "")
 
 

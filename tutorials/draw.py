@@ -5,6 +5,7 @@ returns figures by the stem of their files.
 """
 
 import importlib.util
+import io
 import logging
 import sys
 import warnings
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from tutorials.shrink import shrink
 
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # no machine has all the fonts below
 warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -62,10 +65,12 @@ def save(folder: Path, language: str, to: Path) -> list[Path]:
 
     files = []
     for stem, figure in figures(folder, language).items():
-        files.append(to / f"{stem}.{language}.svg")
+        drawn = io.StringIO()
         with matplotlib.rc_context(STYLE):
-            figure.savefig(files[-1], metadata={"Date": None})
+            figure.savefig(drawn, format="svg")
         plt.close(figure)
+        files.append(to / f"{stem}.{language}.svg")
+        files[-1].write_text(shrink(drawn.getvalue()), encoding="utf-8")
     return files
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from benchmarks.gpu_suite.figure import Context, Figure, untaken
 from benchmarks.measure import DEVICE, copy_bandwidth, matrix_peak
 from mini_infer import LLM, SamplingParams
+from mini_infer.memory.cache_spec import block_bytes
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "CUDA graphs": {},
@@ -40,8 +41,7 @@ def weight_bytes(context: Context) -> int:
 
 
 def kv_bytes_per_token(llm: LLM) -> int:
-    shape = llm.model_config
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * torch.bfloat16.itemsize
+    return block_bytes(llm.model_config.cache_specs(torch.bfloat16), 1)
 
 
 def decoding(context: Context, llm: LLM, batch: int, length: int) -> list[str]:

@@ -1,5 +1,8 @@
 """The command line: what each command takes. What it does is in the module of its name, imported when it runs."""
 
+import os
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +12,11 @@ from rich.console import Console
 import mini_infer
 from mini_infer.cli.flags import engine_flags, sampling_flags
 from mini_infer.cli.group import Group
-from mini_infer.cli.learn import Language
 from mini_infer.config import EngineConfig
+from mini_infer.exceptions import MiniInferError
+
+CHECKOUT = Path(mini_infer.__file__).parents[1]
+"""Of the repository, where the package is used from one; the course is there."""
 
 app = typer.Typer(
     cls=Group,
@@ -117,23 +123,35 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             envvar="MINI_INFER_API_KEY",
             show_envvar=True,
             show_default=False,
-            help="Refuse requests without this key. A variable, unlike a flag, is not seen by other users.",
+            help="Refuse requests without this key; may be repeated. A variable, unlike a flag, is not seen by others.",
         ),
     ] = None,
+    salt_by_key: Annotated[
+        bool, typer.Option("--salt-by-key", help="Share no cached prefixes between callers with different keys.")
+    ] = False,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model; by default its own name.", show_default=False)
     ] = None,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is given up.", show_default=False)
     ] = None,
+    step_timeout: Annotated[
+        float, typer.Option(help="Seconds after which a step is taken to be stuck; twice that ends the server.")
+    ] = 300.0,
     cors: Annotated[
         list[str] | None,
         typer.Option(help="Let web pages of this origin in; may be repeated, * is all.", show_default=False),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer to this name, too, on a loopback address without a key; may be repeated.", show_default=False
+        ),
     ] = None,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have after Ctrl-C or SIGTERM.")
@@ -142,14 +160,19 @@ def serve(
     """Serve a model over HTTP: OpenAI's endpoints, metrics, and a page for the browser."""
     from mini_infer.serving import serve
 
+    if not api_key and "MINI_INFER_API_KEY" in os.environ:
+        api_key = [""]  # set, but to nothing: that is no wish for a server that is open to all
     serve(
         config,
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=api_key or None,
+        salt_by_key=salt_by_key,
         served_model_name=served_model_name,
         request_timeout=request_timeout,
+        step_timeout=step_timeout,
         cors=tuple(cors or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         drain_timeout=drain_timeout,
     )
 
@@ -172,8 +195,7 @@ def info(
 
 @app.command(
     rich_help_panel=LOOK,
-    epilog="mini-infer bench\n\nmini-infer bench Qwen/Qwen3-0.6B --requests 64 --output-len 128\n\n"
-    "mini-infer bench --url http://127.0.0.1:8000 --request-rate 4 --json",
+    epilog="mini-infer bench\n\nmini-infer bench Qwen/Qwen3-0.6B --requests 64 --output-len 128 --json",
 )
 @engine_flags(model_argument=True)
 def bench(
@@ -184,43 +206,18 @@ def bench(
     temperature: Annotated[float, typer.Option(min=0, help="How tokens are chosen; 0 takes the likeliest.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep this many of the likeliest; -1 keeps all.")] = -1,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest up to this probability.")] = 1.0,
-    url: Annotated[
-        str | None, typer.Option(help="Ask the server here instead of an engine of its own.", show_default=False)
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="MINI_INFER_API_KEY", show_default=False, help="Of the server.")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="With --url: most requests on their way at once.")
-    ] = None,
-    request_rate: Annotated[
-        float | None,
-        typer.Option(show_default=False, help="With --url: requests per second, at random; else all come at once."),
-    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure throughput and latency, here or on a server, and say how close that is to this machine's limits.
+    """Measure throughput and latency of a model on this machine.
 
     Prompts are random token ids and answers have the drawn length, whatever the model would say; --seed draws others.
     """
-    from mini_infer.cli.bench import run_bench
-    from mini_infer.cli.workload import Workload, parse_range
+    from mini_infer.cli.bench import Workload, parse_range, run_bench
     from mini_infer.sampling import SamplingParams
 
-    workload = Workload.draw(
-        requests, parse_range("input_len", input_len), parse_range("output_len", output_len), config.seed
-    )
-    run_bench(
-        config,
-        workload,
-        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p),
-        Console(),
-        json,
-        url=url,
-        api_key=api_key,
-        concurrency=concurrency,
-        request_rate=request_rate,
-    )
+    ranges = parse_range("input_len", input_len), parse_range("output_len", output_len)
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    run_bench(config, Workload.draw(requests, *ranges, config.seed), sampling, Console(), json)
 
 
 @app.command(rich_help_panel=ASK)
@@ -232,11 +229,15 @@ def demo() -> None:
 
 
 @app.command(rich_help_panel=LOOK)
-def kernels() -> None:
+def kernels(
+    kernel_backend: Annotated[
+        str | None, typer.Option(metavar="[FILE:]NAME", help="What if an engine asked for this backend.")
+    ] = None,
+) -> None:
     """Show which backend runs each operation on this machine, and why the others do not."""
     from mini_infer.cli.kernels import show_kernels
 
-    show_kernels(Console())
+    show_kernels(Console(), kernel_backend)
 
 
 @app.command(
@@ -253,55 +254,19 @@ def trace(
     show_trace(path, Console(), rows)
 
 
-course = typer.Typer(
-    invoke_without_command=True,
-    epilog="mini-infer learn\n\nmini-infer learn start 7\n\nmini-infer learn check 7 --lang zh",
+@app.command(
+    rich_help_panel=LEARN,
+    add_help_option=False,  # the course has a help of its own, and its own arguments
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
-app.add_typer(course, name="learn", rich_help_panel=LEARN)
-
-ChapterArgument = Annotated[
-    str, typer.Argument(metavar="N", help="The chapter's number, or its folder's name.", show_default=False)
-]
-LanguageOption = Annotated[
-    Language | None,
-    typer.Option("--lang", help="Explain in this language; by default the locale's.", show_default=False),
-]
-
-
-@course.callback()
-def learn_list(context: typer.Context, lang: LanguageOption = None) -> None:
+def learn(context: typer.Context) -> None:
     """Work through the course: list its chapters, begin an exercise, have the answer graded. · 学习课程并批改练习"""
-    from mini_infer.cli.learn import list_chapters
-
-    context.obj = lang
-    if context.invoked_subcommand is None:
-        list_chapters(Console(), Language.of(lang))
-
-
-@course.command("start")
-def learn_start(
-    context: typer.Context,
-    chapter: ChapterArgument,
-    lang: LanguageOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the answer that is there.")] = False,
-) -> None:
-    """Put a chapter's skeleton into ./learn, with the hole to fill in."""
-    from mini_infer.cli.learn import start_exercise
-
-    start_exercise(Console(), Language.of(lang or context.obj), chapter, force)
-
-
-@course.command("check")
-def learn_check(context: typer.Context, chapter: ChapterArgument, lang: LanguageOption = None) -> None:
-    """Grade the answer in ./learn and explain the first failure."""
-    from mini_infer.cli.learn import check_answer
-
-    raise typer.Exit(0 if check_answer(Console(), Language.of(lang or context.obj), chapter) else 1)
-
-
-@course.command("solution")
-def learn_solution(context: typer.Context, chapter: ChapterArgument, lang: LanguageOption = None) -> None:
-    """Print a chapter's solution."""
-    from mini_infer.cli.learn import show_solution
-
-    show_solution(Console(), Language.of(lang or context.obj), chapter)
+    if not (CHECKOUT / "tutorials" / "learn.py").is_file():
+        raise MiniInferError(
+            "the course is part of the repository and not of the installed package; clone the repository and run "
+            "pip install -e '.[dev]' in it · 课程在代码仓库里，不在安装包里；请克隆仓库，并在其中运行 "
+            "pip install -e '.[dev]'"
+        )
+    sys.path.insert(0, str(CHECKOUT))
+    course = import_module("tutorials.learn")
+    raise typer.Exit(course.app(context.args, prog_name="mini-infer learn", standalone_mode=False) or 0)

@@ -18,9 +18,10 @@ from rich.text import Text
 from mini_infer import LLMEngine
 from mini_infer.cli.flags import hints, parse
 from mini_infer.cli.terminal import printable
+from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.outputs import GenerateOutput, StepOutput
+from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 
 HELP = {
@@ -109,7 +110,7 @@ class Chat:
 
     def _stream(self, prompt: str) -> GenerateOutput:
         """Print an answer as it comes; Ctrl-C ends it after the step that is running."""
-        increments: list[StepOutput] = []
+        increments: list[Increment] = []
         request = self._llm.make_request(prompt, self._params, listener=increments.append)
         clean = printable if sys.stdout.isatty() else str
         with _noticing_interrupts() as interrupted:
@@ -138,6 +139,8 @@ class Chat:
         figures.append(f"context {context} of {limit}")
         if output.finish_reason == "abort":
             figures.append("stopped")
+        elif output.error is not None:
+            figures.append(str(output.error))
         elif output.finish_reason == "length":
             figures.append(
                 "the context is full: /reset starts a new conversation" if context >= limit else "cut at max_tokens"
@@ -174,9 +177,7 @@ class Chat:
                 )
             self._notes.print(table)
             return
-        names = {
-            alias: field.name for field in fields(SamplingParams) for alias in (field.name, *field.metadata["aliases"])
-        }
+        names = {**{field.name: field.name for field in fields(SamplingParams)}, **SAMPLING_ALIASES}
         field_name = names.get(name.replace("-", "_"))
         if field_name is None:
             raise InvalidRequestError(f"there is no sampling option {name!r}; /set shows what there is")

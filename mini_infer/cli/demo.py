@@ -27,10 +27,11 @@ def run_demo(console: Console) -> None:
     with console.status("Loading the bundled model · 正在加载内置模型"):
         llm = LLM()
     shape = llm.model_config
+    attention = shape.layers[0].attention
     console.print(
         Panel(
-            f"{shape.architecture}: {shape.num_layers} layers, {shape.num_heads} query and {shape.num_kv_heads} KV "
-            f"heads of {shape.head_dim}, vocabulary {shape.vocab_size}",
+            f"{shape.architecture}: {shape.num_layers} layers, {attention.num_heads} query and "
+            f"{attention.num_kv_heads} KV heads of {attention.head_dim}, vocabulary {shape.vocab_size}",
             title="Mini-Infer · tutor",
             expand=False,
         ),

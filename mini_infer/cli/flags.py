@@ -15,20 +15,12 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get
 import typer
 from rich.markup import escape
 
-from mini_infer.config import EngineConfig
+from mini_infer.compat.options import ENGINE_ALIASES, SAMPLING_ALIASES, aliases_of
+from mini_infer.config import GROUPS, EngineConfig
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.sampling import SamplingParams
 
 Command: TypeAlias = Callable[..., None]
-
-PANELS = {
-    "Model": "model tokenizer tokenizer_mode revision trust_remote_code cache_dir dtype",
-    "Device": "device kernel_backend enforce_eager tensor_parallel_size pipeline_parallel_size data_parallel_size",
-    "Memory": "max_model_len block_size num_gpu_blocks num_cpu_blocks gpu_memory_utilization enable_prefix_caching",
-    "Scheduling": "max_num_seqs max_num_batched_tokens scheduling_policy preemption_mode watermark max_waiting overlap "
-    "offline",
-}
-"""Where ``--help`` shows the fields of ``EngineConfig``; under "Engine" those that are not named here."""
 
 
 @overload
@@ -51,10 +43,7 @@ def engine_flags(
     Args:
         model_argument: the model may be given without ``--model``, too: ``mini-infer bench MODEL``.
     """
-    panels = {name: panel for panel, names in PANELS.items() for name in names.split()}
-    flags = list(_flags(EngineConfig, lambda name: panels.get(name, "Engine")))
-    # --help shows the panels in the order in which it meets them.
-    flags.sort(key=lambda flag: [*panels, flag.field].index(flag.field))
+    flags = [flag for name, group in GROUPS.items() for flag in _flags(group, name.capitalize(), ENGINE_ALIASES)]
     if model_argument:
         model = typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
         flags.append(_Flag("model", str, _parameter("model_argument", str, model)))
@@ -77,7 +66,7 @@ def sampling_flags(command: Command) -> Command:
         return given
 
     taken = {field.name for field in fields(EngineConfig)}
-    flags = _flags(SamplingParams, lambda name: "Sampling", prefixed=taken, show_defaults=False)
+    flags = _flags(SamplingParams, "Sampling", SAMPLING_ALIASES, prefixed=taken, show_defaults=False)
     return _with_flags(command, "sampling", list(flags), checked)
 
 
@@ -141,17 +130,17 @@ class _Flag:
 
 
 def _flags(
-    cls: type, panel: Callable[[str], str], *, prefixed: Container[str] = (), show_defaults: bool = True
+    cls: type, panel: str, table: Mapping[str, str], *, prefixed: Container[str] = (), show_defaults: bool = True
 ) -> Iterator[_Flag]:
     for field, hint in zip(fields(cls), hints(cls).values(), strict=True):
         name = f"sampling_{field.name}" if field.name in prefixed else field.name
-        kinds, aliases = _kinds(hint), field.metadata["aliases"]
+        kinds, aliases = _kinds(hint), aliases_of(field.name, table)
         several = list in kinds or Mapping in kinds
         help = field.metadata["help"] + "".join(f"; also {_spelled(alias)}" for alias in aliases)
         help += "; may be repeated." if several else "."
         if show_defaults and field.default not in (None, False):
             help += f" [default: {field.default}]"
-        look: dict[str, Any] = {"help": escape(help), "rich_help_panel": panel(field.name), "show_default": False}
+        look: dict[str, Any] = {"help": escape(help), "rich_help_panel": panel, "show_default": False}
         if bool in kinds:
             # Two options instead of "--name/--no-name": --help would cut the names short to show both.
             yield _Flag(field.name, hint, _parameter(name, bool, typer.Option(_spelled(name), metavar="", **look)))

@@ -18,14 +18,14 @@ from mini_infer.cli.prompts import BadLine, Item, is_jsonl, read_arguments, read
 from mini_infer.cli.terminal import printable
 from mini_infer.config import EngineConfig
 from mini_infer.engine.progress import generation_progress
-from mini_infer.engine.random import derived_seed
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import InvalidRequestError, QueueFullError
-from mini_infer.outputs import FinishReason, GenerateOutput, StepOutput
+from mini_infer.outputs import FinishReason, GenerateOutput, Increment
+from mini_infer.random import derived_seed
 
 STANDARD = Path("-")
 
-Sink = Callable[[Item, StepOutput], None]
+Sink = Callable[[Item, Increment], None]
 """Is told of every increment of every prompt."""
 
 
@@ -62,9 +62,9 @@ def run_generate(
 
     finished: list[tuple[Item, FinishReason]] = []
     with _open(output, good_bytes) as stream:
-        told: deque[tuple[Item, StepOutput]] = deque()
+        told: deque[tuple[Item, Increment]] = deque()
 
-        def listen(item: Item, increment: StepOutput) -> None:
+        def listen(item: Item, increment: Increment) -> None:
             told.append((item, increment))
 
         def deliver() -> None:
@@ -200,7 +200,7 @@ def _naming(output: Path | None) -> Iterator[None]:
 def _line_writer(stream: IO[bytes], keys: Mapping[int, str]) -> Sink:
     """Writes an object per prompt, once it has finished."""
 
-    def write(item: Item, increment: StepOutput) -> None:
+    def write(item: Item, increment: Increment) -> None:
         if increment.output is not None:
             result = _result(item, keys[item.index], increment.output)
             line = memoryview(json.dumps(result, ensure_ascii=False).encode() + b"\n")
@@ -277,7 +277,7 @@ class TextPrinter:
             self._queue[0].pieces.clear()
         self._clean = printable if sys.stdout.isatty() else str
 
-    def __call__(self, item: Item, increment: StepOutput) -> None:
+    def __call__(self, item: Item, increment: Increment) -> None:
         text = self._texts[item.index, increment.index]
         text.pieces.append(increment.text)
         if increment.finish_reason is not None:

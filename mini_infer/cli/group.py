@@ -8,15 +8,15 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, KernelError, MiniInferError
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 
-class Group(TyperGroup):
-    """The commands, with ``--debug`` anywhere on the line."""
+class _InOneLine:
+    """A program with ``--debug`` anywhere on its line."""
 
     def main(
         self,
@@ -32,9 +32,9 @@ class Group(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         debug = "--debug" in words[:end]
-        words = ["--debug"] * debug + [word for word in words[:end] if word != "--debug"] + words[end:]
+        words = [word for word in words[:end] if word != "--debug"] + words[end:]
         try:
-            status = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)
+            status = super().main(words, prog_name, complete_var, standalone_mode=False, **extra)  # type: ignore[misc]
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -42,6 +42,14 @@ class Group(TyperGroup):
         if not standalone_mode:
             return status
         sys.exit(status or 0)
+
+
+class Group(_InOneLine, TyperGroup):
+    """Several commands."""
+
+
+class Command(_InOneLine, TyperCommand):
+    """A program of one command."""
 
 
 def fail(error: Exception) -> int:

@@ -15,10 +15,10 @@ from rich.table import Table
 import mini_infer
 from mini_infer import kernels
 from mini_infer.config import EngineConfig
-from mini_infer.engine.device import resolve_device, resolve_dtype
-from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
-from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, block_bytes, fit_max_model_len, open_num_blocks, step_bytes
-from mini_infer.models import Decoder, ModelConfig, resolve_tokenizer
+from mini_infer.exceptions import InvalidCheckpointError
+from mini_infer.executor.device import resolve_device, resolve_dtype
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, MemoryPlan, plan_memory, step_bytes
+from mini_infer.models import Decoder, read_config, resolve_tokenizer
 from mini_infer.models.weights import weight_files
 
 LIBRARIES = ("torch", "transformers", "triton", "numba")
@@ -30,6 +30,8 @@ class Model:
 
     Attributes:
         num_parameters: counted once where the output projection is the embedding.
+        num_heads, num_kv_heads, head_dim, intermediate_size: of the first layer.
+        max_position_embeddings: the longest context.
         checkpoint_bytes: of the safetensors files; None where they are not on this machine.
     """
 
@@ -56,6 +58,7 @@ class Memory:
         dtype: of weights and KV cache.
         device_bytes: the device's memory, all of it; None where this cannot be asked.
         weight_bytes: the parameters.
+        rotary_bytes: the tables of rotary embedding.
         step_bytes: set aside for the largest step; 0 on a CPU, where nothing is set aside.
         kv_bytes_per_token: keys and values of one token in every layer.
         num_blocks, block_size, num_tokens: the KV memory; ``num_tokens`` is their product.
@@ -70,6 +73,7 @@ class Memory:
     dtype: str
     device_bytes: int | None
     weight_bytes: int
+    rotary_bytes: int
     step_bytes: int
     kv_bytes_per_token: int
     block_size: int
@@ -92,32 +96,32 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
         OutOfMemoryError: not one KV block fits, or not ``config.max_model_len`` tokens.
     """
-    with kernels.use_backend(config.kernel_backend):  # refuses an unknown one
-        device = resolve_device(config.device)
-        backends = {op: kernels.backend_of(op, device) for op in kernels.OPS}
+    device = resolve_device(config.device)
+    chosen = kernels.resolve(device, config.kernel_backend)  # refuses an unknown one
+    backends = {op: chosen.backend_of(op) for op in kernels.OPS}
     # What a tokenizer needs is all files but the weights: nobody wants to fetch these to learn that they do not fit.
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     directory = resolve_tokenizer(str(config.model), config.revision, cache_dir)
-    shape = ModelConfig.from_directory(directory)
+    shape = read_config(directory)
     dtype = resolve_dtype(config.dtype, shape.dtype, device)
-    parameters = list(Decoder(shape, dtype, "meta").parameters())
-    num_parameters = sum(parameter.numel() for parameter in parameters)
+    decoder = Decoder(shape, dtype, "meta", chosen)
+    attention, feed_forward = shape.layers[0].attention, shape.layers[0].feed_forward
     model = Model(
         directory=str(directory),
         architecture=shape.architecture,
-        num_parameters=num_parameters,
+        num_parameters=decoder.num_parameters,
         num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
         hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
+        intermediate_size=feed_forward.intermediate_size,
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position_embeddings,
         checkpoint_dtype=None if shape.dtype is None else _plain(shape.dtype),
         checkpoint_bytes=_checkpoint_bytes(directory),
     )
-    memory = plan_memory(config, shape, dtype, device, sum(parameter.nbytes for parameter in parameters))
+    plan, memory = _plan(config, decoder, device)
     if as_json:
         facts = {
             "versions": _versions(),
@@ -131,60 +135,61 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
         console.print(_model_table(model))
         console.print(_memory_table(memory, device))
         console.print(_machine_table(device, backends))
-    if not memory.num_blocks:
-        raise OutOfMemoryError(
-            f"no KV block fits on {device} beside {_size(memory.weight_bytes)} of weights; raise "
-            "gpu_memory_utilization, lower block_size or max_num_batched_tokens, or take a smaller model"
-        )
+    plan.check(str(device))
 
 
-def plan_memory(
-    config: EngineConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, weight_bytes: int
-) -> Memory:
+def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[MemoryPlan, Memory]:
     """What an engine of this configuration would lay out.
 
     Raises:
         OutOfMemoryError: ``config.max_model_len`` tokens do not fit.
     """
-    bytes_per_block = block_bytes(
-        config.block_size, shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype.itemsize
-    )
-    device_bytes, step = _device_bytes(device), 0
-    if device.type == "cpu":
-        memory = CPU_KV_CACHE_BYTES
-    else:
-        num_sequences = min(config.max_num_seqs, config.token_budget)
-        sizes = shape.hidden_size, shape.intermediate_size, shape.vocab_size
-        step = step_bytes(config.token_budget, num_sequences, *sizes, dtype.itemsize)
-        free, total = torch.cuda.mem_get_info(device)
-        memory = int(total * config.gpu_memory_utilization) - (total - free) - weight_bytes - step
+    shape, on_cpu = model.config, device.type == "cpu"
     longest = min(config.max_model_len or shape.max_position_embeddings, shape.max_position_embeddings)
-    num_blocks = config.num_gpu_blocks or open_num_blocks(
-        memory, bytes_per_block, config.max_num_seqs, longest, config.block_size
-    )
-    max_model_len, warning = 0, None
-    if num_blocks:
-        max_model_len, warning = fit_max_model_len(
-            config.max_model_len, shape.max_position_embeddings, num_blocks, config.block_size
+    step, free = 0, CPU_KV_CACHE_BYTES
+    if not on_cpu:
+        num_sequences = min(config.max_num_seqs, config.token_budget)
+        widest = max(layer.feed_forward.intermediate_size for layer in shape.layers)
+        step = step_bytes(
+            config.token_budget, num_sequences, shape.hidden_size, widest, shape.vocab_size, model.dtype.itemsize
         )
-    return Memory(
-        dtype=_plain(dtype),
-        device_bytes=device_bytes,
-        weight_bytes=weight_bytes,
-        step_bytes=step,
-        kv_bytes_per_token=bytes_per_block // config.block_size,
+        unused, total = torch.cuda.mem_get_info(device)
+        taken = model.weight_bytes + _rotary_bytes(model, longest) + step
+        free = int(total * config.gpu_memory_utilization) - (total - unused) - taken
+    plan = plan_memory(
+        shape.cache_specs(model.dtype),
+        free,
         block_size=config.block_size,
-        num_blocks=num_blocks,
-        num_tokens=num_blocks * config.block_size,
-        kv_bytes=num_blocks * bytes_per_block,
+        num_blocks=config.num_gpu_blocks,
         num_cpu_blocks=config.num_cpu_blocks,
-        cpu_kv_bytes=config.num_cpu_blocks * bytes_per_block,
         max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        num_longest=num_blocks // -(-max_model_len // config.block_size) if max_model_len else 0,
-        estimated=device.type != "cpu" and config.num_gpu_blocks is None,
-        warning=warning,
+        max_model_len=config.max_model_len,
+        model_limit=shape.max_position_embeddings,
     )
+    return plan, Memory(
+        dtype=_plain(model.dtype),
+        device_bytes=_device_bytes(device),
+        weight_bytes=model.weight_bytes,
+        rotary_bytes=_rotary_bytes(model, plan.max_model_len),
+        step_bytes=step,
+        kv_bytes_per_token=plan.bytes_per_block // plan.block_size,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        num_tokens=plan.num_blocks * plan.block_size,
+        kv_bytes=plan.kv_bytes,
+        num_cpu_blocks=plan.num_cpu_blocks,
+        cpu_kv_bytes=plan.num_cpu_blocks * plan.bytes_per_block,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        num_longest=plan.num_blocks // plan.blocks_per_sequence if plan.num_blocks else 0,
+        estimated=not on_cpu and config.num_gpu_blocks is None,
+        warning=plan.warning,
+    )
+
+
+def _rotary_bytes(model: Decoder, max_model_len: int) -> int:
+    """What the model's rotary tables take in an engine, which makes them no longer than its longest sequence."""
+    return model.rotary_bytes // model.config.max_position_embeddings * max_model_len
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -217,7 +222,10 @@ def _model_table(model: Model) -> Table:
 
 def _memory_table(memory: Memory, device: torch.device) -> Table:
     about = "about " if memory.estimated else ""
-    rows = {"weights · 权重": f"{_size(memory.weight_bytes)} as {memory.dtype}"}
+    rows = {
+        "weights · 权重": f"{_size(memory.weight_bytes)} as {memory.dtype}",
+        "rotary tables · 旋转位置表": _size(memory.rotary_bytes),
+    }
     if memory.step_bytes:
         rows["largest step · 最大一步"] = f"about {_size(memory.step_bytes)}"
     rows |= {

@@ -14,31 +14,36 @@ CHOSEN, AVAILABLE, ABSENT = "[bold green]chosen[/]", "available", "[bright_black
 OURS = ("reference", "triton", "cpu")
 
 
-def show_kernels(console: Console) -> None:
-    """One table for each device of this machine, and the reasons below."""
-    backends = list(dict.fromkeys((*OURS, *kernels.available_backends())))
+def show_kernels(console: Console, backend: str | None = None) -> None:
+    """One table for each device of this machine, and the reasons below.
+
+    Raises:
+        KernelError: there is no such backend.
+    """
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    resolved = {device: kernels.resolve(device, backend) for device in devices}
+    backends = list(dict.fromkeys((*OURS, *kernels.available_backends())))
     for device in devices:
         table = Table(title=f"Kernels on {device} · {device} 上的算子", title_justify="left")
         table.add_column("operation · 算子", no_wrap=True)
-        for backend in backends:
-            table.add_column(backend)
+        for name in backends:
+            table.add_column(name)
         for op in OPS:
-            able, chosen = kernels.available_backends(op, device), kernels.backend_of(op, device)
-            marks = [CHOSEN if name == chosen else AVAILABLE if name in able else ABSENT for name in backends]
+            able, chosen = kernels.available_backends(op, device), resolved[device].backend_of(op).split("+")
+            marks = [CHOSEN if name in chosen else AVAILABLE if name in able else ABSENT for name in backends]
             table.add_row(op, *marks)
         console.print(table)
     console.print("chosen 选用   available 可用   - not for this device 不适用于此设备")
 
     wanted = os.environ.get(ENVIRONMENT_VARIABLE)
-    reason = (
-        f"{ENVIRONMENT_VARIABLE}={wanted}" if wanted else "the highest priority for the device · 该设备上优先级最高者"
-    )
+    reason = "the highest priority for the device · 该设备上优先级最高者"
+    if backend or wanted:
+        reason = f"--kernel-backend {backend}" if backend else f"{ENVIRONMENT_VARIABLE}={wanted}"
     console.print(f"\n[bold]Why · 原因[/bold]\n  chosen 选用: {reason}", highlight=False)
-    for backend in backends:
-        where = [device for device in devices if any(backend in kernels.available_backends(op, device) for op in OPS)]
+    for name in backends:
+        where = [device for device in devices if any(name in kernels.available_backends(op, device) for op in OPS)]
         if not where:
-            console.print(f"  {backend}: {_why_not(backend)}", highlight=False, markup=False)
+            console.print(f"  {name}: {_why_not(name)}", highlight=False, markup=False)
 
 
 def _why_not(backend: str) -> str:

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import SamplingParams
 
@@ -113,5 +114,4 @@ def _sampling_options(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(bias, dict):
         options["logit_bias"] = {int(key) if key.lstrip("-").isdecimal() else key: bias[key] for key in bias}
     SamplingParams(**{"max_tokens": None, **options})
-    names = {alias: field.name for field in fields(SamplingParams) for alias in field.metadata["aliases"]}
-    return {names.get(name, name): value for name, value in options.items()}
+    return {SAMPLING_ALIASES.get(name, name): value for name, value in options.items()}

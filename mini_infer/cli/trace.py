@@ -45,11 +45,10 @@ FREE = Look(".", "bright_black", "free · 空闲")
 
 PHASES = {
     "schedule": "调度",
-    "copy": "块复制",
-    "forward": "前向计算",
-    "sample": "采样",
+    "submit": "提交",
+    "compute": "计算",
     "publish": "发布",
-    "undo": "撤销",
+    "rewind": "回退",
 }
 
 OWNERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -180,16 +179,19 @@ def _parse(text: str) -> Any:
 def _read(events: list[Event], broken_off: bool) -> Trace:
     engine = next(event["args"] for event in events if event["name"] == "mini-infer")
     steps: list[Step] = []
+    latest: dict[int, Step] = {}  # on each of the tracks that steps have when several are under way
     rows: dict[int, Row] = {}
     instants: list[Instant] = []
     for event in sorted(events, key=lambda event: event["ts"]):  # stable: a step comes before its first phase
         kind, name, time, args = event["ph"], event["name"], event["ts"], event.get("args", {})
         if kind == "X" and name in PHASES:
-            steps[-1].phases[name] = event["dur"]
+            step = latest[event["tid"]]
+            step.phases[name] = event["dur"]
             if name != "schedule":
-                steps[-1].planned = min(steps[-1].planned, time)
+                step.planned = min(step.planned, time)
         elif kind == "X":
-            steps.append(Step(time, event["dur"], time + event["dur"], name == "failed step", args))
+            step = latest[event["tid"]] = Step(time, event["dur"], time + event["dur"], name == "failed step", args)
+            steps.append(step)
         elif kind == "C" and name == "blocks" and steps:
             steps[-1].num_used_blocks = max(steps[-1].num_used_blocks, args["used"])
         elif event["pid"] == 1:
@@ -242,7 +244,7 @@ class Blocks:
         for name, table in step.args["block_tables"].items():
             before = self.tables.get(name, [])
             kept = next((i for i, (old, new) in enumerate(zip(before, table, strict=False)) if old != new), len(before))
-            kept = max(kept, step.args["prefix_hits"].get(name, 0) // block_size)
+            kept = max(kept, step.args["found_blocks"].get(name, 0))
             self.known.difference_update(table[kept:])  # given out anew, whatever they held before
             self.tables[name] = table
         if not step.failed:

@@ -5,20 +5,26 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mini_infer.config import EngineConfig
+from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream
+from mini_infer.engine.decoding.beams import BeamOptions, BeamSearch
 from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
-from mini_infer.engine.random import derived_seed
 from mini_infer.engine.request import Completion, Request
-from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.engine.rules import make_rules
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import check_int, plain_ids
-from mini_infer.outputs import StepOutput
+from mini_infer.outputs import Increment
+from mini_infer.random import derived_seed
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import Sequence
 from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    from mini_infer.engine.no_tokenizer import NoTokenizer
+    from mini_infer.engine.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Seq[int]
 """Text, or token ids."""
@@ -39,7 +45,7 @@ class Intake:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: "Tokenizer | NoTokenizer",
         defaults: GenerationDefaults,
         vocab_size: int,
         max_model_len: int,
@@ -61,7 +67,7 @@ class Intake:
         *,
         request_id: str | None = None,
         priority: int = 0,
-        listener: Callable[[StepOutput], None] | None = None,
+        listener: Callable[[Increment], None] | None = None,
     ) -> Request:
         """Check one prompt and its parameters.
 
@@ -82,35 +88,66 @@ class Intake:
         priority = check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
         token_ids = self._token_ids(prompt)
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
-        max_length = self._max_length(len(token_ids), params)
-        stop_token_ids = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            stop_token_ids |= self._defaults.eos_token_ids
-
-        make_stream = self._stream_maker(token_ids, params)
-        completions = [
-            Completion(
-                index=place,
-                params=params,
-                seed=seed,
-                sequence=Sequence(
-                    request_id=request_id,
-                    token_ids=list(token_ids),
-                    num_prompt_tokens=len(token_ids),
-                    max_length=max_length,
-                    min_length=len(token_ids) + params.min_tokens,
-                    stop_token_ids=stop_token_ids,
-                    priority=priority,
-                    cache_salt=params.cache_salt,
-                    reads_prefix_cache=params.prompt_logprobs is None,
-                    num_forks=min(params.n, self._max_num_seqs) - 1 if place == 0 else 0,
-                ),
-                stream=make_stream(),
+        stop_token_ids = self._stop_token_ids(params)
+        completions = self._completions(params, token_ids)
+        sequences = self._sequences(request_id, token_ids, params, priority)
+        streams = {
+            sequence: Stream(completion, rules)
+            for sequence, completion, rules in zip(
+                sequences, completions, make_rules(params, token_ids, stop_token_ids), strict=True
             )
-            for place in range(params.n)
-        ]
+        }
+        decoding = Autoregressive(streams, stop_token_ids, seed, self._tokenizer.token_text)
         text = str(prompt) if isinstance(prompt, str) else None
-        return Request(request_id, text, token_ids, params, completions, listener)
+        return Request(request_id, text, token_ids, params, completions, decoding, listener)
+
+    def make_beam_search(
+        self, prompt: Prompt, params: SamplingParams, length_penalty: float, early_stopping: bool
+    ) -> Request:
+        """Check one prompt, for a search of width ``params.n``.
+
+        Raises:
+            InvalidRequestError: the prompt or a parameter is unusable.
+        """
+        request_id = f"beams-{next(self._numbers)}-{secrets.token_hex(4)}"
+        token_ids = self._token_ids(prompt)
+        options = BeamOptions(
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            stop_token_ids=self._stop_token_ids(params),
+            max_length=self._max_length(len(token_ids), params),
+        )
+        decoding = BeamSearch(request_id, token_ids, params.n, options)
+        text = str(prompt) if isinstance(prompt, str) else None
+        return Request(request_id, text, token_ids, params, self._completions(params, token_ids), decoding, None)
+
+    def _completions(self, params: SamplingParams, token_ids: TokenIds) -> list[Completion]:
+        make_stream = self._stream_maker(token_ids, params)
+        return [Completion(place, params.min_tokens, make_stream()) for place in range(params.n)]
+
+    def _sequences(self, request_id: str, token_ids: TokenIds, params: SamplingParams, priority: int) -> list[Sequence]:
+        """One for each completion; as many as there can be seats for fork from the first."""
+        max_length = self._max_length(len(token_ids), params)
+
+        def make(forks: tuple[Sequence, ...] = ()) -> Sequence:
+            return Sequence(
+                request_id=request_id,
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                max_length=max_length,
+                priority=priority,
+                cache_salt=params.cache_salt,
+                reads_prefix_cache=params.prompt_logprobs is None,
+                forks=forks,
+                num_seats=1 + len(forks),
+            )
+
+        others = [make() for _ in range(params.n - 1)]
+        return [make(forks=tuple(others[: self._max_num_seqs - 1])), *others]
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        stop_token_ids = frozenset(params.stop_token_ids or ())
+        return stop_token_ids if params.ignore_eos else stop_token_ids | self._defaults.eos_token_ids
 
     def _params(self, sampling_params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
         params = self._defaults.sampling if sampling_params is None else sampling_params

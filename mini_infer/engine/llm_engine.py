@@ -2,29 +2,40 @@
 
 import os
 import sys
-import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
-from mini_infer.engine.beam_search import BeamSearch
-from mini_infer.engine.build import build
-from mini_infer.engine.device import on
-from mini_infer.engine.intake import Intake, Prompt, list_params, list_prompts
-from mini_infer.engine.loop import EngineLoop, StepResult
-from mini_infer.engine.overlap import OverlappedLoop
+from mini_infer.engine.build import Parts, build
+from mini_infer.engine.fork import OwnLock
+from mini_infer.engine.intake import Prompt, list_params, list_prompts
+from mini_infer.engine.loop import CLOSED, StepResult
+from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.engine.step_queue import step_queue
-from mini_infer.engine.tokenizer import RenderedChat, Tokenizer
-from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, QueueFullError
+from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
-from mini_infer.outputs import GenerateOutput, StepOutput
+from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    import torch
+
+    from mini_infer.engine.tokenizer import RenderedChat, Tokenizer
+    from mini_infer.models import ModelConfig
+
+
+_Engine = TypeVar("_Engine", bound="LLMEngine")
+
+_KEPT_OUTPUTS = 256
+"""Outputs that `step` handed over and `get_output` still finds; no more, so that a loop of `step` stays small."""
 
 
 class LLMEngine:
@@ -51,24 +62,60 @@ class LLMEngine:
             raise InvalidConfigError(f"config must be an EngineConfig, got {config!r}; or name its fields: model=...")
         elif fields:
             raise InvalidConfigError(f"give either a config or fields, not both; fields given: {', '.join(fields)}")
-        parts = build(config)
+        self._assemble(config, build(config))
+
+    @classmethod
+    def of(cls, config: EngineConfig, parts: Parts) -> "LLMEngine":
+        """An engine of parts that were made elsewhere, an executor of another kind, for example."""
+        engine = cls.__new__(cls)
+        engine._assemble(config, parts)
+        return engine
+
+    def _assemble(self, config: EngineConfig, parts: Parts) -> None:
         self.config = config
-        self.model_config = parts.model_config
         self.max_model_len = parts.max_model_len
         self.default_sampling_params = parts.defaults.sampling
+        self._parts = parts
         self._tokenizer = parts.tokenizer
-        self._intake = Intake(
-            parts.tokenizer, parts.defaults, parts.model_config.vocab_size, parts.max_model_len, config
-        )
-        self._trace = parts.trace
-        self.device = parts.runner.device
-        self._loop = (
-            OverlappedLoop(parts.scheduler, parts.runner, parts.tokenizer, step_queue(self.device))
-            if config.overlaps
-            else EngineLoop(parts.scheduler, parts.runner, parts.tokenizer)
-        )
-        self._finished: dict[str, Request] = {}
-        self._lock = threading.RLock()
+        self._intake = parts.intake
+        self._loop = parts.loop
+        self._finished = parts.loop.finished  # whose output nobody has fetched
+        self._handed_over: OrderedDict[str, GenerateOutput] = OrderedDict()  # the last ones that `step` gave
+        self._lock = OwnLock()
+
+    @property
+    def model_config(self) -> "ModelConfig":
+        """What the checkpoint says of itself.
+
+        Raises:
+            EngineError: there is no checkpoint behind this engine's executor.
+        """
+        if self._parts.model_config is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no checkpoint that it knows of")
+        return self._parts.model_config
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the model is; raises as ``model_config`` does."""
+        if self._parts.device is None:
+            raise EngineError("this engine's executor was made elsewhere, and has no device that it knows of")
+        return self._parts.device
+
+    def close(self) -> None:
+        """Abort what runs, and free the model and the KV memory. Safe to call twice. Nothing can be queued then."""
+        with self._lock:
+            for request in list(self._loop.requests.values()):
+                self._loop.abort(request)
+            self._loop.close()
+            self._parts = replace(self._parts, executor=CLOSED)
+
+    def __enter__(self: _Engine) -> _Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 
@@ -100,7 +147,10 @@ class LLMEngine:
         prompt_list = list_prompts(prompts)
         params_list = list_params(sampling_params, len(prompt_list))
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        return self._run(self._make_requests(prompt_list, params_list, overrides), use_tqdm)
+        requests = self._each(
+            prompt_list, lambda place, prompt: self._intake.make_request(prompt, params_list[place], overrides)
+        )
+        return self._run(requests, use_tqdm)
 
     def beam_search(
         self,
@@ -134,21 +184,11 @@ class LLMEngine:
         check_int(InvalidRequestError, "max_tokens", max_tokens, 1)
         length_penalty = check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
         early_stopping = check_bool(InvalidRequestError, "early_stopping", early_stopping)
-        prompt_list = list_prompts(prompts)
         params = SamplingParams(n=beam_width, max_tokens=max_tokens, temperature=0.0)
-        searches = [
-            BeamSearch(
-                request_id=request.request_id,
-                prompt=request.prompt,
-                prompt_token_ids=request.prompt_token_ids,
-                params=request.params,
-                completions=request.completions,
-                listener=None,
-                length_penalty=length_penalty,
-                early_stopping=early_stopping,
-            )
-            for request in self._make_requests(prompt_list, [params] * len(prompt_list), {})
-        ]
+        searches = self._each(
+            list_prompts(prompts),
+            lambda place, prompt: self._intake.make_beam_search(prompt, params, length_penalty, early_stopping),
+        )
         return self._run(searches, use_tqdm)
 
     def chat(
@@ -184,11 +224,17 @@ class LLMEngine:
         )
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """What turns text into token ids and back, and knows what each token stands for."""
+    def tokenizer(self) -> "Tokenizer":
+        """What turns text into token ids and back, and knows what each token stands for.
+
+        Raises:
+            EngineError: this engine has none.
+        """
+        if isinstance(self._tokenizer, NoTokenizer):
+            raise EngineError("this engine has no tokenizer")
         return self._tokenizer
 
-    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> RenderedChat:
+    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> "RenderedChat":
         """The prompt that the model's chat template makes of a conversation; for ``generate``, ``stream`` or
         ``tokenize``, which add no special token to it. It is a string like any other; put together with more text it is
         plain text again, which the tokenizer may begin with a token of its own.
@@ -226,14 +272,14 @@ class LLMEngine:
         The arguments and errors are those of ``generate``; ``n`` must be 1.
         """
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        increments: deque[StepOutput] = deque()
+        increments: deque[Increment] = deque()
         request = self._intake.make_request(prompt, sampling_params, overrides, listener=increments.append)
         if request.params.n != 1:
             raise InvalidRequestError(f"stream yields one text but n={request.params.n}; use generate, or n=1")
 
         def pieces() -> Iterator[str]:
-            self.submit(request)
             try:
+                self.submit(request)
                 ended = False
                 while not ended:
                     if not increments:
@@ -289,6 +335,8 @@ class LLMEngine:
         with self._lock:
             if isinstance(request_id, str) and request_id in self._loop.requests:
                 self._advance()
+            elif isinstance(request_id, str) and request_id in self._handed_over:
+                return self._handed_over.pop(request_id)
             elif not isinstance(request_id, str) or request_id not in self._finished:
                 raise InvalidRequestError(
                     f"request_id {request_id!r} is unknown, or its output was handed over already; "
@@ -297,18 +345,23 @@ class LLMEngine:
             request = self._finished.pop(request_id, None)
             return None if request is None else request.output()
 
-    def step(self) -> tuple[list[tuple[str, list[int]]], int]:
+    def step(self) -> SignedStep:
         """Run one step.
 
         Returns:
-            ``(request_id, token_ids)`` of each request that finished (those of its first completion; ``get_output``
-            has the rest), and the number of tokens computed, negative for a step that only decoded.
+            ``(request_id, token_ids)`` of each request that finished, and so is handed over (the tokens are those of
+            its first completion; ``get_output`` still has the rest, of the last 256), and the number of tokens
+            computed, negative for a step that only decoded.
         """
         with self._lock:
             result = self._advance()
-            finished = [(request.request_id, request.output().token_ids) for request in result.finished]
-            num_tokens = result.plan.num_tokens
-            return finished, -num_tokens if result.plan.only_decodes else num_tokens
+            finished = [request.output() for request in result.finished]
+            for output in finished:
+                self._handed_over[output.request_id] = output
+                self._finished.pop(output.request_id, None)
+            while len(self._handed_over) > _KEPT_OUTPUTS:
+                self._handed_over.popitem(last=False)
+            return signed_step(finished, result.plan.num_tokens, result.plan.only_decodes)
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do for ``step``."""
@@ -326,8 +379,7 @@ class LLMEngine:
             request = self._loop.requests.get(request_id) if isinstance(request_id, str) else None
             if request is not None:
                 self._loop.abort(request)
-                self._keep_output(request)
-            elif not isinstance(request_id, str) or request_id not in self._finished:
+            elif request_id not in self._finished and request_id not in self._handed_over:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 
     def stats(self) -> EngineStats:
@@ -349,7 +401,7 @@ class LLMEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
-        listener: Callable[[StepOutput], None] | None = None,
+        listener: Callable[[Increment], None] | None = None,
     ) -> Request:
         """Check a request and prepare it, without queueing it; may run on any thread while a step runs on another.
 
@@ -380,18 +432,17 @@ class LLMEngine:
     def _enqueue(self, request: Request) -> None:
         if request.request_id in self._loop.requests or request.request_id in self._finished:
             raise InvalidRequestError(f"request_id {request.request_id!r} is taken; choose another or fetch its output")
+        self._handed_over.pop(request.request_id, None)
         self._loop.enqueue(request)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    def _make_requests(
-        self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], overrides: Mapping[str, Any]
-    ) -> list[Request]:
-        """Check several prompts, each with its parameters, and prepare them; an error says which one is to blame."""
+    def _each(self, prompts: Seq[Prompt], make: Callable[[int, Prompt], Request]) -> list[Request]:
+        """Prepare several prompts, each with its place; an error says which one is to blame."""
         requests = []
-        for place, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        for place, prompt in enumerate(prompts):
             try:
-                requests.append(self._intake.make_request(prompt, own, overrides))
+                requests.append(make(place, prompt))
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"prompts[{place}]: {error}" if len(prompts) > 1 else error) from error
         return requests
@@ -414,16 +465,8 @@ class LLMEngine:
             self.discard(requests)
 
     def _advance(self) -> StepResult:
-        """One step; outputs that nobody listens for wait to be fetched."""
-        with self._lock, on(self.device):
-            result = self._loop.advance() if self._trace is None else self._trace.step(self._loop)
-            for request in result.finished:
-                self._keep_output(request)
-            return result
-
-    def _keep_output(self, request: Request) -> None:
-        if request.listener is None:
-            self._finished[request.request_id] = request
+        with self._lock:
+            return self._loop.advance()
 
     def discard(self, requests: Seq[Request]) -> None:
         """Forget requests that nobody waits for any more, wherever they are."""
@@ -431,7 +474,7 @@ class LLMEngine:
             for request in requests:
                 if self._loop.requests.get(request.request_id) is request:
                     self._loop.abort(request)
-                elif self._finished.get(request.request_id) is request:
+                if self._finished.get(request.request_id) is request:
                     del self._finished[request.request_id]
 
 

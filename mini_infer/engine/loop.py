@@ -1,27 +1,55 @@
-"""The loop: schedule, copy, forward, sample, update. One call of ``advance`` is one step of the engine."""
+"""The loop: plan, submit, read, commit, publish. One call of ``advance`` reads one step.
+
+With a depth of 1 a step is planned, computed and read before the next one is planned. With a greater depth, up to so
+many steps are under way, so that the device need not wait for the host:
+
+    host      plan 1, 2 | read 1 . plan 3 | read 2 . plan 4 | read 3 . ...
+    device      step 1 ------> step 2 ------> step 3 ------> step 4
+
+A step is planned before the tokens of the one before it are known: each sequence is taken to go on, and its next token
+has a placeholder. On the device the token is there in time. The host sees it later, so a sequence may turn out to have
+ended, by a stop token, a stop string or an abort, with steps under way: what these draw for it is dropped. Blocks are
+given back as soon as the host knows that they are not needed: whoever gets them next writes in a later step, and steps
+are computed in their order.
+
+Everything that is certain happens in ``commit``, all of it or none, before anybody is told. What is told afterwards,
+text, stop strings and listeners, concerns one request at a time: if that raises, this request ends, and no other.
+"""
 
 import logging
-import math
 import time
-from collections.abc import Sequence as Seq
+from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor, tensor
-
-from mini_infer.engine.beam_search import BeamSearch, Continuations, best_continuations
-from mini_infer.engine.device import send
-from mini_infer.engine.logprobs import token_logprobs
-from mini_infer.engine.model_runner import ModelRunner
-from mini_infer.engine.request import Completion, Request
-from mini_infer.engine.sampler import Draw, sample
-from mini_infer.engine.tokenizer import Tokenizer
+from mini_infer.engine.describe import Answer, Describer, Wanted
+from mini_infer.engine.interrupts import uninterrupted
+from mini_infer.engine.request import Request
+from mini_infer.exceptions import EngineError, RequestError
 from mini_infer.outputs import FinishReason
-from mini_infer.scheduler import Scheduler, SchedulerOutputs, Sequence
+from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, SchedulerOutputs
+from mini_infer.step import Executor, StepFuture, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
-_LOGPROB_ROWS = 64
-"""Rows of the vocabulary that prompt log probabilities are computed for at once, to bound their memory."""
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step under way.
+
+    Attributes:
+        plan: who runs.
+        requests: whose each of its sequences is.
+        wanted: what they want of it.
+        step: what was submitted.
+        future: its result, sooner or later.
+    """
+
+    plan: SchedulerOutputs
+    requests: list[Request]
+    wanted: Wanted
+    step: StepInput
+    future: StepFuture
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +59,20 @@ class StepResult:
     Attributes:
         plan: who ran.
         finished: requests that ended in it.
+        num_generated_tokens: how many it gave to requests that were still interested.
     """
 
     plan: SchedulerOutputs
     finished: list[Request]
+    num_generated_tokens: int = 0
+
+
+class _WantError(Exception):
+    """A request raised while it said what it wants of a step: a rule of its own, for example."""
+
+    def __init__(self, request: Request, error: Exception) -> None:
+        super().__init__(request.request_id)
+        self.request, self.error = request, error
 
 
 @dataclass(slots=True)
@@ -47,242 +85,316 @@ class LoopCounts:
     num_generated_tokens: int = 0
 
 
+class StepObserver(Protocol):
+    """Watches the loop from outside; a trace does. It must raise nothing."""
+
+    def arrived(self, request: Request) -> None:
+        """A request was queued."""
+
+    def planned(self, plan: SchedulerOutputs, began: int) -> None:
+        """A step was planned; before that, ``time.perf_counter_ns`` was ``began``."""
+
+    def submitted(self, flight: Flight) -> None:
+        """It was handed to the executor."""
+
+    def computed(self, flight: Flight, output: StepOutput) -> None:
+        """Its result is there."""
+
+    def committed(self, flight: Flight, result: StepResult) -> None:
+        """Everybody was told of it."""
+
+    def rewound(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
+        """Steps failed, and what they planned never came to be."""
+
+    def ended(self, request: Request) -> None:
+        """A request has finished, or was ended; perhaps in the middle of publishing a step."""
+
+    def closed(self) -> None:
+        """The engine was closed."""
+
+
+class _Closed:
+    """What is left of an executor."""
+
+    def submit(self, step: StepInput, /) -> StepFuture:
+        raise EngineError("the engine was closed; make a new one")
+
+    def close(self) -> None:
+        pass
+
+
+CLOSED: Executor = _Closed()
+
+
 class EngineLoop:
     """Moves all requests along, one step at a time.
 
     Args:
-        scheduler, runner, tokenizer: the parts.
+        scheduler: decides who runs.
+        executor: computes.
+        describer: makes steps of plans, in the terms of that executor.
+        depth: most steps under way.
+        observers: are told of every step.
+
+    Attributes:
+        requests: under way, by their ids.
+        finished: those that have ended and that nobody listened to, until somebody takes them out.
+        counts: totals since the start.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        describer: Describer,
+        depth: int,
+        observers: tuple[StepObserver, ...] = (),
+    ) -> None:
         self.scheduler = scheduler
         self.requests: dict[str, Request] = {}
+        self.finished: dict[str, Request] = {}
         self.counts = LoopCounts()
-        self._runner = runner
-        self._tokenizer = tokenizer
-        self._completions: dict[Sequence, Completion] = {}
+        self._executor = executor
+        self._describer = describer
+        self._depth = depth
+        self._observers = observers
+        self._flights: deque[Flight] = deque()
+        self._waiting: set[Request] = set()
+        self._unhurried: set[Request] = set()
+        self._is_publishing = False
+        self._held_back: BaseException | None = None
 
     @property
     def num_waiting_requests(self) -> int:
         """Requests that have not begun."""
-        return sum(request.first_scheduled_time is None for request in self.requests.values())
-
-    def enqueue(self, request: Request) -> None:
-        """Queue a request. Its other completions fork from the first when the prompt is computed, as far as there are
-        seats; those beyond queue as sequences of their own."""
-        self.requests[request.request_id] = request
-        if isinstance(request, BeamSearch):
-            request.start(self.scheduler)
-            return
-        self._completions.update({completion.sequence: completion for completion in request.completions})
-        first, *others = [completion.sequence for completion in request.completions]
-        for sequence in (first, *others[first.num_forks :]):
-            self.scheduler.add(sequence)
-
-    def abort(self, request: Request) -> None:
-        """End a request, wherever it is; its listener is told."""
-        if isinstance(request, BeamSearch):
-            request.abort(self.scheduler)
-        for completion in request.completions:
-            if not completion.done:
-                self.scheduler.finish(completion.sequence, "abort")
-                self._close(completion, request, "", [])
-        self._retire(request)
+        return len(self._waiting)
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do for ``advance``."""
-        return self.scheduler.is_finished()
+        return not self.requests
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request's first sequences.
+
+        Raises:
+            EngineError: the engine was closed.
+        """
+        if self._executor is CLOSED:
+            raise EngineError("the engine was closed; make a new one")
+        with uninterrupted():
+            request.decoding.start(self.scheduler)
+            self.requests[request.request_id] = request
+            self._waiting.add(request)
+            if request.decoding.needs_last_token:
+                self._unhurried.add(request)
+            for observer in self._observers:
+                observer.arrived(request)
+
+    def close(self) -> None:
+        """Let go of the executor; what is under way is dropped."""
+        self._flights.clear()
+        self._executor.close()
+        self._executor = CLOSED
+        for observer in self._observers:
+            observer.closed()
+
+    def abort(self, request: Request) -> None:
+        """End a request, wherever it is; its listener is told."""
+        with uninterrupted():
+            self._stop(request, "abort")
+            if not self._is_publishing:
+                self._raise_held_back()
 
     def advance(self) -> StepResult:
-        """Run one step.
+        """Read one step, with those that follow it under way.
 
         If it fails nothing is lost: the requests are as they were before it, and the next call tries again.
+
+        Raises:
+            EngineError: a listener called this.
+            Exception: whatever the executor raised.
         """
-        plan = self.scheduler.schedule()
-        if not plan.scheduled:
-            return StepResult(plan, [])
-        self._note_start(plan)
+        if self._is_publishing:
+            raise EngineError("a listener cannot run steps, since it is told in the middle of one; queue what it needs")
+        with uninterrupted():
+            failed = self._fill()
+        if not self._flights:
+            return StepResult(SchedulerOutputs(), failed)
+        flight = self._flights[0]
         try:
-            self._runner.copy_blocks(plan)
-            hidden = self._runner.forward(plan.scheduled)
-            self._note_prompt_logprobs(plan, hidden)
-            groups = self._sampling_groups(plan)
-            completions = [completion for group in groups for completion in group]
-            token_ids = self._sample(hidden, self._rows(plan, groups), completions) if completions else []
-            beams = [] if all(groups) else self._extend_beams(plan, hidden)  # where nobody samples
-        except BaseException:
-            self.scheduler.undo(plan)
+            output = flight.future.result()
+        except BaseException as error:
+            with uninterrupted():
+                self._rewind([flight.plan for flight in self._flights], error)
+            if isinstance(error, Exception) and not any(map(self._is_alive, flight.requests)):
+                logger.warning("a step failed in which nobody was interested any more: %r", error)
+                return StepResult(SchedulerOutputs(), failed)
             raise
-        self._count(plan)
-        only_prompts = self.scheduler.advance(plan)
-        for group in groups:
-            for other in group[1:]:
-                self.scheduler.fork(group[0].sequence, other.sequence)
-        return StepResult(plan, self._publish(completions, token_ids, only_prompts) + self._search(beams))
+        with uninterrupted():
+            result = self._land(flight, output, failed)
+            self._raise_held_back()
+            return result
+
+    # ---- before a step -------------------------------------------------------------------------------------------
+
+    def _fill(self) -> list[Request]:
+        """Submit steps until as many are under way as may be, or there is nothing to compute now. Returns the requests
+        that failed."""
+        failed: list[Request] = []
+        depth = 1 if self._unhurried else self._depth
+        while len(self._flights) < depth:
+            began = time.perf_counter_ns()
+            plan = self.scheduler.schedule()
+            if plan.is_empty:
+                break
+            for observer in self._observers:
+                observer.planned(plan, began)
+            try:
+                flight = self._submit(plan)
+            except BaseException as error:
+                self._rewind([*(flight.plan for flight in self._flights), plan], error)
+                if not isinstance(error, _WantError):
+                    raise
+                self._fail(error.request, error.error)
+                failed.append(error.request)
+                continue
+            self._flights.append(flight)
+            for observer in self._observers:
+                observer.submitted(flight)
+        return failed
+
+    def _submit(self, plan: SchedulerOutputs) -> Flight:
+        now = time.monotonic()
+        wanted = Wanted()
+        requests = []
+        first_row = 0
+        for item in plan.scheduled:
+            request = self.requests[item.sequence.request_id]
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = now
+                self._waiting.discard(request)
+            try:
+                request.decoding.want(request, item, first_row, wanted)
+            except Exception as error:
+                raise _WantError(request, error) from error
+            wanted.end_sequence()
+            requests.append(request)
+            first_row += item.num_tokens
+        step = self._describer.describe(plan, wanted)
+        return Flight(plan, requests, wanted, step, self._executor.submit(step))
+
+    def _rewind(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
+        """A step failed, and with it those that build on it."""
+        self._flights.clear()
+        self.scheduler.rewind(plans)
+        self._describer.forget()
+        for observer in self._observers:
+            observer.rewound(plans, error)
+
+    # ---- after a step --------------------------------------------------------------------------------------------
+
+    def _land(self, flight: Flight, output: StepOutput, finished: list[Request]) -> StepResult:
+        """Commit a step, and tell of it. ``finished`` are requests that ended before it."""
+        for observer in self._observers:
+            observer.computed(flight, output)
+        answers = list(flight.wanted.answers(output))
+        outcomes: list[Outcome] = []
+        failed: dict[Request, Exception] = {}
+        for item, request, answer in zip(flight.plan.scheduled, flight.requests, answers, strict=True):
+            try:
+                if self._is_alive(request):
+                    outcomes += request.decoding.decide(request, item, answer)
+            except Exception as error:
+                failed.setdefault(request, error)
+        try:
+            self.scheduler.commit(outcomes)
+        except ValueError as error:
+            self._rewind([flight.plan for flight in self._flights], error)
+            raise
+        self._flights.popleft()
+        self._count(flight.plan)
+        num_generated_before = self.counts.num_generated_tokens
+        finished = [*finished, *self._publish(flight, answers, failed)]
+        result = StepResult(flight.plan, finished, self.counts.num_generated_tokens - num_generated_before)
+        for observer in self._observers:
+            observer.committed(flight, result)
+        return result
+
+    def _publish(self, flight: Flight, answers: list[Answer], failed: dict[Request, Exception]) -> list[Request]:
+        """Tell of a step whose outcomes are committed, save of those that failed. Returns the requests that ended."""
+        now = time.monotonic()
+        finished = list(failed)
+        self._is_publishing = True
+        try:
+            for request, cause in failed.items():
+                self._fail(request, cause)
+            for item, request, answer in zip(flight.plan.scheduled, flight.requests, answers, strict=True):
+                if self._is_alive(request):
+                    if item.num_logits and request.first_token_time is None:
+                        request.first_token_time = now
+                    self._publish_one(request, item, answer)
+                    if request.finished:
+                        self._retire(request)
+                        finished.append(request)
+        finally:
+            self._is_publishing = False
+        return finished
+
+    def _publish_one(self, request: Request, item: ScheduledSequence, answer: Answer) -> None:
+        try:
+            self.counts.num_generated_tokens += request.decoding.publish(request, item, answer, self.scheduler)
+        except BaseException as error:
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """Something that concerns one request alone has raised: it ends."""
+        self._blame(request, error)
+        self._stop(request, "error")
+
+    def _blame(self, request: Request, error: BaseException) -> None:
+        """Keep an error with the request that it is about. One that asks the program to end also goes to the caller,
+        once all others have been told of the step."""
+        logger.error("request %s ends with an error", request.request_id, exc_info=error)
+        if request.error is None:
+            request.error = RequestError(f"request {request.request_id!r} failed: {type(error).__name__}: {error}")
+            request.error.__cause__ = error
+        if not isinstance(error, Exception):
+            self._held_back = self._held_back or error
+
+    def _raise_held_back(self) -> None:
+        error, self._held_back = self._held_back, None
+        if error is not None:
+            raise error
+
+    def _stop(self, request: Request, reason: FinishReason) -> None:
+        for _ in range(len(request.completions) + 1):  # the listener is told of each of them, and may raise each time
+            try:
+                request.decoding.stop(request, self.scheduler, reason)
+                break
+            except BaseException as error:
+                self._blame(request, error)
+                reason = "error"
+        for completion in request.completions:
+            completion.finish_reason = completion.finish_reason or reason
+        self._retire(request)
 
     def _retire(self, request: Request) -> None:
-        request.finished_time = time.monotonic()
-        del self.requests[request.request_id]
+        if self._is_alive(request):
+            request.finished_time = time.monotonic()
+            del self.requests[request.request_id]
+            self._waiting.discard(request)
+            self._unhurried.discard(request)
+            if request.listener is None:
+                self.finished[request.request_id] = request
+            for observer in self._observers:
+                observer.ended(request)
 
-    # ---- before the results --------------------------------------------------------------------------------------
-
-    def _note_start(self, plan: SchedulerOutputs) -> None:
-        now = time.monotonic()
-        for sequence, _ in plan.scheduled:
-            request = self.requests[sequence.request_id]
-            request.first_scheduled_time = request.first_scheduled_time or now
+    def _is_alive(self, request: Request) -> bool:
+        """Whether it is still under way; its id may belong to another by now."""
+        return self.requests.get(request.request_id) is request
 
     def _count(self, plan: SchedulerOutputs) -> None:
-        num_decodes = sum(n == 1 and len(s) > s.num_prompt_tokens for s, n in plan.scheduled)
+        num_decode_tokens = sum(item.num_tokens for item in plan.scheduled if item.is_decode)
         self.counts.num_steps += 1
-        self.counts.num_decode_tokens += num_decodes
-        self.counts.num_prompt_tokens += plan.num_tokens - num_decodes
-
-    def _sampling_groups(self, plan: SchedulerOutputs) -> list[list[Completion]]:
-        """Who samples from each row of logits: one completion, or all ``n`` about to fork; nobody if it is a beam's."""
-        groups: list[list[Completion]] = []
-        for item in plan.scheduled:
-            if item.samples:
-                sequence, num_forks = item.sequence, item.sequence.num_forks
-                request = self.requests[sequence.request_id]
-                if isinstance(request, BeamSearch):
-                    groups.append([])
-                else:
-                    groups.append(
-                        request.completions[: num_forks + 1] if num_forks else [self._completions[item.sequence]]
-                    )
-        return groups
-
-    def _rows(self, plan: SchedulerOutputs, groups: Seq[Seq[Completion]]) -> list[int]:
-        return [row for row, group in zip(plan.sampling_rows, groups, strict=True) for _ in group]
-
-    def _sample(self, hidden: Tensor, rows: list[int], completions: list[Completion]) -> list[int]:
-        """One token for each completion from its row of hidden states; notes their log probabilities."""
-        logits = self._runner.compute_logits(hidden[send(tensor(rows), hidden.device)])
-        sampled, logprobs = sample(logits, [Draw.of(completion) for completion in completions])
-        asking = [row for row, completion in enumerate(completions) if completion.params.logprobs is not None]
-        if asking:
-            wanted = send(tensor(asking), logits.device)
-            num_top = [completions[row].params.logprobs or 0 for row in asking]
-            places = token_logprobs(logits[wanted], sampled[wanted], num_top, self._tokenizer.token_text)
-            for row, place in zip(asking, places, strict=True):
-                completions[row].logprobs.append(place)
-        for completion, logprob in zip(completions, logprobs.tolist(), strict=True):
-            completion.cumulative_logprob += logprob
-        token_ids: list[int] = sampled.tolist()
-        return token_ids
-
-    def _extend_beams(self, plan: SchedulerOutputs, hidden: Tensor) -> list[tuple[BeamSearch, Sequence, Continuations]]:
-        """The beams whose last token this step computes, and how each could go on."""
-        rows, searches, beams = [], [], []
-        sampling = [item.sequence for item in plan.scheduled if item.samples]
-        for row, beam in zip(plan.sampling_rows, sampling, strict=True):
-            request = self.requests[beam.request_id]
-            if isinstance(request, BeamSearch):
-                rows.append(row)
-                searches.append(request)
-                beams.append(beam)
-        logits = self._runner.compute_logits(hidden[send(tensor(rows), hidden.device)])
-        continuations = best_continuations(logits, [search.num_continuations for search in searches])
-        return list(zip(searches, beams, continuations, strict=True))
-
-    def _note_prompt_logprobs(self, plan: SchedulerOutputs, hidden: Tensor) -> None:
-        """For requests that want them, the log probability of each prompt token given those before it."""
-        start = 0
-        for sequence, num_new in plan.scheduled:
-            rows = hidden[start : start + num_new]
-            start += num_new
-            request = self.requests[sequence.request_id]
-            num_top = request.params.prompt_logprobs
-            if num_top is None or sequence is not request.completions[0].sequence:
-                continue
-            if not request.prompt_logprobs:
-                request.prompt_logprobs.append(None)
-            # Row i of the chunk predicts the token after it. After a preemption, what is known is not added again.
-            known, offset = len(request.prompt_logprobs), sequence.num_computed_tokens + 1
-            targets = sequence.token_ids[max(known, offset) : min(offset + num_new, sequence.num_prompt_tokens)]
-            rows = rows[max(known, offset) - offset :][: len(targets)]
-            for first in range(0, len(targets), _LOGPROB_ROWS):
-                part = send(tensor(targets[first : first + _LOGPROB_ROWS]), hidden.device)
-                logits = self._runner.compute_logits(rows[first : first + _LOGPROB_ROWS])
-                request.prompt_logprobs += token_logprobs(
-                    logits, part, [num_top] * len(part), self._tokenizer.token_text
-                )
-
-    # ---- with the results ----------------------------------------------------------------------------------------
-
-    def _publish(
-        self, completions: list[Completion], token_ids: list[int], only_prompts: list[Sequence]
-    ) -> list[Request]:
-        """New tokens become text, sequences end, listeners are told. Returns the requests that this finished."""
-        now = time.monotonic()
-        touched = []
-        for completion, token_id in zip(completions, token_ids, strict=True):
-            request = self.requests[completion.sequence.request_id]
-            request.first_token_time = request.first_token_time or now
-            self._add_token(completion.sequence, token_id)
-            text = self._read_token(completion, token_id)
-            touched.append(request)
-            if completion.sequence.finish_reason is None:
-                request.tell(completion, text, [token_id], None)
-            else:
-                self._close(completion, request, text, [token_id])
-        for sequence in only_prompts:
-            request = self.requests[sequence.request_id]
-            touched.append(request)
-            for completion in request.completions:
-                self._end(completion.sequence, "length")
-                self._close(completion, request, "", [])
-        self.counts.num_generated_tokens += len(token_ids)
-        finished = [request for request in dict.fromkeys(touched) if request.finished]
-        for request in finished:
-            self._retire(request)
-        return finished
-
-    def _add_token(self, sequence: Sequence, token_id: int) -> None:
-        self.scheduler.append(sequence, token_id)
-
-    def _search(self, beams: list[tuple[BeamSearch, Sequence, Continuations]]) -> list[Request]:
-        """Hand beams' continuations to their searches. Returns the searches that this ended."""
-        now = time.monotonic()
-        finished: list[Request] = []
-        for search, beam, continuations in beams:
-            search.first_token_time = search.first_token_time or now
-            search.report(beam, continuations, self.scheduler)
-            if search.finished:
-                self._retire(search)
-                finished.append(search)
-        self.counts.num_generated_tokens += len(beams)
-        return finished
-
-    def _read_token(self, completion: Completion, token_id: int) -> str:
-        """The text that a new token releases; ends the sequence if that completes a stop string."""
-        sequence = completion.sequence
-        if math.isnan(completion.cumulative_logprob):
-            logger.error(
-                "request %s: its logits are not finite, so it is aborted; a wider dtype may help", sequence.request_id
-            )
-            self._end(sequence, "abort")
-            return ""
-        if sequence.finish_reason == "stop":  # by this token, which is not part of the text
-            asked_for = token_id in (completion.params.stop_token_ids or ())
-            completion.stop_reason = token_id if asked_for else None
-            return ""
-        text = completion.append(token_id)
-        if completion.stop_reason is not None:
-            self._end(sequence, "stop")  # also when this token was the last one that max_tokens allowed
-        return text
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence for a reason that goes before the one it may just have ended for."""
-        if sequence.finish_reason is None:
-            self.scheduler.finish(sequence, reason)
-        sequence.finish_reason = reason
-
-    def _close(self, completion: Completion, request: Request, text: str, token_ids: list[int]) -> None:
-        """A completion's sequence has ended: release the rest of its text and tell the listener."""
-        text += completion.end()
-        if isinstance(completion.stop_reason, str):
-            completion.sequence.finish_reason = "stop"  # also when only the end released the text that stops
-        del self._completions[completion.sequence]
-        request.tell(completion, text, token_ids, completion.sequence.finish_reason)
+        self.counts.num_decode_tokens += num_decode_tokens
+        self.counts.num_prompt_tokens += plan.num_tokens - num_decode_tokens

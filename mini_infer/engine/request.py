@@ -1,20 +1,21 @@
-"""A request on its way through the engine: its sequences, and the output that grows from them."""
+"""A request on its way through the engine, and the output that grows from it."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mini_infer.engine.decoding import Decoding
 from mini_infer.engine.detokenizer import TextStream
+from mini_infer.exceptions import MiniInferError
 from mini_infer.outputs import (
     CompletionOutput,
     FinishReason,
     GenerateOutput,
+    Increment,
     RequestMetrics,
-    StepOutput,
     TokenLogprobs,
 )
 from mini_infer.sampling import SamplingParams
-from mini_infer.scheduler import Sequence
 
 
 @dataclass(eq=False, slots=True)
@@ -23,59 +24,56 @@ class Completion:
 
     Attributes:
         index: which of the ``n``.
-        params: the request's sampling parameters.
-        seed: the request's seed.
-        sequence: its tokens.
+        min_tokens: stop strings count only behind so many tokens.
         stream: turns tokens into text that can be shown.
         text: released so far.
+        token_ids: generated so far.
+        logprobs: for each of them, if asked for.
+        finish_reason: why it has ended; None while it goes on.
         stop_reason: the stop string or stop token id that ended it.
-        done: the sequence has ended, and all its text is released.
-        logprobs: per generated token, if asked for.
     """
 
     index: int
-    params: SamplingParams
-    seed: int
-    sequence: Sequence
+    min_tokens: int
     stream: TextStream
     text: str = ""
-    stop_reason: str | int | None = None
-    done: bool = False
-    cumulative_logprob: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
 
-    def append(self, token_id: int) -> str:
-        """Take in the token that was just added to the sequence; the text that it releases.
+    def append(self, token_id: int, logprob: float, place: TokenLogprobs | None, is_text: bool = True) -> str:
+        """Take in a token; the text that it releases.
 
         Sets ``stop_reason`` if a stop string is complete; the caller then ends the sequence.
+
+        Args:
+            place: what to report of it, if that was asked for.
+            is_text: false for a token that ends the sequence and has no part in the text.
         """
-        piece = self.stream.append(token_id, self.sequence.num_generated_tokens > self.params.min_tokens)
+        self.token_ids.append(token_id)
+        self.cumulative_logprob += logprob
+        if place is not None:
+            self.logprobs.append(place)
+        if not is_text:
+            return ""
+        piece = self.stream.append(token_id, len(self.token_ids) > self.min_tokens)
         self.stop_reason = self.stream.stop_string
         self.text += piece
         return piece
 
-    def end(self) -> str:
+    def end(self, reason: FinishReason) -> str:
         """No more tokens come: release what was held back as the beginning of a character or of a stop string.
 
-        Sets ``stop_reason`` if that completes a stop string.
+        If that completes a stop string, it is why the text ends.
         """
-        self.done = True
         piece = self.stream.end()
-        self.stop_reason = self.stop_reason or self.stream.stop_string
+        if self.stream.stop_string is not None:
+            self.stop_reason, reason = self.stream.stop_string, "stop"
+        self.finish_reason = reason
         self.text += piece
         return piece
-
-    def output(self) -> CompletionOutput:
-        assert self.sequence.finish_reason is not None
-        return CompletionOutput(
-            index=self.index,
-            text=self.text,
-            token_ids=self.sequence.generated_token_ids,
-            finish_reason=self.sequence.finish_reason,
-            stop_reason=self.stop_reason,
-            cumulative_logprob=self.cumulative_logprob,
-            logprobs=self.logprobs if self.params.logprobs is not None else None,
-        )
 
 
 @dataclass(eq=False, slots=True)
@@ -85,8 +83,10 @@ class Request:
     Attributes:
         prompt: as given; None for token ids.
         completions: one for each of ``params.n``.
+        decoding: how logits become its tokens.
         listener: told of every increment as it happens; such a request's output is handed over by its last one.
             Without a listener the output waits for ``get_output``.
+        error: why a completion has ended with reason "error".
     """
 
     request_id: str
@@ -94,37 +94,64 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     completions: list[Completion]
-    listener: Callable[[StepOutput], None] | None
+    decoding: Decoding
+    listener: Callable[[Increment], None] | None
     arrival_time: float = field(default_factory=time.monotonic)
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_preemptions: int = 0
+    error: MiniInferError | None = None
 
     @property
     def finished(self) -> bool:
-        return all(completion.done for completion in self.completions)
+        for completion in self.completions:  # noqa: SIM110  (asked for often, and a generator takes twice as long)
+            if completion.finish_reason is None:
+                return False
+        return True
 
-    def tell(self, completion: Completion, text: str, token_ids: list[int], reason: FinishReason | None) -> None:
-        """Tell the listener, if there is one, what a step added to a completion."""
-        if self.listener is not None:
-            wants_logprobs = self.params.logprobs is not None
-            logprobs = completion.logprobs[len(completion.logprobs) - len(token_ids) :] if wants_logprobs else None
-            output = self.output() if self.finished else None
-            self.listener(StepOutput(self.request_id, completion.index, text, token_ids, logprobs, reason, output))
+    def emit(self, completion: Completion, text: str, num_tokens: int) -> None:
+        """Tell the listener, if there is one, what a step added to a completion: a text and its last tokens."""
+        if self.listener is None:
+            return
+        first = len(completion.token_ids) - num_tokens
+        increment = Increment(
+            request_id=self.request_id,
+            index=completion.index,
+            text=text,
+            token_ids=completion.token_ids[first:],
+            logprobs=completion.logprobs[first:] if self.params.logprobs is not None else None,
+            finish_reason=completion.finish_reason,
+            output=self.output() if self.finished else None,
+        )
+        self.listener(increment)
 
     def output(self) -> GenerateOutput:
         return GenerateOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion.output() for completion in self.completions],
+            outputs=[self._completion_output(completion) for completion in self.completions],
             prompt_logprobs=self.prompt_logprobs if self.params.prompt_logprobs is not None else None,
             metrics=RequestMetrics(
                 arrival_time=self.arrival_time,
                 first_scheduled_time=self.first_scheduled_time,
                 first_token_time=self.first_token_time,
                 finished_time=self.finished_time or time.monotonic(),
-                num_preemptions=sum(completion.sequence.num_preemptions for completion in self.completions),
+                num_preemptions=self.num_preemptions,
             ),
+            error=self.error,
+        )
+
+    def _completion_output(self, completion: Completion) -> CompletionOutput:
+        assert completion.finish_reason is not None
+        return CompletionOutput(
+            index=completion.index,
+            text=completion.text,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            cumulative_logprob=completion.cumulative_logprob,
+            logprobs=completion.logprobs if self.params.logprobs is not None else None,
         )

@@ -3,11 +3,13 @@
 The format is Chrome's: a JSON array of events, here one to a line. Readers accept an array without its closing bracket,
 so whatever ends the process, the steps before that can be looked at.
 
-    process "Mini-Infer engine"   a slice for each step with its phases inside, and counters
+    process "Mini-Infer engine"   a slice for each step with its phases inside, and counters; where several steps are
+                                  under way at a time, each has a track
     process "Sequences"           a track for each sequence: the states it goes through, and what happens to it
 
-The loop knows nothing of all this: when a trace is asked for, a scheduler and a runner that also report to it take the
-place of the plain ones.
+A step's phases are those that the host sees: "schedule" makes the plan; "submit" makes a step of it and hands it over,
+which on a GPU takes as long as to launch it; "compute" lasts until its result was read; "publish" commits it and tells
+everybody. A step that failed ends with "rewind".
 """
 
 import json
@@ -15,38 +17,30 @@ import logging
 import os
 import time
 import weakref
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import FileIO
 from itertools import count
 from typing import Any
 
-from torch import Tensor
-
-from mini_infer.engine.loop import EngineLoop, LoopCounts, StepResult
-from mini_infer.engine.model_runner import ModelRunner
+from mini_infer.engine.loop import Flight, StepResult
+from mini_infer.engine.request import Request
 from mini_infer.exceptions import InvalidConfigError
-from mini_infer.memory import BlockManager
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Scheduler, SchedulerOutputs, Sequence, SequenceStatus
-from mini_infer.typing import BlockTable, SequenceMetadata
+from mini_infer.step import StepOutput
+from mini_infer.typing import BlockTable
 
 logger = logging.getLogger(__name__)
 
 _ENGINE, _SEQUENCES = 1, 2
 """Process ids in the file; all they do is group tracks."""
 
-_STEPS = 1
-"""Thread id of the engine's steps."""
-
 _WAITING_STATES = ("waiting", "swapped", "preempted")
 
 
 class TraceFile:
-    """Collects events, and writes them a step's worth at a time.
+    """Collects events, and writes them a step's worth at a time. Times are those of ``time.perf_counter_ns``.
 
     Args:
         path: replaced if it exists.
@@ -70,18 +64,18 @@ class TraceFile:
         self._events = ["["]
         self.close = weakref.finalize(self, _close, self._file, self._events)  # when the process exits, at the latest
 
-    def now(self) -> int:
-        """Nanoseconds since the file was opened."""
-        return time.perf_counter_ns() - self._start
-
-    def add(self, kind: str, name: str, at: int, pid: int, tid: int, **fields: Any) -> None:
-        """Add an event at the time ``at``; the format's letter ``kind`` says what it is and which ``fields`` it has."""
-        event = {"ph": kind, "name": name, "ts": at / 1000, "pid": pid, "tid": tid, **fields}
+    def add(self, kind: str, name: str, at: int | None, pid: int, tid: int, **fields: Any) -> None:
+        """Add an event at the time ``at``, None for what is of no time; the format's letter ``kind`` says what it is
+        and which ``fields`` it has."""
+        microseconds = 0 if at is None else (at - self._start) / 1000
+        event = {"ph": kind, "name": name, "ts": microseconds, "pid": pid, "tid": tid, **fields}
         self._events.append(self._separator + self._encode(event))
         self._separator = ",\n"
 
     def flush(self) -> None:
         """Write what was added. Should that fail, the trace ends there; the engine goes on."""
+        if not self.close.alive:
+            return
         try:
             self._file.write("".join(self._events).encode())
         except (OSError, ValueError) as error:  # the disk is full; or the process is ending, and the file is closed
@@ -102,17 +96,19 @@ class _Track:
 
     Attributes:
         tid: its thread id.
-        name: the request's id; for a fork, with a number behind it.
-        fork_numbers: counts the forks of all sequences of the request.
+        name: the request's id; for its further sequences, with a number behind it.
         state: the last that was entered.
+        since: when its request arrived.
+        num_seen: on the track of a request's first sequence: how many of its sequences were seen in a step.
         block_table: as the trace has it.
     """
 
     tid: int
     name: str
-    fork_numbers: Iterator[int]
     state: str
-    block_table: BlockTable
+    since: int
+    num_seen: int = 0
+    block_table: BlockTable = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -120,282 +116,237 @@ class _Step:
     """A step under way.
 
     Attributes:
-        start: when it began.
-        args: what it did.
-        phases: those that have ended, each with its start and end.
-        preempted: whose blocks it took, and what became of them.
+        lane: its track.
+        marks: when it began, and when each of its phases ended.
+        args: what it is about.
     """
 
-    start: int
-    args: dict[str, Any] = field(default_factory=dict)
-    phases: list[tuple[str, int, int]] = field(default_factory=list)
-    preempted: dict[str, str] = field(default_factory=dict)
+    lane: int
+    marks: list[int]
+    args: dict[str, Any]
 
 
 class StepTrace:
-    """Puts what happens to steps and sequences into a file.
+    """An observer of the loop that puts what happens to steps and sequences into a file.
 
     Args:
-        file: where to.
-        blocks: whose blocks are counted.
+        path: of the file.
+        scheduler: the loop's; looked at, never changed.
+
+    Raises:
+        InvalidConfigError: the file cannot be written.
     """
 
-    def __init__(self, file: TraceFile, blocks: BlockManager) -> None:
-        self._file = file
-        self._blocks = blocks
-        self._tracks: dict[Sequence, _Track] = {}
-        self._states: Counter[str] = Counter()
+    def __init__(self, path: str | os.PathLike[str], scheduler: Scheduler) -> None:
+        self._file = TraceFile(path)
+        self._scheduler, self._blocks = scheduler, scheduler.block_manager
         self._tids = count(1)
-        self._step: _Step | None = None
-        self._ended: list[tuple[Sequence, int]] = []
-        about = {"block_size": blocks.block_size, "blocks": blocks.num_gpu_blocks, "cpu_blocks": blocks.num_cpu_blocks}
+        self._firsts: dict[str, _Track] = {}  # of each request, from when it arrives
+        self._tracks: dict[Sequence, _Track] = {}  # of each sequence, from when it is in a step
+        self._steps: list[_Step] = []  # under way, the oldest first
+        self._num_lanes = 0
+        self._num_steps = 0
         for place, (pid, name) in enumerate(((_ENGINE, "Mini-Infer engine"), (_SEQUENCES, "Sequences"))):
-            file.add("M", "process_name", 0, pid, 0, args={"name": name})
-            file.add("M", "process_sort_index", 0, pid, 0, args={"sort_index": place})
-        file.add("M", "thread_name", 0, _ENGINE, _STEPS, args={"name": "steps"})
-        file.add("i", "mini-infer", 0, _ENGINE, _STEPS, s="t", args=about)
-        file.flush()
+            self._file.add("M", "process_name", None, pid, 0, args={"name": name})
+            self._file.add("M", "process_sort_index", None, pid, 0, args={"sort_index": place})
+        self._add_lane()
+        blocks = self._blocks
+        about = {"block_size": blocks.block_size, "blocks": blocks.num_gpu_blocks, "cpu_blocks": blocks.num_cpu_blocks}
+        self._file.add("i", "mini-infer", None, _ENGINE, 1, s="t", args=about)
+        self._file.flush()
 
-    # ---- steps ---------------------------------------------------------------------------------------------------
+    # ---- what the loop tells -------------------------------------------------------------------------------------
 
-    def step(self, loop: EngineLoop) -> StepResult:
-        """Let the loop advance, and trace that."""
-        step = self._step = _Step(self._file.now())
-        before = replace(loop.counts)
-        try:
-            return loop.advance()
-        except BaseException as error:
-            step.args["error"] = repr(error)
-            raise
-        finally:
-            self._step = None
-            if "ran" in step.args:
-                self._write_step(step, before, loop.counts)
-            self._write_ends()
-            self._file.flush()
+    def arrived(self, request: Request) -> None:
+        now = time.perf_counter_ns()
+        track = self._begin(request.request_id, "waiting", now, len(request.prompt_token_ids))
+        self._firsts[request.request_id] = track
 
-    def end_phase(self, name: str) -> None:
-        """The phase ``name`` of the current step ends now, and the next one begins.
+    def planned(self, plan: SchedulerOutputs, began: int) -> None:
+        now = time.perf_counter_ns()
+        preempted: dict[str, str] = {}
+        for sequence in plan.preempted:
+            track = self._tracks[sequence]
+            how, state = ("swap", "swapped") if sequence.swapped_blocks else ("recompute", "preempted")
+            preempted[track.name] = how
+            self._note(track, f"preempted: {how}", now, blocks=len(track.block_table))
+            self._enter(track, state, now)
+            track.block_table = []
 
-        A GPU computes while the host goes on: "forward" is then the time to launch it, and "sample" waits for it.
-        """
-        if self._step is not None:
-            self._end_phase(self._step, name)
-
-    def preempted(self, sequence: Sequence) -> None:
-        """The current step takes a sequence's blocks."""
-        track, now = self._tracks[sequence], self._file.now()
-        how, state = ("swap", "swapped") if sequence.swapped_blocks else ("recompute", "preempted")
-        if self._step is not None:
-            self._step.preempted[track.name] = how
-        self._note(track, f"preempted: {how}", now, {"blocks": len(track.block_table)})
-        self._enter(track, state, now)
-        track.block_table = []
-
-    def planned(self, plan: SchedulerOutputs, running: Seq[Sequence]) -> None:
-        """The current step has its plan: note who runs, who does not, and whose blocks changed."""
-        if self._step is None or not plan.scheduled:
-            return
-        now = self._end_phase(self._step, "schedule")
-        tables: dict[str, BlockTable] = {}
+        ran: dict[str, int] = {}
+        found_blocks: dict[str, int] = {}
         prefix_hits: dict[str, int] = {}
         swapped_in = {copy.target for copy in plan.swap_in}
-        num_new_tokens = dict(plan.scheduled)
-        num_decodes = 0
-
-        for sequence in running:
-            track = self._tracks[sequence]
-            num_new = num_new_tokens.get(sequence, 0)
+        for item in plan.scheduled:
+            track = self._track_of(item.sequence, now)
+            ran[track.name] = item.num_tokens
             if track.state in _WAITING_STATES:
-                computed = sequence.block_table[: self._blocks.blocks_for(sequence.num_computed_tokens)]
-                found = sum(block not in swapped_in for block in computed)
-                if found:
-                    prefix_hits[track.name] = found * self._blocks.block_size
-            if num_new == 0:
-                self._enter(track, "paused", now)
-            elif num_new == 1 and len(sequence) > sequence.num_prompt_tokens:
-                num_decodes += 1
+                computed = item.sequence.block_table[: self._blocks.blocks_for(item.start)]
+                num_found = sum(block not in swapped_in for block in computed)
+                if num_found:
+                    found_blocks[track.name] = num_found
+                    num_hits = min(num_found * self._blocks.block_size, item.sequence.num_prompt_tokens)
+                    prefix_hits[track.name] = num_hits
+            if item.is_decode:
                 self._enter(track, "decode", now)
             else:
-                about = {"tokens": num_new, "after": sequence.num_computed_tokens}
-                self._enter(track, "prompt", now, about)
+                self._enter(track, "prompt", now, tokens=item.num_tokens, after=item.start)
+
+        tables: dict[str, BlockTable] = {}
+        self._note_forks(now)
+        for sequence in self._scheduler.running:
+            track = self._tracks[sequence]
+            if track.name not in ran:
+                self._enter(track, "paused", now)
             if track.block_table != sequence.block_table:
                 tables[track.name] = track.block_table = list(sequence.block_table)
 
-        num_prompt_tokens = plan.num_tokens - num_decodes
-        self._step.args |= {
-            "ran": {self._tracks[sequence].name: num_new for sequence, num_new in plan.scheduled},
-            "prompt_tokens": num_prompt_tokens,
-            "decode_tokens": num_decodes,
-            "preempted": self._step.preempted,
+        num_decode_tokens = sum(item.num_tokens for item in plan.scheduled if item.is_decode)
+        args = {
+            "ran": ran,
+            "prompt_tokens": plan.num_tokens - num_decode_tokens,
+            "decode_tokens": num_decode_tokens,
+            "preempted": preempted,
             "prefix_hits": prefix_hits,
+            "found_blocks": found_blocks,
             "block_tables": tables,
             "remembered": plan.remembered,
             "swap_out": plan.swap_out,
             "copy": plan.copy,
             "swap_in": plan.swap_in,
         }
-        self._count(now, num_prompt_tokens, num_decodes)
+        taken = {step.lane for step in self._steps}
+        lane = next(lane for lane in count(1) if lane not in taken)
+        if lane > self._num_lanes:
+            self._add_lane()
+        self._steps.append(_Step(lane, [began, now], args))
+        self._count(now)
 
-    def _end_phase(self, step: _Step, name: str) -> int:
-        now = self._file.now()
-        step.phases.append((name, step.phases[-1][2] if step.phases else step.start, now))
-        return now
+    def submitted(self, flight: Flight) -> None:
+        self._steps[-1].marks.append(time.perf_counter_ns())
 
-    def _write_step(self, step: _Step, before: LoopCounts, after: LoopCounts) -> None:
-        undone = after.num_steps == before.num_steps
-        end = self._end_phase(step, "undo" if undone else "publish")
-        num_sampled = after.num_generated_tokens - before.num_generated_tokens
-        args = {"step": before.num_steps + 1, **step.args, "sampled": num_sampled}
-        self._slice("failed step" if undone else "step", step.start, end, args)
-        for phase in step.phases:
-            self._slice(*phase, {})
-        self._count(end, 0, 0)
+    def computed(self, flight: Flight, output: StepOutput) -> None:
+        self._steps[0].marks.append(time.perf_counter_ns())
 
-    def _slice(self, name: str, start: int, end: int, args: dict[str, Any]) -> None:
-        self._file.add("X", name, start, _ENGINE, _STEPS, dur=(end - start) / 1000, args=args)
+    def committed(self, flight: Flight, result: StepResult) -> None:
+        now = time.perf_counter_ns()
+        self._end_all([known for known in self._tracks if known.status is SequenceStatus.FINISHED], now)
+        self._note_forks(now)  # those of a beam search
+        self._num_steps += 1
+        self._write(self._steps.pop(0), "step", "publish", now, self._num_steps, sampled=result.num_generated_tokens)
+        self._count(now)
+        self._file.flush()
 
-    def _count(self, now: int, num_prompt_tokens: int, num_decodes: int) -> None:
-        blocks, states = self._blocks, self._states
-        num_waiting = sum(states[state] for state in _WAITING_STATES)
-        sequences = {
-            "running": len(self._tracks) - num_waiting - len(self._ended),
-            "waiting": num_waiting,
-            "swapped": states["swapped"],
-        }
-        used = {
-            "used": blocks.num_used_blocks,
-            "cached": blocks.num_cached_blocks,
-            "free": blocks.num_free_blocks,
-        }
-        tokens = {"prompt": num_prompt_tokens, "decode": num_decodes}
-        for name, values in (("sequences", sequences), ("blocks", used), ("tokens", tokens)):
+    def rewound(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
+        now = time.perf_counter_ns()
+        touched: dict[Sequence, None] = {}
+        for plan in plans:
+            touched |= dict.fromkeys(plan.preempted)
+            for item in plan.scheduled:
+                touched |= dict.fromkeys((item.sequence, *item.forks))
+        for sequence in touched:
+            track = self._tracks.get(sequence)
+            if track is not None and sequence.status is not SequenceStatus.FINISHED:
+                track.block_table = []
+                self._note(track, "undone", now)
+                self._enter(track, "preempted", now)
+        for number, step in enumerate(self._steps, self._num_steps + 1):
+            self._write(step, "failed step", "rewind", now, number, sampled=0, error=repr(error))
+        self._steps.clear()
+        self._count(now)
+        self._file.flush()
+
+    def ended(self, request: Request) -> None:
+        now = time.perf_counter_ns()
+        first = self._firsts.pop(request.request_id)
+        self._end_all([known for known in self._tracks if known.request_id == request.request_id], now)
+        if first.num_seen == 0:
+            self._end(first, now, request.completions[0].finish_reason, 0)
+        if not self._steps:
+            self._count(now)
+
+    def closed(self) -> None:
+        self._file.close()
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def _add_lane(self) -> None:
+        self._num_lanes += 1
+        name = "steps" if self._num_lanes == 1 else f"steps, {self._num_lanes} under way"
+        self._file.add("M", "thread_name", None, _ENGINE, self._num_lanes, args={"name": name})
+
+    def _write(self, step: _Step, name: str, last_phase: str, now: int, number: int, **args: Any) -> None:
+        ends = [*step.marks[1:], now]
+        phases = [*("schedule", "submit", "compute")[: len(ends) - 1], last_phase]
+        self._slice(name, step.marks[0], now, step.lane, {"step": number, **step.args, **args})
+        for phase, start, end in zip(phases, step.marks, ends, strict=True):
+            self._slice(phase, start, end, step.lane, {})
+
+    def _slice(self, name: str, start: int, end: int, lane: int, args: dict[str, Any]) -> None:
+        self._file.add("X", name, start, _ENGINE, lane, dur=(end - start) / 1000, args=args)
+
+    def _count(self, now: int) -> None:
+        scheduler, blocks, steps = self._scheduler, self._blocks, self._steps
+        num_swapped = sum(track.state == "swapped" for track in self._tracks.values())
+        used = {"used": blocks.num_used_blocks, "cached": blocks.num_cached_blocks, "free": blocks.num_free_blocks}
+        for name, values in (
+            (
+                "sequences",
+                {"running": len(scheduler.running), "waiting": len(scheduler.waiting), "swapped": num_swapped},
+            ),
+            ("blocks", used),
+            ("tokens", {kind: sum(step.args[f"{kind}_tokens"] for step in steps) for kind in ("prompt", "decode")}),
+        ):
             self._file.add("C", name, now, _ENGINE, 0, args=values)
 
     # ---- sequences -----------------------------------------------------------------------------------------------
 
-    def arrived(self, sequence: Sequence) -> None:
-        """A sequence waits."""
-        self._begin(sequence, sequence.request_id, count(1), "waiting", [])
+    def _track_of(self, sequence: Sequence, now: int) -> _Track:
+        """The track of a sequence in a plan; one that is seen for the first time has waited until now."""
+        if sequence not in self._tracks:
+            first = self._firsts[sequence.request_id]
+            if first.num_seen == 0:
+                first.num_seen, self._tracks[sequence] = 1, first
+            else:  # it has waited like the first one, or has forked from another
+                self._add(sequence, first, "waiting", now if sequence.num_generated_tokens else first.since)
+        return self._tracks[sequence]
 
-    def forked(self, parent: Sequence, child: Sequence) -> None:
-        """``child`` goes on from where ``parent`` is."""
-        origin = self._tracks[parent]
-        name = f"{parent.request_id} #{next(origin.fork_numbers)}"
-        state = "decode" if child.block_table else "waiting"
-        track = self._begin(child, name, origin.fork_numbers, state, list(child.block_table))
-        self._note(track, "fork", self._file.now(), {"parent": origin.name, "block_table": track.block_table})
+    def _note_forks(self, now: int) -> None:
+        """Who runs and was never in a plan has forked from another."""
+        for sequence in self._scheduler.running:
+            if sequence not in self._tracks:
+                track = self._add(sequence, self._firsts[sequence.request_id], "paused", now)
+                track.block_table = list(sequence.block_table)
+                self._note(track, "fork", now, block_table=track.block_table)
 
-    def undone(self, plan: SchedulerOutputs) -> None:
-        """The current step failed: those in its plan have lost their blocks, or what was copied of them, and wait."""
-        now = self._file.now()
-        for sequence in (*plan.preempted, *(sequence for sequence, _ in plan.scheduled)):
-            if sequence.status is not SequenceStatus.FINISHED:
-                track = self._tracks[sequence]
-                track.block_table = []
-                self._note(track, "undone", now, {})
-                self._enter(track, "preempted", now)
-
-    def ended(self, sequence: Sequence) -> None:
-        """A sequence has ended, or was ended."""
-        if sequence in self._tracks:  # not one that was yet to fork
-            self._states[self._tracks[sequence].state] -= 1
-            self._ended.append((sequence, self._file.now()))
-            if self._step is None:
-                self._write_ends()
-                self._count(self._file.now(), 0, 0)
-
-    def _write_ends(self) -> None:
-        """Within a step, ends are written last: the reason may change until then."""
-        for sequence, at in self._ended:
-            track = self._tracks.pop(sequence)
-            about = {"reason": sequence.finish_reason, "tokens": sequence.num_generated_tokens}
-            self._file.add("E", track.state, at, _SEQUENCES, track.tid)
-            self._note(track, "finish", at, about)
-        self._ended.clear()
-
-    def _begin(
-        self, sequence: Sequence, name: str, fork_numbers: Iterator[int], state: str, block_table: BlockTable
-    ) -> _Track:
-        track = self._tracks[sequence] = _Track(next(self._tids), name, fork_numbers, state, block_table)
-        self._states[state] += 1
-        self._file.add("M", "thread_name", 0, _SEQUENCES, track.tid, args={"name": name})
-        self._file.add("M", "thread_sort_index", 0, _SEQUENCES, track.tid, args={"sort_index": track.tid})
-        about = {"prompt_tokens": sequence.num_prompt_tokens}
-        self._file.add("B", state, self._file.now(), _SEQUENCES, track.tid, args=about)
+    def _add(self, sequence: Sequence, first: _Track, state: str, since: int) -> _Track:
+        """A track for a request's further sequence."""
+        name = f"{first.name} #{first.num_seen}"
+        first.num_seen += 1
+        track = self._tracks[sequence] = self._begin(name, state, since, sequence.num_prompt_tokens)
         return track
 
-    def _enter(self, track: _Track, state: str, now: int, about: Mapping[str, int] | None = None) -> None:
+    def _begin(self, name: str, state: str, since: int, num_prompt_tokens: int) -> _Track:
+        track = _Track(next(self._tids), name, state, since)
+        self._file.add("M", "thread_name", None, _SEQUENCES, track.tid, args={"name": name})
+        self._file.add("M", "thread_sort_index", None, _SEQUENCES, track.tid, args={"sort_index": track.tid})
+        self._file.add("B", state, since, _SEQUENCES, track.tid, args={"prompt_tokens": num_prompt_tokens})
+        return track
+
+    def _enter(self, track: _Track, state: str, now: int, **about: int) -> None:
         """The sequence's state is another from now on; every prompt chunk is one of its own."""
-        if state == track.state and state != "prompt":
-            return
+        if state != track.state or state == "prompt":
+            self._file.add("E", track.state, now, _SEQUENCES, track.tid)
+            self._file.add("B", state, now, _SEQUENCES, track.tid, args=about)
+            track.state = state
+
+    def _end_all(self, sequences: list[Sequence], now: int) -> None:
+        for sequence in sequences:
+            self._end(self._tracks.pop(sequence), now, sequence.finish_reason, sequence.num_generated_tokens)
+
+    def _end(self, track: _Track, now: int, reason: FinishReason | None, num_tokens: int) -> None:
         self._file.add("E", track.state, now, _SEQUENCES, track.tid)
-        self._file.add("B", state, now, _SEQUENCES, track.tid, args=dict(about or {}))
-        self._states[track.state] -= 1
-        self._states[state] += 1
-        track.state = state
+        self._note(track, "finish", now, reason=reason, tokens=num_tokens)
 
-    def _note(self, track: _Track, what: str, now: int, about: Mapping[str, Any]) -> None:
-        self._file.add("i", what, now, _SEQUENCES, track.tid, s="t", args=dict(about))
-
-
-class TracedScheduler(Scheduler):
-    """A scheduler that reports what becomes of each sequence.
-
-    Args:
-        trace: whom to.
-        arguments, options: as for ``Scheduler``.
-    """
-
-    def __init__(self, trace: StepTrace, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._trace = trace
-
-    def add(self, sequence: Sequence) -> None:
-        super().add(sequence)
-        self._trace.arrived(sequence)
-
-    def schedule(self) -> SchedulerOutputs:
-        plan = super().schedule()
-        self._trace.planned(plan, self.running)
-        return plan
-
-    def advance(self, plan: SchedulerOutputs) -> list[Sequence]:
-        self._trace.end_phase("sample")
-        return super().advance(plan)
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        super().fork(parent, child)
-        self._trace.forked(parent, child)
-
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        super().finish(sequence, reason)
-        self._trace.ended(sequence)
-
-    def _preempt(self, sequence: Sequence, plan: SchedulerOutputs) -> None:
-        super()._preempt(sequence, plan)
-        self._trace.preempted(sequence)
-
-    def undo(self, plan: SchedulerOutputs) -> None:
-        super().undo(plan)
-        self._trace.undone(plan)
-
-
-@dataclass(frozen=True)
-class TracedRunner(ModelRunner):
-    """A runner that reports when its phases end.
-
-    Attributes:
-        trace: whom to.
-    """
-
-    trace: StepTrace
-
-    def copy_blocks(self, plan: SchedulerOutputs) -> None:
-        super().copy_blocks(plan)
-        self.trace.end_phase("copy")
-
-    def forward(self, scheduled: Seq[tuple[SequenceMetadata, int]]) -> Tensor:
-        hidden = super().forward(scheduled)
-        self.trace.end_phase("forward")
-        return hidden
+    def _note(self, track: _Track, what: str, now: int, **about: Any) -> None:
+        self._file.add("i", what, now, _SEQUENCES, track.tid, s="t", args=about)

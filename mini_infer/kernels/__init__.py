@@ -1,12 +1,13 @@
 """The engine's hot operations: one public function each, several interchangeable implementations behind it."""
 
 from mini_infer.kernels import reference  # noqa: F401  (registers the implementations that every device falls back on)
-from mini_infer.kernels.ops import (
-    PackedLinear,
+from mini_infer.kernels.attention import AttentionMetadata
+from mini_infer.kernels.by_hand import (
     add_rmsnorm,
     allocate_kv_cache,
     apply_rotary_emb,
     argmax_logprob,
+    attention,
     pack_linear,
     paged_attention,
     paged_prefill_attention,
@@ -15,15 +16,19 @@ from mini_infer.kernels.ops import (
     silu_and_mul,
     write_kv,
 )
-from mini_infer.kernels.registry import OPS, available_backends, backend_of, register, use_backend
+from mini_infer.kernels.packed_linear import PackedLinear
+from mini_infer.kernels.registry import OPS, Kernels, available_backends, backend_of, register, resolve, use_backend
 
 __all__ = [
     "OPS",
+    "AttentionMetadata",
+    "Kernels",
     "PackedLinear",
     "add_rmsnorm",
     "allocate_kv_cache",
     "apply_rotary_emb",
     "argmax_logprob",
+    "attention",
     "available_backends",
     "backend_of",
     "pack_linear",
@@ -31,6 +36,7 @@ __all__ = [
     "paged_prefill_attention",
     "qk_norm_rope",
     "register",
+    "resolve",
     "rmsnorm",
     "silu_and_mul",
     "use_backend",

@@ -1,22 +1,103 @@
-"""How many KV blocks there should be."""
+"""How memory is shared out: the one plan that an engine follows and `mini-infer info` foretells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mini_infer.exceptions import OutOfMemoryError
+from mini_infer.memory.cache_spec import PagedKV, block_bytes
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """KV memory on a CPU when nothing is said: 1 GiB, taken only as it is touched."""
 
 
-def block_bytes(block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one block: keys and values of ``block_size`` tokens in every layer."""
-    return 2 * block_size * num_layers * num_kv_heads * head_dim * itemsize
+@dataclass(frozen=True)
+class MemoryPlan:
+    """KV memory, and the longest sequence.
 
-
-def open_num_blocks(memory: int, bytes_per_block: int, max_num_seqs: int, longest: int, block_size: int) -> int:
-    """KV blocks when the configuration leaves the number open: what fits into ``memory`` bytes, at least 0.
-
-    Never more than ``max_num_seqs`` sequences of ``longest`` tokens could fill.
+    Attributes:
+        block_size: tokens of a block.
+        bytes_per_block: what it takes.
+        memory: bytes that there were for such blocks.
+        num_blocks: on the device; 0 where not one fits.
+        num_cpu_blocks: in CPU memory, for swapped sequences.
+        max_model_len: the most tokens of one sequence; 0 without a block.
+        warning: why that is less than was asked for, or than the model allows.
     """
-    return max(0, min(max_num_seqs * -(-longest // block_size), memory // bytes_per_block))
+
+    block_size: int
+    bytes_per_block: int
+    memory: int
+    num_blocks: int
+    num_cpu_blocks: int
+    max_model_len: int
+    warning: str | None
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """What the longest sequence takes."""
+        return -(-self.max_model_len // self.block_size)
+
+    def check(self, device: str) -> None:
+        """Refuse a plan without a block.
+
+        Raises:
+            OutOfMemoryError: it has none.
+        """
+        if not self.num_blocks:
+            raise OutOfMemoryError(
+                f"no KV block fits on {device} beside the model: one takes {self.bytes_per_block} bytes and "
+                f"{max(self.memory, 0)} are left; raise gpu_memory_utilization, lower block_size or "
+                "max_num_batched_tokens, or take a smaller model"
+            )
+
+
+def plan_memory(
+    specs: Sequence[PagedKV],
+    memory: int,
+    *,
+    block_size: int,
+    num_blocks: int | None,
+    num_cpu_blocks: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    model_limit: int,
+) -> MemoryPlan:
+    """Share out the memory that weights, rotary tables and the largest step leave.
+
+    Args:
+        specs: what each layer of the model keeps.
+        memory: bytes for KV blocks if ``num_blocks`` leaves their number open. It is then what fits, but never more
+            than ``max_num_seqs`` of the longest sequences could fill.
+        block_size, num_blocks, num_cpu_blocks, max_num_seqs, max_model_len: as in ``EngineConfig``.
+        model_limit: the longest context of the model.
+
+    Raises:
+        OutOfMemoryError: ``max_model_len`` was asked for, and the KV memory cannot hold as much.
+    """
+    bytes_per_block = block_bytes(specs, block_size)
+    wanted = min(max_model_len or model_limit, model_limit)
+    if num_blocks is None:
+        num_blocks = max(0, min(max_num_seqs * -(-wanted // block_size), memory // bytes_per_block))
+    capacity = num_blocks * block_size
+    what_it_holds = f"{capacity} tokens ({num_blocks} blocks of {block_size})"
+    warning = None
+    if num_blocks and wanted > capacity:
+        if max_model_len is not None:
+            raise OutOfMemoryError(
+                f"max_model_len={max_model_len} does not fit the KV memory, which holds {what_it_holds}; lower "
+                f"max_model_len to {capacity}, or raise num_gpu_blocks or gpu_memory_utilization"
+            )
+        warning = (
+            f"the model allows {model_limit} tokens but the KV memory holds {what_it_holds}; using "
+            f"max_model_len={capacity}. Raise num_gpu_blocks for longer sequences"
+        )
+    elif max_model_len is not None and max_model_len > model_limit:
+        warning = f"max_model_len={max_model_len} is above the model's own limit; using {model_limit}"
+    return MemoryPlan(block_size, bytes_per_block, memory, num_blocks, num_cpu_blocks, min(wanted, capacity), warning)
 
 
 def step_bytes(
@@ -30,31 +111,3 @@ def step_bytes(
     feed_forward = num_tokens * (2 * hidden_size + 3 * intermediate_size) * itemsize
     sampling = num_sequences * vocab_size * (itemsize + 4 + 4 + 4 + 8)
     return max(feed_forward, sampling)
-
-
-def fit_max_model_len(asked: int | None, model_limit: int, num_blocks: int, block_size: int) -> tuple[int, str | None]:
-    """The longest sequence to admit, and a warning when that is less than was asked for.
-
-    Args:
-        asked: ``EngineConfig.max_model_len``.
-        model_limit: the most positions the model was made for.
-        num_blocks, block_size: the KV memory; one sequence may fill all of it.
-
-    Raises:
-        OutOfMemoryError: a length was asked for that the KV memory cannot hold.
-    """
-    capacity = num_blocks * block_size
-    wanted = min(asked or model_limit, model_limit)
-    if asked is not None and wanted > capacity:
-        raise OutOfMemoryError(
-            f"max_model_len={asked} does not fit the KV memory, which holds {capacity} tokens ({num_blocks} blocks of "
-            f"{block_size}); lower max_model_len to {capacity}, or raise num_gpu_blocks or gpu_memory_utilization"
-        )
-    if asked is not None and asked > model_limit:
-        return wanted, f"max_model_len={asked} is above the model's own limit; using {model_limit}"
-    if wanted > capacity:
-        return capacity, (
-            f"the model allows {model_limit} tokens but the KV memory holds {capacity} ({num_blocks} blocks of "
-            f"{block_size}); using max_model_len={capacity}. Raise num_gpu_blocks for longer sequences"
-        )
-    return wanted, None

@@ -1,10 +1,10 @@
-"""The one model: a decoder-only transformer that covers Llama, Mistral, Qwen2 and Qwen3.
+"""The one model: a decoder-only transformer, put together from a `ModelConfig`.
 
-`Decoder` turns tokens into hidden states and those into logits; `Layer` is what it repeats; `Attention` and
-`FeedForward` are the two halves of a layer. Every operation that takes noticeable time is either a matrix product or
-one of `mini_infer.kernels`. Inference only: no parameter has a gradient.
+`Decoder` turns tokens into hidden states and those into logits; `Layer` is what it repeats, and has two slots:
+attention and feed-forward. Every operation that takes noticeable time is either a matrix product or one of
+`mini_infer.kernels`. Inference only: no parameter has a gradient.
 
-In the shapes below a batch has T tokens; H query heads and K key-value heads have D features each.
+In the shapes below a batch has T tokens.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mini_infer import kernels
+from mini_infer.kernels import Kernels
+from mini_infer.models.attention import Attention, KVCache, RotaryTables
 from mini_infer.models.batch import Batch
-from mini_infer.models.config import ModelConfig
-from mini_infer.models.rope import rotary_tables
-
-KVCache = tuple[Tensor, Tensor]
-"""One layer's key and value cache, as `kernels.allocate_kv_cache` made them; only kernels look inside."""
+from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
+from mini_infer.models.linear import Linear, Norm, Weighted
+from mini_infer.models.rope import Rope, rotary_tables
 
 
 class Decoder(nn.Module):
@@ -27,29 +26,31 @@ class Decoder(nn.Module):
 
     Parameters have a shape and a dtype but no memory until `load_model` fills them.
 
-    Attributes:
-        config: what the model was built from.
+    Args:
+        config: what to build.
         dtype: of every parameter.
-        num_parameters: numbers in all of them; a tied embedding counts once.
+        device: where the rotary tables live; on "meta" the whole model takes no memory.
+        kernels: who computes.
+
+    Attributes:
+        num_parameters: numbers in all parameters; a tied embedding counts once.
+        weight_bytes: what these take.
+        rotary_bytes: what the rotary tables take.
     """
 
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device, kernels: Kernels) -> None:
         super().__init__()
-        self.config = config
-        self.dtype = dtype
+        self.config, self.dtype, self.kernels = config, dtype, kernels
+        vocab_size, hidden_size = config.vocab_size, config.hidden_size
         # A tied embedding is the output layer's weight, and looked up there.
-        tied = config.tie_word_embeddings
-        self.embedding = None if tied else _parameter((config.vocab_size, config.hidden_size), dtype)
-        self.layers = nn.ModuleList(Layer(config, window, dtype) for window in config.sliding_windows)
-        self.norm = _parameter((config.hidden_size,), dtype)
-        self.output = Linear(config.hidden_size, config.vocab_size, False, dtype)
+        self.embedding = None if config.tie_word_embeddings else Weighted((vocab_size, hidden_size), dtype)
+        tables = _rotary_tables(config, torch.device(device))
+        self.layers = nn.ModuleList(Layer(config, layer, tables, dtype, kernels) for layer in config.layers)
+        self.norm = Norm(hidden_size, config.rms_norm_eps, dtype, kernels)
+        self.output = Linear(hidden_size, [vocab_size], False, dtype, kernels)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())  # packed ones are not listed
-        cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings)
-        self.register_buffer("cos", cos.to(device), persistent=False)
-        self.register_buffer("sin", sin.to(device), persistent=False)
+        self.weight_bytes = sum(parameter.nbytes for parameter in self.parameters())
+        self.rotary_bytes = sum(table.nbytes for pair in tables.values() for table in pair)
 
     def forward(self, batch: Batch, kv_cache: Sequence[KVCache]) -> Tensor:
         """Run one step's tokens through the layers, adding their keys and values to the cache.
@@ -61,152 +62,92 @@ class Decoder(nn.Module):
         Returns:
             Hidden states after the final norm, ``[T, hidden_size]``.
         """
-        # Seen from the prompt chunks alone, which attention handles without the decodes before them.
-        prompt_start = batch.query_start[batch.num_decodes :] - batch.num_decodes
         if self.embedding is None:
             hidden = self.output.rows(batch.token_ids)
         else:
-            hidden = functional.embedding(batch.token_ids, self.embedding)
+            hidden = functional.embedding(batch.token_ids, self.embedding.weight)
         residual = torch.zeros_like(hidden)
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
-            hidden, residual = layer(hidden, residual, batch, prompt_start, layer_cache, (self.cos, self.sin))
-        hidden, _ = kernels.add_rmsnorm(hidden, residual, self.norm, self.config.rms_norm_eps)
+            hidden, residual = layer(hidden, residual, batch, layer_cache)
+        hidden, _ = self.norm.add(hidden, residual)
         return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Scores of every next token, ``[N, vocab_size]``, for the rows ``[N, hidden_size]`` of `forward`'s result."""
-        logits: Tensor = self.output(hidden)
-        return logits
+        return self.output(hidden)
 
 
 class Layer(nn.Module):
-    """Attention, then feed-forward; each reads a normalised residual stream, and its result is added to the stream.
+    """Attention, then feed-forward; what each gives is added to the residual stream.
 
-    The addition is left to the next norm, which does both in one pass over memory.
+    The addition is left to whoever reads the stream next: with a norm it is one pass over memory.
     """
 
-    def __init__(self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.attention_norm = _parameter((config.hidden_size,), dtype)
-        self.attention = Attention(config, sliding_window, dtype)
-        self.feed_forward_norm = _parameter((config.hidden_size,), dtype)
-        self.feed_forward = FeedForward(config, dtype)
-
-    def forward(
+    def __init__(
         self,
-        hidden: Tensor,
-        residual: Tensor,
-        batch: Batch,
-        prompt_start: Tensor,
-        kv_cache: KVCache,
-        rotary: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
+        model: ModelConfig,
+        config: LayerConfig,
+        tables: dict[tuple[Rope, int], RotaryTables],
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__()
+
+        def norm(where: str) -> Norm | None:
+            wanted = config.norms in (where, "both")
+            return Norm(model.hidden_size, model.rms_norm_eps, dtype, kernels) if wanted else None
+
+        attention = config.attention
+        rotary = None if attention.rope is None else tables[attention.rope, attention.head_dim]
+        self.attention_norm = norm("pre")
+        self.attention = Attention(model.hidden_size, attention, model.rms_norm_eps, rotary, dtype, kernels)
+        self.attention_post_norm = norm("post")
+        self.feed_forward_norm = norm("pre")
+        self.feed_forward = FeedForward(model.hidden_size, config.feed_forward, dtype, kernels)
+        self.feed_forward_post_norm = norm("post")
+
+    def forward(self, hidden: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
         """Take and give ``[T, hidden_size]`` twice: the last result, and the stream that it is still to be added to."""
-        hidden, residual = kernels.add_rmsnorm(hidden, residual, self.attention_norm, self.eps)
-        hidden = self.attention(hidden, batch, prompt_start, kv_cache, rotary)
-        hidden, residual = kernels.add_rmsnorm(hidden, residual, self.feed_forward_norm, self.eps)
+        hidden, residual = _read(hidden, residual, self.attention_norm)
+        hidden = self.attention(hidden, batch.positions, batch.attention, kv_cache)
+        if self.attention_post_norm is not None:
+            hidden = self.attention_post_norm(hidden)
+        hidden, residual = _read(hidden, residual, self.feed_forward_norm)
         hidden = self.feed_forward(hidden)
+        if self.feed_forward_post_norm is not None:
+            hidden = self.feed_forward_post_norm(hidden)
         return hidden, residual
 
 
-class Attention(nn.Module):
-    """Grouped-query attention over the paged cache, with one projection for queries, keys and values."""
-
-    def __init__(self, config: ModelConfig, sliding_window: int | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.head_dim = config.head_dim
-        self.sliding_window = sliding_window
-        self.eps = config.rms_norm_eps
-        self.qkv_proj = Linear(config.hidden_size, sum(self.head_counts) * config.head_dim, config.qkv_bias, dtype)
-        self.qk_norms = (
-            nn.ParameterList(_parameter((config.head_dim,), dtype) for _ in "qk") if config.qk_norm else None
-        )
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.output_bias, dtype)
-
-    def forward(
-        self, hidden: Tensor, batch: Batch, prompt_start: Tensor, kv_cache: KVCache, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """``[T, hidden_size]`` to ``[T, hidden_size]``."""
-        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
-        query, key, value = heads.split(self.head_counts, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
-        if self.qk_norms is None:
-            query, key = kernels.apply_rotary_emb(query, key, *rotary, batch.positions)
-        else:
-            q_norm, k_norm = self.qk_norms
-            query, key = kernels.qk_norm_rope(query, key, q_norm, k_norm, *rotary, batch.positions, self.eps)
-        kernels.write_kv(key, value, *kv_cache, batch.slot_mapping)
-
-        n = batch.num_decodes  # one token each, so the first n sequences are also the first n tokens
-        attended = []
-        if n > 0:
-            attended.append(
-                kernels.paged_attention(
-                    query[:n],
-                    *kv_cache,
-                    batch.block_tables[:n],
-                    batch.context_lens[:n],
-                    sliding_window=self.sliding_window,
-                )
-            )
-        if n < len(query):
-            attended.append(
-                kernels.paged_prefill_attention(
-                    query[n:],
-                    *kv_cache,
-                    batch.block_tables[n:],
-                    batch.context_lens[n:],
-                    prompt_start,
-                    sliding_window=self.sliding_window,
-                )
-            )
-        both = attended[0] if len(attended) == 1 else torch.cat(attended)
-        output: Tensor = self.o_proj(both.flatten(1))
-        return output
+def _read(hidden: Tensor, residual: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """(what a slot gets, the stream): ``hidden`` is added to the stream, and the sum normalised if there is a norm."""
+    if norm is not None:
+        return norm.add(hidden, residual)
+    stream = hidden + residual
+    return stream, stream
 
 
 class FeedForward(nn.Module):
     """SwiGLU, with one projection for the gate and what it gates."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, config: FeedForwardConfig, dtype: torch.dtype, kernels: Kernels) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, dtype)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, dtype)
+        self.kernels = kernels
+        self.gate_up_proj = Linear(hidden_size, 2 * [config.intermediate_size], config.bias, dtype, kernels)
+        self.down_proj = Linear(config.intermediate_size, [hidden_size], config.bias, dtype, kernels)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[T, hidden_size]`` to ``[T, hidden_size]``."""
-        output: Tensor = self.down_proj(kernels.silu_and_mul(self.gate_up_proj(hidden)))
-        return output
+        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(hidden)))
 
 
-class Linear(nn.Module):
-    """x Wᵀ + b, by way of `kernels.pack_linear`.
-
-    Attributes:
-        weight: ``[outputs, inputs]``; gone once it is packed.
-        bias: ``[outputs]``, or None.
-    """
-
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight: nn.Parameter | None = _parameter((outputs, inputs), dtype)
-        self.bias = _parameter((outputs,), dtype) if bias else None
-
-    def pack(self) -> None:
-        """Hand the weight to the kernels, which may keep it in another order."""
-        assert self.weight is not None
-        self._product = kernels.pack_linear(self.weight, self.bias)
-        self.weight = None
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight, ``[N, inputs]``, for ids ``[N]``."""
-        return self._product.rows(ids)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[..., inputs]`` to ``[..., outputs]``, without a module's detour by way of its hooks."""
-        return self._product(x)
-
-
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+def _rotary_tables(config: ModelConfig, device: torch.device) -> dict[tuple[Rope, int], RotaryTables]:
+    """One pair of tables for each way to rotate, which layers share."""
+    wanted = {(layer.attention.rope, layer.attention.head_dim) for layer in config.layers}
+    tables = {}
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        for rope, head_dim in wanted:
+            if rope is not None:
+                cos, sin = rotary_tables(rope, head_dim, config.max_position_embeddings)
+                tables[rope, head_dim] = cos.to(device), sin.to(device)
+    return tables

@@ -1,14 +1,16 @@
 """Which tokens run in this step, and who must wait. Importing this does not import torch."""
 
-from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, PriorityFirst
+from mini_infer.scheduler.plan import BlockCopy, Outcome, ScheduledSequence, SchedulerOutputs
+from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, PriorityFirst, make_policy
 from mini_infer.scheduler.preemption import PreemptionCosts
-from mini_infer.scheduler.scheduler import BlockCopy, ScheduledSequence, Scheduler, SchedulerCounts, SchedulerOutputs
+from mini_infer.scheduler.scheduler import Scheduler, SchedulerCounts
 from mini_infer.scheduler.sequence import Sequence, SequenceStatus
 
 __all__ = [
     "POLICIES",
     "BlockCopy",
     "FirstComeFirstServed",
+    "Outcome",
     "Policy",
     "PreemptionCosts",
     "PriorityFirst",
@@ -18,4 +20,5 @@ __all__ = [
     "SchedulerOutputs",
     "Sequence",
     "SequenceStatus",
+    "make_policy",
 ]

@@ -1,19 +1,18 @@
 """Who goes first: a policy gives each sequence a key when it arrives, and the smallest key goes first.
 
-The key never changes, so queues stay sorted without ever being sorted again. A third policy is a class with ``key``.
+The key never changes, so queues stay sorted without ever being sorted again. A third policy is a class
+with ``key``: pass an object of it, or name it as ``FILE:NAME``.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TypeAlias
 
+from mini_infer.exceptions import InvalidConfigError
+from mini_infer.plugins import load_object
 from mini_infer.scheduler.sequence import Sequence
+from mini_infer.typing import SchedulingPolicy
 
-
-class Policy(Protocol):
-    """Orders sequences: the smallest key runs first and is preempted last."""
-
-    def key(self, sequence: Sequence) -> tuple[float, ...]:
-        """The key of a sequence that has just arrived, and has its ``arrival``; among equal keys that decides."""
+Policy: TypeAlias = SchedulingPolicy
 
 
 class FirstComeFirstServed:
@@ -44,3 +43,23 @@ POLICIES: Mapping[str, type[FirstComeFirstServed] | type[PriorityFirst]] = {
     "priority": PriorityFirst,
 }
 """The policies that have a name in ``EngineConfig.scheduling_policy``."""
+
+
+def make_policy(policy: str | Policy) -> Policy:
+    """The policy that ``EngineConfig.scheduling_policy`` means: a name, ``FILE:NAME``, or a policy as it is.
+
+    Raises:
+        InvalidConfigError: the file cannot be run, or what it names is no policy.
+    """
+    if not isinstance(policy, str):
+        return policy
+    if policy in POLICIES:
+        return POLICIES[policy]()
+    loaded = load_object(policy)
+    try:
+        made = loaded() if isinstance(loaded, type) else loaded
+    except Exception as cause:
+        raise InvalidConfigError(f"scheduling_policy={policy!r}: making one raised {cause!r}") from cause
+    if not callable(getattr(made, "key", None)):
+        raise InvalidConfigError(f"scheduling_policy={policy!r} is {loaded!r}, which has no method key(sequence)")
+    return made  # type: ignore[no-any-return]

@@ -2,41 +2,38 @@
 
 import heapq
 from collections.abc import Iterator
+from itertools import count
 
-from mini_infer.scheduler.sequence import Sequence, SequenceStatus
+from mini_infer.scheduler.sequence import Sequence
 
 
 class WaitingQueue:
-    """A heap by ``sequence.order``. A sequence that leaves from the middle stays in it, ignored, until it surfaces."""
+    """A heap by ``sequence.order``. Whoever leaves from the middle stays in the heap, ignored, until it surfaces."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[float, ...], Sequence]] = []
-        self._length = 0
+        self._heap: list[tuple[tuple[float, ...], int, Sequence]] = []
+        self._tickets: dict[Sequence, int] = {}
+        self._numbers = count()
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._tickets)
 
     def __iter__(self) -> Iterator[Sequence]:
         """Everyone who waits, in no particular order."""
-        return (sequence for _, sequence in self._heap if sequence.status is SequenceStatus.WAITING)
+        return iter(self._tickets)
 
     def push(self, sequence: Sequence) -> None:
-        heapq.heappush(self._heap, (sequence.order, sequence))
-        self._length += 1
+        ticket = self._tickets[sequence] = next(self._numbers)
+        heapq.heappush(self._heap, (sequence.order, ticket, sequence))
 
     def first(self) -> Sequence:
         """The most urgent sequence; the queue must not be empty."""
-        while self._heap[0][1].status is not SequenceStatus.WAITING:
+        while True:
+            _, ticket, sequence = self._heap[0]
+            if self._tickets.get(sequence) == ticket:
+                return sequence
             heapq.heappop(self._heap)
-        return self._heap[0][1]
 
-    def pop(self) -> Sequence:
-        """Take the most urgent sequence out."""
-        sequence = self.first()
-        heapq.heappop(self._heap)
-        self._length -= 1
-        return sequence
-
-    def note_departure(self) -> None:
-        """A waiting sequence has ended: its status says so already."""
-        self._length -= 1
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it stands."""
+        del self._tickets[sequence]

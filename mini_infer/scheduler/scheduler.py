@@ -2,81 +2,38 @@
 
 Every step it answers one question: which sequences compute how many tokens now? A sequence has some tokens whose keys
 and values are computed and some whose are not; a step computes the next few. That is all there is: a prompt chunk, a
-decode and the recomputation after a preemption differ only in how many are left.
+decode, drafts to verify and the recomputation after a preemption differ only in how many are left.
+
+``schedule`` takes it that the step will be computed, so that the next one can be planned while it is under way: tokens
+count as computed, and what the step samples has a placeholder. ``commit`` says what came of it; ``rewind`` that nothing
+did.
 """
 
 import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate, count
-from typing import NamedTuple
+from itertools import count
+from operator import itemgetter
 
 from mini_infer.config import PreemptionMode
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_int, check_number
 from mini_infer.memory import BlockManager
 from mini_infer.outputs import FinishReason
+from mini_infer.scheduler.plan import BlockCopy, Outcome, ScheduledSequence, SchedulerOutputs
 from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
-from mini_infer.scheduler.sequence import PENDING, Sequence, SequenceStatus
+from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence, SequenceStatus
 
-
-class ScheduledSequence(NamedTuple):
-    """A sequence and how many of its tokens this step computes."""
-
-    sequence: Sequence
-    num_new_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step computes its last token, whose logits give the next one."""
-        sequence = self.sequence
-        return self.num_new_tokens == sequence.num_uncomputed_tokens and len(sequence) < sequence.max_length
-
-
-class BlockCopy(NamedTuple):
-    """Copy one block's keys and values, in every layer."""
-
-    source: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutputs:
-    """The plan of one step. The copies come first, in the order of the fields; then the forward pass.
-
-    Attributes:
-        scheduled: who runs; sequences with one new token first, prompt chunks after them.
-        preempted: sequences whose blocks were taken away to make room.
-        swap_out: from GPU blocks to CPU blocks.
-        copy: from shared GPU blocks to the ones that their writers get for themselves.
-        swap_in: from CPU blocks to GPU blocks.
-        remembered: blocks that this step fills and that the prefix cache knows from now on.
-    """
-
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    swap_out: list[BlockCopy] = field(default_factory=list)
-    copy: list[BlockCopy] = field(default_factory=list)
-    swap_in: list[BlockCopy] = field(default_factory=list)
-    remembered: list[int] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(num_new_tokens for _, num_new_tokens in self.scheduled)
-
-    @property
-    def sampling_rows(self) -> list[int]:
-        """Of the step's tokens, flattened in the order of ``scheduled``, those whose logits give a next token."""
-        ends = accumulate(num_new_tokens for _, num_new_tokens in self.scheduled)
-        return [end - 1 for end, item in zip(ends, self.scheduled, strict=True) if item.samples]
-
-    @property
-    def only_decodes(self) -> bool:
-        """Whether every sequence computes just the token that it sampled last."""
-        return all(n == 1 and len(sequence) > sequence.num_prompt_tokens for sequence, n in self.scheduled)
+# Looked up some times for each sequence and step.
+WAITING, RUNNING, RESTING, FINISHED = (
+    SequenceStatus.WAITING,
+    SequenceStatus.RUNNING,
+    SequenceStatus.RESTING,
+    SequenceStatus.FINISHED,
+)
 
 
 @dataclass(slots=True)
@@ -92,6 +49,33 @@ class SchedulerCounts:
     num_recomputed: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan while it is made."""
+
+    budget: int
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    swap_out: list[BlockCopy] = field(default_factory=list)
+    copy: list[BlockCopy] = field(default_factory=list)
+    swap_in: list[BlockCopy] = field(default_factory=list)
+    remembered: list[int] = field(default_factory=list)
+
+    def finish(self, num_tokens: int) -> SchedulerOutputs:
+        single = [item for item in self.scheduled if item.num_tokens == 1]
+        if len(single) < len(self.scheduled):
+            single += [item for item in self.scheduled if item.num_tokens > 1]
+        return SchedulerOutputs(
+            scheduled=tuple(single),
+            num_tokens=num_tokens,
+            preempted=tuple(self.preempted),
+            swap_out=tuple(self.swap_out),
+            copy=tuple(self.copy),
+            swap_in=tuple(self.swap_in),
+            remembered=tuple(self.remembered),
+        )
 
 
 class Scheduler:
@@ -161,7 +145,8 @@ class Scheduler:
         """
         limit = min(self.max_model_len, self.block_manager.num_gpu_blocks * self.block_manager.block_size)
         check_int(InvalidConfigError, "the sequence's max_length", sequence.max_length, len(sequence), limit)
-        check_int(InvalidConfigError, "the sequence's num_forks", sequence.num_forks, 0, self.max_num_seqs - 1)
+        least = 1 + len(sequence.forks)
+        check_int(InvalidConfigError, "the sequence's num_seats", sequence.num_seats, least, self.max_num_seqs)
         sequence.arrival = next(self._arrivals)
         sequence.order = (*self._policy.key(sequence), sequence.arrival)
         self._queue(sequence)
@@ -170,93 +155,163 @@ class Scheduler:
         """Whether no sequence waits or runs."""
         return not self.waiting and not self.running
 
-    # ---- the core loop -------------------------------------------------------------------------------------------
+    # ---- planning ------------------------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutputs:
-        """Plan a step: decodes first, then prompt chunks that are under way, then whoever waits."""
-        plan = SchedulerOutputs()
-        budget = self.max_num_batched_tokens
+        """Plan a step: decodes first, then prompt chunks that are under way, then whoever waits.
 
-        # Only decodes grow: a prompt got its blocks when it was admitted. Whoever is preempted to make room goes last
-        # in this very loop, so nothing was promised to it yet.
-        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
-            if budget == 0:
+        An empty plan means that there is nothing to compute now; where steps are under way, there may be once they are
+        committed.
+        """
+        draft = _Draft(self.max_num_batched_tokens)
+        ready = [sequence for sequence in self.running if sequence.can_step]
+        num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
+
+        # Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
+        # admitted. Whoever is preempted to make room goes last in this very loop, so nothing was promised to it yet.
+        chunks = []
+        for sequence in ready:
+            if draft.budget == 0:
                 break
-            while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence, plan):
-                self._preempt(self.running[-1], plan)
-            if sequence.status is SequenceStatus.RUNNING:
-                budget -= self._schedule(sequence, budget, plan)
+            if sequence.status is not RUNNING:
+                continue
+            if sequence.num_drafts:
+                self._shorten(sequence, min(num_guesses, draft.budget - 1))
+            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(self._find_missing(sequence)):
+                chunks.append(sequence)
+                continue
+            while not self._grow(sequence, draft):
+                if sequence.num_drafts:  # nobody is preempted for a guess
+                    self._shorten(sequence, 0)
+                    continue
+                if self._withdraw_drafts(draft):
+                    continue
+                self._preempt(self.running[-1], draft)
+                if sequence.status is not RUNNING:
+                    break
+            else:
+                num_guesses -= sequence.num_drafts
+                self._schedule(sequence, draft)
 
-        for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
-            if budget == 0:
+        for sequence in chunks:
+            if draft.budget == 0:
                 break
-            budget -= self._schedule(sequence, budget, plan)
+            if sequence.status is RUNNING:
+                self._schedule(sequence, draft)
 
-        while self.waiting and budget and not (plan.scheduled and plan.preempted):
-            if self._admit(self.waiting.first(), plan):
-                sequence = self.waiting.pop()
-                sequence.status = SequenceStatus.RUNNING
+        while self.waiting and draft.budget and not (draft.scheduled and draft.preempted):
+            sequence = self.waiting.first()
+            if self._admit(sequence, draft):
+                self.waiting.remove(sequence)
+                sequence.status = RUNNING
                 insort(self.running, sequence, key=lambda s: s.order)
-                budget -= self._schedule(sequence, budget, plan)
-            elif plan.scheduled or not self.running:
+                self._schedule(sequence, draft)
+            elif draft.scheduled or not self.running:
                 break
+            elif any(s.num_placeholders or s.is_undecided for s in self.running):
+                break  # a step under way will free some
             else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
-                self._preempt(self.running[-1], plan)
+                self._preempt(self.running[-1], draft)
 
-        plan.scheduled.sort(key=lambda item: item.num_new_tokens > 1)
+        plan = draft.finish(self.max_num_batched_tokens - draft.budget)
+        for item in plan.scheduled:
+            self._expect(item)
         return plan
 
-    def advance(self, plan: SchedulerOutputs) -> list[Sequence]:
-        """The step was computed. Returns the sequences that it ended: prompts that nothing is to follow."""
-        finished = []
-        for sequence, num_new_tokens in plan.scheduled:
-            sequence.num_computed_tokens += num_new_tokens
-            if sequence.num_uncomputed_tokens == 0 and len(sequence) >= sequence.max_length:
-                self.finish(sequence, "length")
-                finished.append(sequence)
-        return finished
+    def propose(self, sequence: Sequence, draft_token_ids: Iterable[int]) -> None:
+        """Put drafts behind a sequence's last token, for the next step to compute along with it.
 
-    def append(self, sequence: Sequence, token_id: int) -> bool:
-        """Add a token to a sequence whose tokens were all computed. Returns whether that ended it."""
-        sequence.token_ids.append(token_id)
-        reason = sequence.reason_to_finish()
-        if reason is not None:
-            self.finish(sequence, reason)
-        elif sequence.status is SequenceStatus.NEW:  # preempted when it had nothing to compute
-            self._queue(sequence)
-        return reason is not None
-
-    def hold(self, sequence: Sequence) -> None:
-        """Give the token that a step under way is about to sample a place, so that the next step can be planned.
-
-        A sequence that this brings to its ``max_length`` leaves its seat and its blocks to others at once: whatever
-        uses them comes after that step.
+        Nothing happens where there can be none: the sequence does not run, has a step under way, is still computing its
+        prompt, or has forks that are to start from what it samples. What would go beyond ``max_length`` is left out,
+        with a place for the token after the last draft.
         """
-        sequence.token_ids.append(PENDING)
-        sequence.num_pending_tokens += 1
-        if len(sequence) >= sequence.max_length:
-            self._leave(sequence)
+        room = sequence.max_length - len(sequence) - 1
+        waits_for_step = sequence.num_placeholders or sequence.num_drafts or sequence.is_undecided or sequence.forks
+        if sequence.status is RUNNING and not waits_for_step and sequence.num_uncomputed_tokens == 1:
+            drafts = list(draft_token_ids)[: max(room, 0)]
+            sequence.token_ids += drafts
+            sequence.num_drafts = len(drafts)
 
-    def confirm(self, sequence: Sequence, token_id: int) -> None:
-        """The first of a sequence's pending tokens is known; ends the sequence if that is a reason to."""
-        sequence.token_ids[sequence.num_known_tokens] = token_id
-        sequence.num_pending_tokens -= 1
-        reason = sequence.reason_to_finish()
-        if reason is not None:
-            self.finish(sequence, reason)
+    # ---- what came of it -----------------------------------------------------------------------------------------
 
-    def update(self, plan: SchedulerOutputs, sampled_token_ids: Iterable[int]) -> list[Sequence]:
-        """``advance``, then ``append`` one token to each scheduled sequence that ``samples``, in their order.
+    def commit(self, outcomes: Iterable[Outcome]) -> None:
+        """A step was computed: tokens become known, keys and values valid, sequences end. All of it, or none.
 
-        Returns:
-            The sequences that ended, their blocks already free.
+        The one way in which a sequence grows. Chunks without logits need no outcome, unless nothing is to follow the
+        prompt. Outcomes of sequences that have ended meanwhile are passed over.
+
+        Raises:
+            ValueError: an outcome that does not follow from the plan; nothing has changed then.
         """
-        sampling = [item.sequence for item in plan.scheduled if item.samples]
-        finished = self.advance(plan)
-        for sequence, token_id in zip(sampling, sampled_token_ids, strict=True):
-            if self.append(sequence, token_id):
-                finished.append(sequence)
-        return finished
+        wanted = []
+        for outcome in outcomes:
+            sequence, token_ids, num_valid, finish_reason = outcome
+            if sequence.status is FINISHED:
+                continue
+            known = sequence.num_known_tokens
+            length = known + len(token_ids)
+            if sequence.num_placeholders:
+                fits = length == known + 1 or (not token_ids and finish_reason is not None)
+            elif num_valid < len(sequence.content_ids) * self.block_manager.block_size:
+                fits = False  # others may share what this would take back
+            elif sequence.decides_late:
+                fits = length <= sequence.max_length
+            else:
+                fits = length <= known + (1 + sequence.num_drafts if sequence.is_undecided else 0)
+            if not fits or not 0 <= num_valid <= length:
+                raise ValueError(
+                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens with {num_valid} "
+                    f"positions valid: {known} of at most {sequence.max_length} are known, "
+                    f"{sequence.num_placeholders} are to be sampled{' or accepted' if sequence.is_undecided else ''}, "
+                    f"{sequence.num_drafts} are drafts"
+                )
+            wanted.append((sequence, known, token_ids, num_valid, finish_reason))
+        if len(set(map(itemgetter(0), wanted))) < len(wanted):
+            raise ValueError("a sequence cannot go on in two ways; give each one outcome")
+        for settled in wanted:
+            self._commit(*settled)
+
+    def _commit(
+        self,
+        sequence: Sequence,
+        known: int,
+        token_ids: tuple[int, ...],
+        num_valid: int,
+        finish_reason: FinishReason | None,
+    ) -> None:
+        length = known + len(token_ids)
+        if sequence.num_placeholders:
+            for place, token_id in enumerate(token_ids, known):
+                sequence.token_ids[place] = token_id
+            sequence.num_placeholders -= len(token_ids)
+        elif sequence.is_undecided or token_ids:
+            sequence.token_ids[known:] = token_ids
+            sequence.num_drafts = 0
+            sequence.is_undecided = False
+            self._invalidate(sequence, num_valid)
+        if finish_reason is None and length >= sequence.max_length:
+            # The last token is not computed; a prompt that nothing is to follow is.
+            has_ended = length > sequence.num_prompt_tokens or num_valid >= length
+            finish_reason = "length" if has_ended else None
+        if finish_reason is not None:
+            self.finish(sequence, finish_reason)
+        elif sequence.status is RESTING and num_valid < length and not sequence.num_placeholders:
+            self._queue(sequence)  # otherwise all is computed, and it rests on until it gets a token
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
+        text of its last token may hold a stop string."""
+        sequence.finish_reason = reason
+        if sequence.status is FINISHED:
+            return
+        if sequence.status is RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = FINISHED
+        self._drop_provisional(sequence)
+        self._release(sequence)
+        self._drop_swapped(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Start ``child``, whose tokens begin with those that ``parent`` has computed, on the parent's own blocks.
@@ -266,84 +321,97 @@ class Scheduler:
         """
         child.arrival = next(self._arrivals)
         child.order = (*parent.order[:-1], child.arrival)
-        parent.num_forks = max(0, parent.num_forks - 1)
-        if parent.status is not SequenceStatus.RUNNING or self._num_taken_seats >= self.max_num_seqs:
+        parent.num_seats = max(1, parent.num_seats - 1)
+        if parent.status is not RUNNING or self._num_taken_seats >= self.max_num_seqs:
             self._queue(child)
             return
-        child.block_table = list(parent.block_table)
+        child.block_table = parent.block_table[: self.block_manager.blocks_for(parent.num_computed_tokens)]
         self.block_manager.share(child.block_table)
         child.content_ids = list(parent.content_ids)
         child.num_computed_tokens = parent.num_computed_tokens
-        child.status = SequenceStatus.RUNNING
+        child.status = RUNNING
         insort(self.running, child, key=lambda s: s.order)
 
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence, wherever it is, and free its blocks."""
-        sequence.finish_reason = reason
-        self._leave(sequence)
-
-    def undo(self, plan: SchedulerOutputs) -> None:
-        """The step failed: whatever it was to compute or copy never came to be, and is computed again."""
-        for sequence, _ in plan.scheduled:
-            if sequence.status is SequenceStatus.RUNNING:
-                self.running.remove(sequence)
-                self._wait_again(sequence)
-        for sequence in plan.preempted:
-            self._drop_swapped(sequence)
-        for block in plan.remembered:
-            self.block_manager.forget(block)
-
-    def rewind(self, plans: Iterable[SchedulerOutputs], sequences: Iterable[Sequence]) -> None:
-        """Steps failed after ``advance``: back to the tokens that are known, whose keys and values are computed again.
+    def rewind(self, plans: Iterable[SchedulerOutputs]) -> None:
+        """Steps under way failed: what they were to compute or copy never came to be, and is computed again.
 
         Args:
-            plans: of the steps.
-            sequences: those that ran in them and are still wanted.
+            plans: of all steps that were not committed, the oldest first.
         """
+        touched: dict[Sequence, bool] = {}  # whether it has something to compute again, and not just lost its blocks
         for plan in plans:
             for block in plan.remembered:
                 self.block_manager.forget(block)
-        for sequence in sequences:
-            del sequence.token_ids[sequence.num_known_tokens :]
-            sequence.num_pending_tokens, sequence.finish_reason = 0, None
+            for sequence in plan.preempted:
+                touched.setdefault(sequence, False)
+            for item in plan.scheduled:
+                touched |= dict.fromkeys((item.sequence, *item.forks), True)
+        for sequence, was_under_way in touched.items():
+            if sequence.status is FINISHED:
+                continue
+            rests = sequence.status is RESTING and not was_under_way
+            self._drop_provisional(sequence)
             self._release(sequence)
             self._drop_swapped(sequence)
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is RUNNING:
                 self.running.remove(sequence)
-            if sequence.status is not SequenceStatus.WAITING:
+            if sequence.status is not WAITING and not rests:
                 self._queue(sequence)
 
     # ---- one sequence --------------------------------------------------------------------------------------------
 
     @property
     def _num_taken_seats(self) -> int:
-        """Sequences that run, and those that are to fork from them."""
-        return sum(1 + sequence.num_forks for sequence in self.running)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a sequence from wherever it is, and free its blocks; does nothing where that happened before."""
-        status, sequence.status = sequence.status, SequenceStatus.FINISHED
-        if status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-        elif status is SequenceStatus.WAITING:
-            self.waiting.note_departure()
-        self._release(sequence)
-        self._drop_swapped(sequence)
+        """Of sequences that run, and of those that are to fork from them."""
+        return sum(sequence.num_seats for sequence in self.running)
 
     def _queue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
+        sequence.status = WAITING
         self.waiting.push(sequence)
 
-    def _schedule(self, sequence: Sequence, budget: int, plan: SchedulerOutputs) -> int:
-        """Put as many of a sequence's tokens into the plan as the budget allows; how many that are."""
-        num_new_tokens = min(sequence.num_uncomputed_tokens, budget)
-        plan.scheduled.append(ScheduledSequence(sequence, num_new_tokens))
+    def _schedule(self, sequence: Sequence, draft: _Draft) -> None:
+        """Put as many of a sequence's tokens into the plan as the budget allows."""
+        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
+        num_tokens = min(length - start, draft.budget)
+        reaches_end = start + num_tokens == length
+        samples = reaches_end and length - num_drafts < sequence.max_length
+        draft.budget -= num_tokens
+        draft.scheduled.append(
+            ScheduledSequence(
+                sequence,
+                start,
+                num_tokens,
+                1 + num_drafts if samples else 0,
+                reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
+                sequence.forks if samples else (),
+            )
+        )
         if self.prefix_caching:
-            num_tokens = min(sequence.num_computed_tokens + num_new_tokens, sequence.num_known_tokens)
-            self._remember(sequence, num_tokens, plan)
-        return num_new_tokens
+            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
+            is_certain = not (samples and sequence.decides_late)
+            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft)
 
-    def _remember(self, sequence: Sequence, num_tokens: int, plan: SchedulerOutputs) -> None:
+    def _expect(self, item: ScheduledSequence) -> None:
+        """Take it that a planned step will be computed: the next plan builds on it."""
+        sequence, start, num_tokens, num_logits, _, forks = item
+        sequence.num_computed_tokens = start + num_tokens
+        if not num_logits:
+            return
+        if forks:
+            sequence.forks = ()
+            for child in forks:
+                self.fork(sequence, child)
+        if sequence.decides_late or sequence.num_drafts:
+            for one in (sequence, *forks):
+                one.is_undecided = True
+            return
+        sequence.token_ids.append(PLACEHOLDER)
+        sequence.num_placeholders += 1
+        for child in forks:
+            child.token_ids.append(PLACEHOLDER)
+            child.num_placeholders += 1
+
+    def _remember(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
         """Let others share the full blocks that hold the first ``num_tokens`` tokens once this step is computed.
 
         They may do so in this very step: in each layer all keys are written before any is read.
@@ -356,33 +424,68 @@ class Scheduler:
             content_id, is_new = self.block_manager.remember(block, parent, tokens)
             sequence.content_ids.append(content_id)
             if is_new:
-                plan.remembered.append(block)
+                draft.remembered.append(block)
 
-    def _grow(self, sequence: Sequence, plan: SchedulerOutputs) -> bool:
-        """See to it that a decode can write its token: a new block, or its own copy of one that others hold too."""
+    def _shorten(self, sequence: Sequence, num_drafts: int) -> None:
+        """Leave out all but the first ``num_drafts`` drafts."""
+        surplus = sequence.num_drafts - num_drafts
+        if surplus > 0:
+            del sequence.token_ids[-surplus:]
+            sequence.num_drafts -= surplus
+
+    def _withdraw_drafts(self, draft: _Draft) -> bool:
+        """Take the drafts out of the plan again, with the blocks that they alone need; False if there are none."""
+        withdrawn = 0
+        for place, item in enumerate(draft.scheduled):
+            sequence = item.sequence
+            if sequence.num_drafts:
+                withdrawn += sequence.num_drafts
+                self._shorten(sequence, 0)
+                draft.scheduled[place] = item._replace(num_tokens=1, num_logits=1)
+                num_needed = self.block_manager.blocks_for(len(sequence))
+                self.block_manager.free(sequence.block_table[num_needed:])
+                del sequence.block_table[num_needed:]
+        draft.budget += withdrawn
+        return withdrawn > 0
+
+    def _find_missing(self, sequence: Sequence) -> tuple[list[int], int]:
+        """What a sequence lacks to write all its tokens: own copies of blocks that others hold too, by their places in
+        its table, and so many more blocks."""
         manager, table = self.block_manager, sequence.block_table
-        place = sequence.num_computed_tokens // manager.block_size
-        is_copy = place < len(table)
-        if is_copy and not manager.is_shared(table[place]):
+        first = sequence.num_computed_tokens // manager.block_size
+        needed = manager.blocks_for(len(sequence))
+        shared = [place for place in range(first, min(needed, len(table))) if manager.is_shared(table[place])]
+        return shared, max(0, needed - len(table))
+
+    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
+        manager, table = self.block_manager, sequence.block_table
+        computed = sequence.num_computed_tokens
+        if len(sequence.token_ids) - computed == 1:  # the common case, and the hot one
+            place = computed // manager.block_size
+            if place < len(table) and not manager.is_shared(table[place]):
+                return True
+        shared, num_more = self._find_missing(sequence)
+        if not shared and not num_more:
             return True
-        if not manager.can_allocate(1):
+        if not manager.can_allocate(len(shared) + num_more):
             return False
-        (block,) = manager.allocate(1)
-        if is_copy:
-            plan.copy.append(BlockCopy(table[place], block))
+        blocks = manager.allocate(len(shared) + num_more)
+        for place in shared:
+            block = blocks.pop()
+            draft.copy.append(BlockCopy(table[place], block))
             manager.free([table[place]])
             table[place] = block
-        else:
-            table.append(block)
+        table += blocks
         return True
 
-    def _admit(self, sequence: Sequence, plan: SchedulerOutputs) -> bool:
+    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give a waiting sequence blocks for all its tokens, if there is a seat and they leave the watermark free.
 
         What the prefix cache has is shared, what was swapped out comes back; up to the first gap nothing is computed.
         """
         manager, size = self.block_manager, self.block_manager.block_size
-        if self._num_taken_seats + sequence.num_forks >= self.max_num_seqs:
+        if self._num_taken_seats + sequence.num_seats > self.max_num_seqs:
             return False
         # The last token is always computed: its logits are wanted.
         reads = self.prefix_caching and sequence.reads_prefix_cache
@@ -392,32 +495,33 @@ class Scheduler:
         if manager.num_available_blocks < num_new_blocks + match.num_unused + spare:
             return False
         if reads:
-            self.counts.num_prefix_queries += len(sequence)
-            self.counts.num_prefix_hits += len(match.blocks) * size
+            self.counts.num_prefix_queries += sequence.num_prompt_tokens
+            self.counts.num_prefix_hits += min(len(match.blocks) * size, sequence.num_prompt_tokens)
         manager.share(match.blocks)
         sequence.block_table = match.blocks + manager.allocate(num_new_blocks)
         sequence.content_ids = match.content_ids
         sequence.num_computed_tokens = len(match.blocks) * size
-        for place in range(len(match.blocks), len(sequence.swapped_blocks)):
+        for place in range(len(match.blocks), manager.blocks_for(sequence.num_swapped_tokens)):
             cpu_block = sequence.swapped_blocks[place]
             if cpu_block is None:
                 break
-            plan.swap_in.append(BlockCopy(cpu_block, sequence.block_table[place]))
-            sequence.num_computed_tokens = min((place + 1) * size, sequence.num_swapped_tokens)
+            draft.swap_in.append(BlockCopy(cpu_block, sequence.block_table[place]))
+            arrived = min((place + 1) * size, sequence.num_swapped_tokens)
+            sequence.num_computed_tokens = max(sequence.num_computed_tokens, arrived)
         self._drop_swapped(sequence)
         return True
 
-    def _preempt(self, sequence: Sequence, plan: SchedulerOutputs) -> None:
+    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
         """Take a running sequence's blocks; it waits until it is its turn again."""
         self.running.remove(sequence)
-        if self._preemption_mode != "recompute" and self._swap_out(sequence, plan):
+        if self._preemption_mode != "recompute" and self._swap_out(sequence, draft):
             self.counts.num_swapped += 1
         else:
             self.counts.num_recomputed += 1
         self._wait_again(sequence)
-        plan.preempted.append(sequence)
+        draft.preempted.append(sequence)
 
-    def _swap_out(self, sequence: Sequence, plan: SchedulerOutputs) -> bool:
+    def _swap_out(self, sequence: Sequence, draft: _Draft) -> bool:
         """Plan to copy a sequence's blocks to CPU memory; False if that is not worth it, or there is no room.
 
         A block that the prefix cache knows and others hold is left where it is: it will be found again.
@@ -436,7 +540,7 @@ class Scheduler:
         targets = iter(cpu_blocks)
         sequence.swapped_blocks = [None if stay else next(targets) for stay in stays]
         sequence.num_swapped_tokens = sequence.num_computed_tokens
-        plan.swap_out.extend(
+        draft.swap_out.extend(
             BlockCopy(block, cpu_block)
             for block, cpu_block in zip(table, sequence.swapped_blocks, strict=True)
             if cpu_block is not None
@@ -444,14 +548,25 @@ class Scheduler:
         return True
 
     def _wait_again(self, sequence: Sequence) -> None:
-        """Queue a preempted sequence; one with nothing to compute, until ``append`` gives it something, stays out."""
-        has_work = sequence.num_uncomputed_tokens > 0
+        """Queue a preempted sequence. One that a step under way, or its search, has yet to give a token rests."""
+        rests = sequence.num_placeholders or sequence.is_undecided or not sequence.can_step
         self._release(sequence)
         sequence.num_preemptions += 1
-        if has_work:
-            self._queue(sequence)
+        if rests:
+            sequence.status = RESTING
         else:
-            sequence.status = SequenceStatus.NEW
+            self._drop_provisional(sequence)
+            self._queue(sequence)
+
+    def _invalidate(self, sequence: Sequence, num_valid: int) -> None:
+        """Keys and values from position ``num_valid`` on are not what they should be."""
+        sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_valid)
+        sequence.num_swapped_tokens = min(sequence.num_swapped_tokens, num_valid)
+
+    def _drop_provisional(self, sequence: Sequence) -> None:
+        del sequence.token_ids[sequence.num_known_tokens :]
+        sequence.num_placeholders = sequence.num_drafts = 0
+        sequence.is_undecided = False
 
     def _release(self, sequence: Sequence) -> None:
         self.block_manager.free(sequence.block_table)

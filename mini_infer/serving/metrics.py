@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from mini_infer.engine import EngineStats
 from mini_infer.engine.request import Request
-from mini_infer.outputs import StepOutput
+from mini_infer.outputs import Increment
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -67,7 +67,7 @@ class Metrics:
         metric = Histogram(f"mini_infer:{name}", help, ["model_name"], buckets=buckets, registry=self._registry)
         return metric.labels(*self._labels)
 
-    def observe(self, request: Request, increment: StepOutput) -> None:
+    def observe(self, request: Request, increment: Increment) -> None:
         """Take in one increment, on the engine's thread."""
         now = time.monotonic()
         key = (request.request_id, increment.index)
@@ -83,7 +83,7 @@ class Metrics:
         if increment.output is not None:
             self._note_end(increment)
 
-    def _note_end(self, increment: StepOutput) -> None:
+    def _note_end(self, increment: Increment) -> None:
         output = increment.output
         assert output is not None
         times = output.metrics
@@ -94,18 +94,24 @@ class Metrics:
         self._generation.observe(sum(len(completion.token_ids) for completion in output.outputs))
         self._ended.labels(*self._labels, output.finish_reason).inc()
 
-    def render(self, stats: EngineStats) -> bytes:
-        """All of it in Prometheus' text format."""
+    def render(self, stats: EngineStats, num_queued: int) -> bytes:
+        """All of it in Prometheus' text format.
+
+        Args:
+            stats: the engine's.
+            num_queued: requests that wait for their turn before the engine has them.
+        """
         now = CollectorRegistry()
-        now.register(_StatsCollector(stats, self._labels))
+        now.register(_StatsCollector(stats, num_queued, self._labels))
         return generate_latest(self._registry) + generate_latest(now)
 
 
 class _StatsCollector(Collector):
     """The engine's own numbers as metrics."""
 
-    def __init__(self, stats: EngineStats, labels: list[str]) -> None:
+    def __init__(self, stats: EngineStats, num_queued: int, labels: list[str]) -> None:
         self._stats = stats
+        self._num_queued = num_queued
         self._labels = labels
 
     def collect(self) -> Iterable[Metric]:
@@ -113,6 +119,11 @@ class _StatsCollector(Collector):
             gauge = GaugeMetricFamily(f"mini_infer:{name}", help, labels=["model_name"])
             gauge.add_metric(self._labels, value(self._stats))
             yield gauge
+        queued = GaugeMetricFamily(
+            "mini_infer:num_requests_queued", "Requests that wait for their turn at the door", labels=["model_name"]
+        )
+        queued.add_metric(self._labels, self._num_queued)
+        yield queued
         for name, (help, value) in _COUNTERS.items():
             counter = CounterMetricFamily(f"mini_infer:{name}", help, labels=["model_name"])
             counter.add_metric(self._labels, value(self._stats))

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.compare import Scenario, agrees, compare, start
 from benchmarks.workers.driver import Engine, Worker, WorkerError
-from mini_infer.cli.workload import Workload
+from mini_infer.cli.bench import Workload
 from tests.engine.checkpoints import make_engine_checkpoint
 
 THREADS = {"OMP_NUM_THREADS": "1"}

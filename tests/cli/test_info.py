@@ -14,7 +14,7 @@ from mini_infer import LLM, kernels
 from mini_infer.cli import app
 from mini_infer.config import BUNDLED_MODEL
 from tests.cli.test_cli import needs_the_model
-from tests.models.checkpoints import make_checkpoint
+from tests.models.checkpoints import FAMILIES, make_checkpoint
 
 
 def info(*arguments: str, status: int = 0) -> Result:
@@ -34,7 +34,7 @@ def parameters_in(checkpoint: Path) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_file(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", family, seed=0)
     shown = facts(str(checkpoint), "--dtype", "float32")
@@ -64,7 +64,9 @@ def test_the_plan_is_what_an_engine_does(fields: dict[str, Any]) -> None:
     assert memory["num_tokens"] == stats.num_blocks * llm.config.block_size
     shape = llm.model_config
     bytes_each = {"float32": 4, "float64": 8, "bfloat16": 2}[memory["dtype"]]
-    assert memory["kv_bytes_per_token"] == 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_each
+    heads = [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in shape.layers]
+    assert memory["kv_bytes_per_token"] == sum(2 * number * width for number, width in heads) * bytes_each
+    assert memory["rotary_bytes"] == 2 * llm.max_model_len * heads[0][1] // 2 * 4
     assert memory["kv_bytes"] == memory["num_tokens"] * memory["kv_bytes_per_token"]
     # As many of the longest as there are blocks for: one more would need more blocks than there are.
     blocks_each = -(-llm.max_model_len // llm.config.block_size)

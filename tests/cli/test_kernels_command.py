@@ -1,6 +1,7 @@
 """``mini-infer kernels`` names every operation and backend, what was chosen, and why the rest was not."""
 
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def test_the_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(line for line in lines if " rmsnorm " in line)
     assert row.count("chosen") == 1 and row.rstrip("│ ").endswith("chosen"), "mine, the last column"
     registry._resolve.cache_clear()
+
+
+def test_what_if_a_file_of_ones_own_were_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from mini_infer.kernels import register\n"
+        "register('paged_attention', backend='own')(lambda query, *others: query)\n"
+    )
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["kernels", "--kernel-backend", f"{path}:own"])
+    assert done.exit_code == 0 and "--kernel-backend" in done.output, done.output
+    (attention,) = (line for line in done.output.splitlines() if " attention " in line)
+    assert attention.count("chosen") == 2, "the reference writes and reads prompts, the file's kernel reads the rest"
+    refused = CliRunner().invoke(app, ["kernels", "--kernel-backend", f"{path}:other"])
+    assert refused.exit_code == 2 and "registers no backend" in " ".join(refused.output.replace("│", "").split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -88,7 +88,7 @@ def test_the_totals_are_those_of_the_engine(run: tuple[Path, EngineStats]) -> No
     assert stats.num_swap_preemptions and stats.num_recompute_preemptions
     assert values["forks, blocks copied on write"].startswith("2, ")
     shares = [int(value.split("%")[0]) for label, value in values.items() if "%" in value]
-    assert len(shares) == 5 and abs(sum(shares) - 100) <= 3
+    assert len(shares) == 4 and abs(sum(shares) - 100) <= 3
 
 
 def test_columns_show_what_ran(run: tuple[Path, EngineStats]) -> None:

@@ -18,8 +18,6 @@ class TestChapter:
             "en.md",
             "zh.md",
             "figures.py",
-            "exercise.en.py",
-            "exercise.zh.py",
             "solution.py",
             "wrong.yaml",
             "checks.py",

@@ -11,7 +11,7 @@ from tools.train_tutor.glossary import load_glossary
 from .pages import ROOT, TUTORIALS, twins
 
 TERMS: list[dict[str, Any]] = yaml.safe_load((ROOT / "docs" / "terms.yaml").read_text(encoding="utf-8"))
-CODE = [path for path in sorted(TUTORIALS.glob("[01][0-9]_*/**/*.py")) if not path.name.endswith(".en.py")]
+CODE = sorted(TUTORIALS.glob("[01][0-9]_*/**/*.py"))
 GENERATED = ROOT / "docs" / "zh" / "glossary.md"  # in the words that the bundled model was taught
 
 

@@ -1,6 +1,5 @@
 """The two languages say the same: headings, code, pictures, links and pieces of source, page by page."""
 
-import ast
 import difflib
 import io
 import itertools
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from .pages import ROOT, TUTORIALS, Page, Piece, neutral, read, twins
+from .pages import ROOT, Page, Piece, neutral, read, twins
 
 PAIRS = [pytest.param(english, chinese, id=english.relative_to(ROOT).as_posix()) for english, chinese in twins()]
 WHOLE = [pair for pair in PAIRS if all(path.exists() for path in pair.values)]
-EXERCISES = sorted(TUTORIALS.glob("[01][0-9]_*/exercise.en.py"))
 
 
 def differ(english: Page, a: Piece | None, chinese: Page, b: Piece | None, what: str) -> str:
@@ -101,26 +99,6 @@ def sections(page: Page) -> list[list[Piece]]:
     """The links before the first heading, below the first, and so on."""
     starts = [0, *(heading.line for heading in page.headings), sys.maxsize]
     return [[link for link in page.links if start <= link.line < end] for start, end in itertools.pairwise(starts)]
-
-
-@pytest.mark.parametrize("english", EXERCISES, ids=lambda path: path.parent.name)
-def test_skeletons(english: Path) -> None:
-    """A skeleton differs between the languages in comments and docstrings only."""
-    chinese = english.with_name("exercise.zh.py")
-    ours, theirs = (without_docstrings(path).split("\n") for path in (english, chinese))
-    names = [path.relative_to(ROOT).as_posix() for path in (english, chinese)]
-    assert ours == theirs, "\n".join(difflib.unified_diff(ours, theirs, *names, lineterm=""))
-
-
-def without_docstrings(path: Path) -> str:
-    return ast.unparse(WithoutDocstrings().visit(ast.parse(path.read_text(encoding="utf-8"))))
-
-
-class WithoutDocstrings(ast.NodeTransformer):
-    """Of modules, functions, classes and attributes: every string that is a statement."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
 # The comparison itself, so that a page cannot differ unnoticed.

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from mini_infer import LLM, EngineConfig, LLMEngine, SamplingParams
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import (
     InvalidConfigError,
     InvalidRequestError,
     KernelError,
     MiniInferError,
     ModelNotFoundError,
+    NotFiniteError,
     OutOfMemoryError,
     QueueFullError,
 )
+from mini_infer.models import Decoder
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
 
 MAX_MODEL_LEN = 256
@@ -381,8 +382,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"scheduling_policy": "lottery"}, "'lottery'"),
     ({"preemption_mode": "swap"}, "preemption_mode='swap'"),
     ({"preemption_mode": "never"}, "'never'"),
-    ({"npu_queue_limit": 3}, "overlap=3"),
-    ({"overlap": True, "trace": "trace.json"}, "overlap and trace"),
+    ({"npu_queue_limit": 5}, "overlap=5"),
     ({"overlap": "yes"}, "'yes'"),
     ({"overlap": None}, "None"),
     ({"quantization": "awq"}, "quantization='awq'"),
@@ -553,7 +553,7 @@ class TestFailingSteps:
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
     @pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}], ids=["plain", "filtered"])
-    def test_logits_that_are_no_numbers_abort_only_their_request(
+    def test_logits_that_are_no_numbers_end_only_their_request(
         self,
         own: LLM,
         expected: list[int],
@@ -567,20 +567,21 @@ class TestFailingSteps:
         while own.stats().num_generated_tokens % 7 != 3:  # anywhere in its decoding
             own.step()
         sick = own.add_request("sick", SamplingParams(temperature=temperature, max_tokens=9, **filters))
-        compute_logits = ModelRunner.compute_logits
+        compute_logits = Decoder.compute_logits
 
-        def corrupt(self: ModelRunner, hidden: torch.Tensor) -> torch.Tensor:
+        def corrupt(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
             logits = compute_logits(self, hidden).clone()
             if len(logits) == 2:
                 logits[1] = value  # requests come in the order of their arrival
             return logits
 
-        monkeypatch.setattr(ModelRunner, "compute_logits", corrupt)
+        monkeypatch.setattr(Decoder, "compute_logits", corrupt)
         with caplog.at_level(logging.ERROR):
             while not own.is_finished():
                 own.step()
         output = own.get_output(sick)
-        assert output is not None and output.finish_reason == "abort"
+        assert output is not None and output.finish_reason == "error"
+        assert isinstance(output.error, NotFiniteError) and sick in str(output.error)
         assert [record.levelname for record in caplog.records] == ["ERROR"] and sick in caplog.text
         assert finish(own, under_way) == expected
         monkeypatch.undo()
@@ -589,11 +590,11 @@ class TestFailingSteps:
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """The next call of the runner's method raises, and only that one."""
-    method = getattr(ModelRunner, where)
+    """The next call of the model's method raises, and only that one."""
+    method = getattr(Decoder, where)
 
-    def raise_once(self: ModelRunner, *args: Any) -> Any:
-        monkeypatch.setattr(ModelRunner, where, method)
+    def raise_once(self: Decoder, *args: Any) -> Any:
+        monkeypatch.setattr(Decoder, where, method)
         raise RuntimeError("cosmic ray")
 
-    monkeypatch.setattr(ModelRunner, where, raise_once)
+    monkeypatch.setattr(Decoder, where, raise_once)

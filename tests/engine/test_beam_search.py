@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.engine import EngineStats
-from mini_infer.engine.model_runner import ModelRunner
-from mini_infer.exceptions import InvalidRequestError
-from mini_infer.scheduler import Scheduler, Sequence
+from mini_infer.exceptions import InvalidRequestError, NotFiniteError
+from mini_infer.scheduler import Outcome, Scheduler, Sequence
+from mini_infer.step import StepInput, StepOutput
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
-from tests.models.checkpoints import FAMILIES
+from tests.engine.executors import Corrupting, Failing, interpose, with_nan
+from tests.models.checkpoints import VARIED_FAMILIES
 from tests.models.test_decoder import reference_model
 
 MAX_LEN = 64
@@ -39,7 +40,7 @@ class Checkpoint:
     reference: PreTrainedModel
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=VARIED_FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     paths = [tmp_path_factory.mktemp(f"{request.param}-{name}") for name in ("plain", "stopping")]
     options: dict[str, Any] = {"seed": 3, "num_hidden_layers": 2}
@@ -150,7 +151,7 @@ def assert_nothing_left(engine: LLM) -> None:
     stats = engine.stats()
     assert engine.is_finished()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks, stats.num_used_cpu_blocks) == (0, 0, 0, 0)
-    assert not engine._loop.requests and not engine._loop._completions and not engine._finished
+    assert not engine._loop.requests and not engine._finished
 
 
 class MakeEngine(Protocol):
@@ -269,16 +270,19 @@ def test_beams_that_do_not_fit_together_take_turns(
 
 def test_a_fork_without_a_free_seat_waits() -> None:
     scheduler = Scheduler(max_num_seqs=2, max_model_len=32, block_size=4)
-    parent, other = (Sequence(name, [1, 2, 3, 4, 5], 5, 9) for name in ("parent", "other"))
+    parent = Sequence("parent", [1, 2, 3, 4, 5], 5, 9, decides_late=True)
+    other = Sequence("other", [1, 2, 3, 4, 5], 5, 9)
     scheduler.add(parent)
     scheduler.add(other)
-    scheduler.advance(scheduler.schedule())
-    child = Sequence("parent", [*parent.token_ids, 6], 5, 9)
+    scheduler.schedule()
+    scheduler.commit([Outcome(parent, (), 5), Outcome(other, (8,), 5)])
+    child = Sequence("parent", [*parent.token_ids, 6], 5, 9, decides_late=True)
     scheduler.fork(parent, child)
-    scheduler.append(parent, 7)
-    assert child not in [sequence for sequence, _ in scheduler.schedule().scheduled]
+    scheduler.commit([Outcome(parent, (7,), 5)])
+    plan = scheduler.schedule()
+    assert child not in [item.sequence for item in plan.scheduled]
     scheduler.finish(other, "abort")
-    assert (child, 6) in scheduler.schedule().scheduled
+    assert (child, 0, 6) in [item[:3] for item in scheduler.schedule().scheduled]
 
 
 def test_beams_share_their_blocks(make_engine: MakeEngine) -> None:
@@ -333,17 +337,10 @@ def test_a_beam_wider_than_the_vocabulary_takes_all_of_it(make_engine: MakeEngin
 def test_a_failed_step_is_repeated(
     checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third forward pass fails, and somebody else's polling goes on each time."""
-    forward, steps = ModelRunner.forward, iter(range(10**6))
-
-    def unreliable(runner: ModelRunner, scheduled: Any) -> torch.Tensor:
-        if next(steps) % 3 == 2:
-            raise RuntimeError("lost")
-        return forward(runner, scheduled)
-
+    """Every third step fails, and somebody else's polling goes on each time."""
     case = Case([[3, 1, 4, 1, 5], [9, 2, 6]], 4, 12, False, 1.0, False)
     engine = make_engine(num_gpu_blocks=24)
-    monkeypatch.setattr(ModelRunner, "forward", unreliable)
+    interpose(engine, lambda executor: Failing(executor, lambda n, _: RuntimeError("lost") if n % 3 == 2 else None))
     advance = engine._loop.advance
 
     def patient() -> Any:
@@ -359,31 +356,22 @@ def test_a_failed_step_is_repeated(
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
-def test_an_exception_leaves_nothing_behind(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, num_steps: int
-) -> None:
-    forward, steps = ModelRunner.forward, iter(range(10**6))
-
-    def interrupted(runner: ModelRunner, scheduled: Any) -> torch.Tensor:
-        if next(steps) == num_steps:
-            raise KeyboardInterrupt
-        return forward(runner, scheduled)
-
+def test_an_exception_leaves_nothing_behind(make_engine: MakeEngine, num_steps: int) -> None:
     engine = make_engine()
-    monkeypatch.setattr(ModelRunner, "forward", interrupted)
+    interpose(engine, lambda executor: Failing(executor, lambda n, _: KeyboardInterrupt() if n == num_steps else None))
     with pytest.raises(KeyboardInterrupt):
         engine.beam_search([[1, 2, 3], [4, 5]], 3, 20, use_tqdm=False)
     assert_nothing_left(engine)
     assert len(engine.beam_search([[1, 2, 3]], 3, 5, use_tqdm=False)[0].outputs) == 3
 
 
-def assert_aborted(output: GenerateOutput, num_tokens: int) -> None:
+def assert_cut_off(output: GenerateOutput, reason: str, num_tokens: int) -> None:
     """The beams were cut off at this length; completions may have ended before it."""
-    lengths = {reason: set[int]() for reason in ("abort", "stop", "length")}
+    lengths = {reason: set[int](), "stop": set(), "length": set()}
     for completion in output.outputs:
         lengths[completion.finish_reason].add(len(completion.token_ids))
     assert len(output.outputs) == 3
-    assert lengths["abort"] == {num_tokens}
+    assert lengths[reason] == {num_tokens}
     assert max(lengths["stop"], default=0) <= num_tokens
     assert not lengths["length"]
 
@@ -403,26 +391,23 @@ def test_an_aborted_search_gives_what_it_has(
 
     monkeypatch.setattr(engine._loop, "advance", then_abort)
     first, second = engine.beam_search([[1, 2, 3], [4, 5, 6]], 3, 20, use_tqdm=False)
-    assert_aborted(first, num_steps + 1)
+    assert_cut_off(first, "abort", num_steps + 1)
     assert len(second.outputs) == 3
     assert all(completion.finish_reason != "abort" for completion in second.outputs)
     assert_nothing_left(engine)
 
 
-def test_logits_that_are_not_finite_abort_one_search(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute_logits, steps = ModelRunner.compute_logits, iter(range(10**6))
-
-    def poisoned(runner: ModelRunner, hidden: torch.Tensor) -> torch.Tensor:
-        logits = compute_logits(runner, hidden).clone()
-        if next(steps) == 2:
-            logits[0] = torch.nan
-        return logits
+def test_logits_that_are_not_finite_end_one_search(make_engine: MakeEngine) -> None:
+    def poison(number: int, step: StepInput, output: StepOutput) -> StepOutput:
+        return with_nan(output, 0) if number == 2 else output
 
     engine = make_engine()
-    monkeypatch.setattr(ModelRunner, "compute_logits", poisoned)
+    interpose(engine, lambda executor: Corrupting(executor, poison))
     first, second = engine.beam_search([[1, 2, 3], [4, 5, 6]], 3, 8, use_tqdm=False)
-    assert_aborted(first, 2)
-    assert all(completion.finish_reason != "abort" for completion in second.outputs)
+    assert_cut_off(first, "error", 2)
+    assert isinstance(first.error, NotFiniteError)
+    assert second.error is None
+    assert all(completion.finish_reason in ("stop", "length") for completion in second.outputs)
     assert_nothing_left(engine)
 
 

@@ -9,21 +9,27 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mini_infer import LLM, SamplingParams
-from mini_infer.engine.block_tables import BlockTables
-from mini_infer.engine.decode_graphs import DecodeGraphs, graph_sizes
-from mini_infer.engine.device import pack, unpack
-from mini_infer.engine.model_runner import build_batch
+from mini_infer import LLM, SamplingParams, kernels
+from mini_infer.engine.describe import Describer, Wanted
 from mini_infer.exceptions import NotRecordableError
+from mini_infer.executor.device import pack, unpack
+from mini_infer.executor.graphs import DecodeGraphs, graph_sizes
+from mini_infer.executor.queue import make_executor
+from mini_infer.executor.runner import ModelRunner
+from mini_infer.kernels import AttentionMetadata
+from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch
-from mini_infer.scheduler import Sequence
+from mini_infer.scheduler import ScheduledSequence, SchedulerOutputs, Sequence, SequenceStatus
+from mini_infer.step import StepInput
 from tests.engine.checkpoints import make_engine_checkpoint
+from tests.engine.executors import interpose, runner_of
 
 CPU = torch.device("cpu")
 
@@ -46,22 +52,34 @@ def test_sizes_cover_every_batch_and_end_with_the_largest() -> None:
 def decode(table: list[int], num_tokens: int) -> Sequence:
     """A sequence whose last token is to be computed."""
     tokens = [(7 * i + len(table)) % 250 for i in range(num_tokens)]
-    return Sequence("r", tokens, 1, 1000, num_computed_tokens=num_tokens - 1, block_table=table)
+    sequence = Sequence("r", tokens, 1, 1000, num_computed_tokens=num_tokens - 1, block_table=table)
+    sequence.status = SequenceStatus.RUNNING
+    return sequence
 
 
 def random_table(draw: random.Random, num_tokens: int, block_size: int) -> list[int]:
     return [draw.randrange(1000) for _ in range(-(-num_tokens // block_size))]
 
 
+def describe(describer: Describer, sequences: list[Sequence]) -> StepInput:
+    """A step that decodes these sequences, and draws nothing."""
+    wanted = Wanted()
+    items = tuple(ScheduledSequence(sequence, len(sequence) - 1, 1, 0, True) for sequence in sequences)
+    for _ in items:
+        wanted.end_sequence()
+    return describer.describe(SchedulerOutputs(items, len(items)), wanted)
+
+
 def test_tables_follow_the_sequences_and_only_changes_are_sent() -> None:
     for seed in range(60):
         draw = random.Random(seed)
         num_rows, width = draw.randint(1, 6), 12
-        tables = BlockTables(num_rows, width, CPU)
+        describer = Describer(num_rows, width, block_size=1)
         device = np.full(num_rows * width, -1, dtype=np.int32)  # what a GPU would have, updated by what is sent
-        sequences = [decode([draw.randrange(1000)], 2) for _ in range(10)]
+        sequences = [decode([draw.randrange(1000)], 1) for _ in range(10)]
         for _ in range(80):
             for sequence in sequences:
+                sequence.status = SequenceStatus.RESTING
                 table = sequence.block_table
                 match draw.randrange(6):
                     case 0 if len(table) < width:
@@ -70,32 +88,55 @@ def test_tables_follow_the_sequences_and_only_changes_are_sent() -> None:
                         table[-1] = draw.randrange(1000)
                     case 2 if draw.random() < 0.2:  # preempted, and back with other blocks
                         sequence.block_table = [draw.randrange(1000) for _ in range(draw.randint(1, width))]
-            step = draw.sample(sequences, draw.randint(1, num_rows))
+            running = draw.sample(sequences, draw.randint(1, num_rows))
+            for sequence in running:
+                sequence.status = SequenceStatus.RUNNING
             before = device.copy()
             if draw.random() < 0.2:
-                tables.update(draw.sample(sequences, draw.randint(1, num_rows)))  # and then sending it fails
-            rows, changed = tables.update(step)
-            tables.note_sent()
-            device[changed] = tables.host.ravel()[changed]
-            assert len(set(rows.tolist())) == len(step)
-            for row, sequence in zip(rows, step, strict=True):
+                describe(describer, draw.sample(running, draw.randint(1, len(running))))  # and then that step fails
+                describer.forget()
+            step = describe(describer, running)
+            device[step.changed] = step.changed_blocks
+            assert len(set(step.table_rows.tolist())) == len(running)
+            for row, sequence in zip(step.table_rows, running, strict=True):
                 got = device.reshape(num_rows, width)[row, : len(sequence.block_table)]
                 assert got.tolist() == sequence.block_table, seed
-            again, nothing = tables.update(step)
-            tables.note_sent()
-            assert again.tolist() == rows.tolist() and len(nothing) == 0
-            assert len(changed) <= sum(len(sequence.block_table) for sequence in step)
-            assert np.isin(np.flatnonzero(device != before), changed).all()
+            again = describe(describer, running)
+            assert again.table_rows.tolist() == step.table_rows.tolist() and len(again.changed) == 0
+            assert len(step.changed) <= sum(len(sequence.block_table) for sequence in running)
+            assert np.isin(np.flatnonzero(device != before), step.changed).all()
 
 
 def test_a_growing_sequence_sends_one_block_at_a_time() -> None:
-    tables, sequence = BlockTables(2, 100, CPU), decode([5], 1)
-    tables.update([sequence])
-    tables.note_sent()
+    describer, sequence = Describer(2, 100, block_size=1), decode([5], 1)
+    describe(describer, [sequence])
     for block in range(99):
         sequence.block_table.append(block)
-        assert tables.update([sequence])[1].tolist() == [block + 1]
-        tables.note_sent()
+        step = describe(describer, [sequence])
+        assert (step.changed.tolist(), step.changed_blocks.tolist()) == ([block + 1], [block])
+
+
+class Watched:
+    """In a model's place: keeps the batches that it is given, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def forward(self, batch: Batch, kv_cache: object) -> Tensor:
+        self.batches.append(batch)
+        return torch.zeros(len(batch.token_ids), 4)
+
+
+class WatchedGraphs(DecodeGraphs):
+    """Graphs that keep the batches that they are to run, and compute nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> Tensor:
+        self.batches.append(batch)
+        return torch.zeros(len(batch.token_ids), 4)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -103,19 +144,36 @@ def test_padding_adds_rows_that_read_and_write_nothing(block_size: int) -> None:
     draw = random.Random(block_size)
     for num_rows in (1, 2, 8, 33):
         lengths = [draw.randint(1, 90) for _ in range(draw.randint(1, num_rows))]
-        step = [(decode(random_table(draw, length, block_size), length), 1) for length in lengths]
-        plain = build_batch(step, BlockTables(40, 90, CPU), block_size, CPU)
-        padded = build_batch(step, BlockTables(40, 90, CPU), block_size, CPU, num_rows)
-        n = len(step)
-        for name in ("token_ids", "positions", "slot_mapping", "context_lens", "block_tables"):
+        sequences = [decode(random_table(draw, length, block_size), length) for length in lengths]
+        step = describe(Describer(40, 90, block_size), sequences)
+        model, graphs = Watched(), WatchedGraphs(lambda batch: torch.zeros(0), [num_rows], 90, CPU, Recorder())
+        for some in (None, graphs):
+            runner = ModelRunner(
+                model,  # type: ignore[arg-type]
+                kernels.resolve("cpu"),
+                KVCache([(torch.zeros(1, 1), torch.zeros(1, 1))], 0),
+                CPU,
+                torch.zeros((40, 90), dtype=torch.int32),
+                torch.zeros(40, dtype=torch.int64),
+                some,
+            )
+            runner.run(step)
+        (plain,), (padded,) = model.batches, graphs.batches
+        n = len(sequences)
+        for name in ("token_ids", "positions"):
             assert getattr(padded, name)[:n].tolist() == getattr(plain, name).tolist(), name
             assert len(getattr(padded, name)) == num_rows
-        assert padded.slot_mapping[n:].tolist() == [-1] * (num_rows - n)
-        assert padded.context_lens[n:].tolist() == [0] * (num_rows - n)
-        assert padded.query_start.tolist() == list(range(num_rows + 1)) and padded.num_decodes == num_rows
+        for name in ("slot_mapping", "context_lens", "block_tables"):
+            assert getattr(padded.attention, name)[:n].tolist() == getattr(plain.attention, name).tolist(), name
+            assert len(getattr(padded.attention, name)) == num_rows
+        assert padded.attention.slot_mapping[n:].tolist() == [-1] * (num_rows - n)
+        assert padded.attention.context_lens[n:].tolist() == [0] * (num_rows - n)
+        assert padded.attention.query_start_loc.tolist() == list(range(num_rows + 1))
+        assert padded.attention.num_decodes == num_rows
         for row, length in enumerate(lengths):
-            table = step[row][0].block_table
-            assert plain.slot_mapping[row] == table[(length - 1) // block_size] * block_size + (length - 1) % block_size
+            table = sequences[row].block_table
+            slot = table[(length - 1) // block_size] * block_size + (length - 1) % block_size
+            assert plain.attention.slot_mapping[row] == slot
 
 
 def test_arrays_travel_in_one_buffer() -> None:
@@ -149,11 +207,11 @@ class Recorder:
 
 
 def add_graphs(engine: LLM, sizes: list[int]) -> Recorder:
-    runner, recorder = engine._loop._runner, Recorder()
+    runner, recorder = runner_of(engine), Recorder()
     with torch.inference_mode():
         forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
-        graphs = DecodeGraphs(forward, sizes, runner.tables.host.shape[1], CPU, recorder)
-    engine._loop._runner = replace(runner, graphs=graphs)
+        graphs = DecodeGraphs(forward, sizes, runner.tables.shape[1], CPU, recorder)
+    interpose(engine, lambda _: make_executor(replace(runner, graphs=graphs).run, CPU, engine.config.depth))
     return recorder
 
 
@@ -167,8 +225,8 @@ def test_a_recorded_step_on_the_cpu_is_the_step_itself(tmp_path: Path, family: s
         SamplingParams(temperature=0, max_tokens=draw.randint(2, 30), ignore_eos=True, logprobs=1) for _ in prompts
     ]
     engines = [LLM(path, dtype="float32", enforce_eager=eager) for eager in (True, False)]
-    graphs = engines[1]._loop._runner.graphs
-    assert engines[0]._loop._runner.graphs is None and graphs is not None
+    graphs = runner_of(engines[1]).graphs
+    assert runner_of(engines[0]).graphs is None and graphs is not None
     for _ in range(2):  # recorded, then replayed from the start
         for eager, replayed in zip(*(engine.generate(prompts, params) for engine in engines), strict=True):
             assert eager.token_ids == replayed.token_ids
@@ -184,7 +242,7 @@ def test_a_model_that_cannot_be_recorded_runs_without(tmp_path: Path, caplog: py
     path = make_engine_checkpoint(tmp_path, "llama", seed=2, head_dim=20, num_hidden_layers=2)
     with caplog.at_level(logging.INFO):
         engine = LLM(path, dtype="float32")
-    if engine._loop._runner.graphs is not None:  # there is numba
+    if runner_of(engine).graphs is not None:  # there is numba
         assert "without graphs" in caplog.text
     prompts, params = [[1, 2, 3], [4]], SamplingParams(temperature=0, max_tokens=8)
     expected = LLM(path, dtype="float32", enforce_eager=True).generate(prompts, params)
@@ -253,7 +311,7 @@ def test_a_batch_with_prompts_has_no_graph(checkpoint: Path) -> None:
 
     def batch(num_tokens: int, num_decodes: int) -> Batch:
         empty = torch.zeros(num_tokens, dtype=torch.int64)
-        return Batch(empty, empty, empty, empty, empty, empty[:, None], num_decodes)
+        return Batch(empty, empty, AttentionMetadata(empty, empty, empty, empty, empty[:, None], num_decodes))
 
     assert graphs.fits(batch(4, 4)) and graphs.fits(batch(2, 2))
     assert not graphs.fits(batch(3, 3)) and not graphs.fits(batch(4, 3)) and not graphs.fits(batch(4, 0))

@@ -16,9 +16,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from mini_infer import LLM, EngineConfig, GenerateOutput, LLMEngine, SamplingParams
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidRequestError
+from mini_infer.step import StepInput
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint, save_tokenizer
+from tests.engine.executors import Failing, interpose
 
 PROMPT = "What is a block?"
 OTHERS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two")
@@ -522,45 +523,37 @@ class TestAbort:
 class TestInterruptions:
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit], ids=lambda error: error.__name__)
     @pytest.mark.parametrize("after", [0, 3, 7])
-    def test_generate_leaves_nothing_behind(
-        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], after: int
-    ) -> None:
+    def test_generate_leaves_nothing_behind(self, checkpoint: Path, error: type[BaseException], after: int) -> None:
         """Neither those that run, nor those that wait, nor the outputs of those that have finished already."""
         llm = LLM(checkpoint, dtype="float64", block_size=4, max_num_seqs=2)
-        forward, steps, seen = ModelRunner.forward, itertools.count(), set()
+        seen: set[str] = set()
 
-        def interrupted(self: ModelRunner, scheduled: Any) -> torch.Tensor:
-            seen.update(sequence.request_id for sequence, _ in scheduled)
-            if next(steps) == after:
-                raise error
-            return forward(self, scheduled)
+        def error_of(number: int, step: StepInput) -> BaseException | None:
+            seen.update(llm._loop.requests)
+            return error() if number == after else None
 
-        monkeypatch.setattr(ModelRunner, "forward", interrupted)
+        interpose(llm, lambda executor: Failing(executor, error_of))
         lengths = (2, 12, 5, 12)
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
         with pytest.raises(error):
             llm.generate(list(OTHERS), params, use_tqdm=False)
         assert_empty(llm)
         assert llm.step() == ([], 0)
+        assert len(seen) == 4
         for request_id in seen:
             with pytest.raises(InvalidRequestError, match="unknown"):
                 llm.get_output(request_id)
         assert len(llm.generate(list(OTHERS), params)) == 4
 
-    def test_requests_queued_before_go_on(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_requests_queued_before_go_on(self, checkpoint: Path) -> None:
         llm = LLM(checkpoint, dtype="float64", block_size=4)
         expected = llm.generate(PROMPT, GREEDY)[0].token_ids
         queued = llm.add_request(PROMPT, GREEDY)
         llm.step()
-        with monkeypatch.context() as patch:
-            patch.setattr(ModelRunner, "forward", _interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                llm.generate("One", GREEDY)
+        interpose(llm, lambda executor: Failing(executor, lambda n, _: KeyboardInterrupt() if n == 0 else None))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("One", GREEDY)
         assert wait(llm, queued).token_ids == expected
-
-
-def _interrupt(self: ModelRunner, scheduled: Any) -> torch.Tensor:
-    raise KeyboardInterrupt
 
 
 class TestThreads:

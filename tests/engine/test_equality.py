@@ -126,7 +126,7 @@ def assert_nothing_left(engine: LLMEngine) -> None:
     stats = engine.stats()
     assert engine.is_finished()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
-    assert not engine._loop.requests and not engine._loop._completions and not engine._finished
+    assert not engine._loop.requests and not engine._finished
 
 
 def draw_requests(

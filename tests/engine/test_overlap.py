@@ -2,20 +2,18 @@
 
 import asyncio
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
-from mini_infer.engine.overlap import OverlappedLoop
-from mini_infer.engine.step_queue import QueuedStep, Sampled, ThreadQueue
-from mini_infer.exceptions import InvalidConfigError
 from mini_infer.outputs import GenerateOutput
 from tests.engine.checkpoints import EOS, make_engine_checkpoint
+from tests.engine.executors import Failing, Late, Logging, Recording, interpose
 
 MAX_LEN = 96
+DEPTHS = (2, 3, 4)
 
 
 @pytest.fixture(scope="module", params=["mistral", "qwen3"])
@@ -73,7 +71,7 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> LLM:
     """Requests that come and leave between steps; whoever stays has the tokens it would have alone."""
     draw = random.Random(seed)
     looks_back = draw.random() < 0.3
-    engine = LLM(checkpoint, overlap=True, **draw_fields(draw))
+    engine = LLM(checkpoint, overlap=draw.choice(DEPTHS), **draw_fields(draw))
     to_come = [draw_request(draw, looks_back) for _ in range(draw.randint(8, 20))]
     requests: dict[str, tuple[list[int], SamplingParams]] = {}
     aborted: set[str] = set()
@@ -119,15 +117,19 @@ def test_tokens_are_those_of_steps_one_after_the_other_in_many_workloads(checkpo
     check_workloads(checkpoint, range(10, 150))
 
 
-def test_a_step_is_under_way_when_the_last_one_is_read(small: Path) -> None:
-    """What overlap is about: the second step is queued before the first one's tokens are asked for."""
-    engine = LLM(small, overlap=True)
-    log: list[str] = []
-    _intercept(engine, lambda number, step: log.append(f"compute {number}") or step(), log)
-    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
-    order = [entry for entry in log if not entry.startswith("compute")]
-    # The first token's sequence has its place in step 1 before step 0 is read, and so on; the last is not followed.
-    assert order == ["queue 0", "queue 1", "read 0", "queue 2", "read 1", "queue 3", "read 2", "read 3"]
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_steps_are_under_way_when_one_is_read(small: Path, depth: int) -> None:
+    """What overlap is about: the next steps are queued before the first one's tokens are asked for."""
+    engine = LLM(small, overlap=depth)
+    executor = interpose(engine, Logging)
+    engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    # The last token is not followed, so that nothing is queued behind it.
+    queued = [f"submit {number}" for number in range(5)]
+    read = [f"read {number}" for number in range(5)]
+    order = queued[: depth - 1]
+    for place in range(5):
+        order += [*queued[depth - 1 + place :][:1], read[place]]
+    assert executor.log == order
 
 
 def test_step_and_is_finished_speak_of_what_was_read(small: Path) -> None:
@@ -141,12 +143,13 @@ def test_step_and_is_finished_speak_of_what_was_read(small: Path) -> None:
     assert engine.step() == ([], 0)
 
 
-def test_a_stop_token_costs_one_dropped_token_and_leaves_no_trace(small: Path) -> None:
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_stop_token_costs_dropped_tokens_and_leaves_no_trace(small: Path, depth: int) -> None:
     greedy = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
     (free,) = LLM(small, dtype="float64").generate([[5, 6, 7]], greedy)
     token_id = free.token_ids[4]
     stopping = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[token_id])
-    sync, overlapped = (LLM(small, dtype="float64", overlap=overlap) for overlap in (False, True))
+    sync, overlapped = (LLM(small, overlap=d, dtype="float64") for d in (1, depth))
     outputs = [engine.generate([[5, 6, 7]], stopping)[0] for engine in (sync, overlapped)]
     assert results(outputs[0]) == results(outputs[1])
     assert outputs[0].outputs[0].finish_reason == "stop"
@@ -157,8 +160,9 @@ def test_a_stop_token_costs_one_dropped_token_and_leaves_no_trace(small: Path) -
     assert overlapped.stats().num_used_blocks == 0
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("failing", [{0}, {1}, {3}, {3, 4}, {2, 5, 9}])
-def test_a_failed_step_loses_nothing(small: Path, failing: set[int]) -> None:
+def test_a_failed_step_loses_nothing(small: Path, failing: set[int], depth: int) -> None:
     draw = random.Random(1)
     requests = [draw_request(draw, looks_back=False) for _ in range(12)]
     prompts, params = [prompt for prompt, _ in requests], [own for _, own in requests]
@@ -172,14 +176,11 @@ def test_a_failed_step_loses_nothing(small: Path, failing: set[int]) -> None:
         "enable_prefix_caching": True,
     }
     expected = [results(output) for output in LLM(small, **fields).generate(prompts, params)]
-    engine = LLM(small, overlap=True, **fields)
-
-    def compute(number: int, step: Callable[[], Sampled]) -> Sampled:
-        if number in failing:
-            raise RuntimeError(f"step {number} fails")
-        return step()
-
-    _intercept(engine, compute, [])
+    engine = LLM(small, overlap=depth, **fields)
+    interpose(
+        engine,
+        lambda executor: Failing(executor, lambda n, _: RuntimeError(f"step {n} fails") if n in failing else None),
+    )
     ids = [engine.add_request(prompt, own) for prompt, own in requests]
     num_failed = 0
     while not engine.is_finished():
@@ -194,48 +195,53 @@ def test_a_failed_step_loses_nothing(small: Path, failing: set[int]) -> None:
     assert engine.stats().num_used_blocks == 0
 
 
-def test_penalties_and_logprobs_are_those_of_the_plain_loop(small: Path) -> None:
-    params = SamplingParams(max_tokens=20, temperature=0, frequency_penalty=1.5, logprobs=2, prompt_logprobs=1)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_penalties_and_logprobs_are_those_of_the_plain_loop(small: Path, depth: int) -> None:
+    penalised = SamplingParams(max_tokens=20, temperature=0, frequency_penalty=1.5, logprobs=2, prompt_logprobs=1)
+    logged = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
     plain = SamplingParams(max_tokens=30, temperature=0)
-    outputs = [
-        LLM(small, dtype="float64", overlap=overlap).generate([[1, 2, 3], [4, 5]], [params, plain])
-        for overlap in (False, True)
-    ]
-    for ours, theirs in zip(*outputs, strict=True):
+    engines = [LLM(small, overlap=d, dtype="float64") for d in (1, depth)]
+    prompts, params = [[1, 2, 3], [4, 5], [6]], [penalised, plain, logged]
+    for ours, theirs in zip(*(engine.generate(prompts, params) for engine in engines), strict=True):
         assert results(ours) == results(theirs)
-    assert len(outputs[1][0].logprobs or ()) == len(outputs[1][0].token_ids)
-    beams = [LLM(small, dtype="float64", overlap=overlap).beam_search([[1, 2]], 3, 6)[0] for overlap in (False, True)]
+        assert ours.cumulative_logprob == pytest.approx(theirs.cumulative_logprob, abs=1e-10)
+        for our_place, their_place in zip(ours.logprobs or (), theirs.logprobs or (), strict=True):
+            assert list(our_place) == list(their_place)
+    beams = [engine.beam_search([[1, 2]], 3, 6)[0] for engine in engines]
     assert results(beams[0]) == results(beams[1])
 
 
-def test_nothing_runs_beside_steps_that_take_turns(small: Path) -> None:
-    """A step that is dropped is still computed; a request with log probabilities must not start beside it."""
+def test_penalties_wait_for_the_last_token_and_log_probabilities_do_not(small: Path) -> None:
+    """Only a rule that looks back keeps the next step waiting, and only as long as its request lasts."""
 
-    class Lazy:
-        """Computes a step as late as it can."""
+    def order(params: SamplingParams) -> list[str]:
+        engine = LLM(small, overlap=3)
+        executor = interpose(engine, Logging)
+        engine.generate([[1, 2, 3]], params)
+        return executor.log[:4]
 
-        def __init__(self) -> None:
-            self.left: list[_LazyStep] = []
+    greedy: dict[str, Any] = {"max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    assert order(SamplingParams(**greedy, presence_penalty=0.1)) == ["submit 0", "read 0", "submit 1", "read 1"]
+    eager = ["submit 0", "submit 1", "submit 2", "read 0"]
+    assert order(SamplingParams(**greedy, logprobs=2, logit_bias={3: 1.0}, min_tokens=2)) == eager
 
-        def submit(self, step: Callable[[], Sampled]) -> "_LazyStep":
-            self.left.append(_LazyStep(step, self))
-            return self.left[-1]
 
-        def drain(self) -> None:
-            while self.left:
-                self.left[0].wait()
-
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_what_is_computed_late_is_computed_in_order(small: Path, depth: int) -> None:
+    """Steps that nobody waits for any more are still computed, and a request that takes turns does not start beside
+    them."""
     greedy = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
-    plain, engine = LLM(small, dtype="float64"), LLM(small, dtype="float64", overlap=True)
-    assert isinstance(engine._loop, OverlappedLoop)
-    queue = engine._loop._steps = Lazy()
+    plain, engine = LLM(small, dtype="float64"), LLM(small, overlap=depth, dtype="float64")
+    executor = interpose(engine, Late)
+    recorded = interpose(engine, Recording)
     (free,) = plain.generate([[5, 6, 7]], greedy)
     stopping = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[free.token_ids[4]])
-    looking = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)
+    looking = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=1, presence_penalty=0.3)
     assert results(engine.generate([[5, 6, 7]], stopping)[0]) == results(plain.generate([[5, 6, 7]], stopping)[0])
-    assert len(queue.left) == 1  # the one that was dropped
+    assert len(executor.left) == depth - 1  # those that were dropped
     assert results(engine.generate([[8] * 30], looking)[0]) == results(plain.generate([[8] * 30], looking)[0])
-    assert not queue.left
+    assert not executor.left
+    assert len(recorded.outputs) == len(recorded.steps)
 
 
 def test_streams_of_the_async_engine(small: Path) -> None:
@@ -248,48 +254,3 @@ def test_streams_of_the_async_engine(small: Path) -> None:
             return list(await asyncio.gather(*(collect(engine, [i, i + 1]) for i in range(6))))
 
     assert asyncio.run(run(True)) == asyncio.run(run(False))
-
-
-def test_a_trace_and_overlap_exclude_each_other(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfigError, match="overlap and trace"):
-        LLM(small, overlap=True, trace=tmp_path / "trace.json")
-
-
-class _LazyStep:
-    def __init__(self, step: Callable[[], Sampled], queue: Any) -> None:
-        self._step, self._queue = step, queue
-        self._result: Sampled | None = None
-
-    def sampled(self) -> Sampled:
-        return self.wait()
-
-    def wait(self) -> Sampled:
-        while self._result is None:
-            first = self._queue.left.pop(0)
-            first._result = first._step()
-        return self._result
-
-
-class _Step:
-    def __init__(self, step: QueuedStep, number: int, log: list[str]) -> None:
-        self._step, self._number, self._log = step, number, log
-        self.sampled = step.sampled
-
-    def wait(self) -> Sampled:
-        self._log.append(f"read {self._number}")
-        return self._step.wait()
-
-
-def _intercept(engine: LLM, compute: Callable[[int, Callable[[], Sampled]], Sampled], log: list[str]) -> None:
-    """Have `compute` called for each step, with its number, and the order of things logged."""
-
-    class Queue(ThreadQueue):
-        number = 0
-
-        def submit(self, step: Callable[[], Sampled]) -> QueuedStep:
-            number, self.number = self.number, self.number + 1
-            log.append(f"queue {number}")
-            return _Step(super().submit(lambda: compute(number, step)), number, log)
-
-    assert isinstance(engine._loop, OverlappedLoop)
-    engine._loop._steps = Queue()

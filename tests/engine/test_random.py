@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from mini_infer.engine.random import uniforms
+from mini_infer.random import uniforms
 
 MASK = 2**64 - 1
 LARGEST_BELOW_ONE = 1 - 2.0**-53

@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mini_infer import SamplingParams
-from mini_infer.engine import sampler
-from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher, TextStream
-from mini_infer.engine.request import Completion
+from mini_infer import SamplingParams, kernels
+from mini_infer.engine.describe import Wanted
+from mini_infer.engine.rules import Rule, make_rules
+from mini_infer.executor import sampler
 from mini_infer.scheduler import Sequence
+from mini_infer.step import Draws
 
 VOCAB_SIZE = 24
 PROMPT = [3, 9, 3, 17]
@@ -67,8 +69,30 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def sample(logits: Tensor, rows: Seq[Completion]) -> tuple[Tensor, Tensor]:
-    return sampler.sample(logits, [sampler.Draw.of(row) for row in rows])
+KERNELS = kernels.resolve("cpu")
+
+
+@dataclass
+class Row:
+    """A row of the batch: what a completion has generated so far, and how it is to go on."""
+
+    params: SamplingParams
+    seed: int
+    index: int
+    length: int
+    rules: tuple[Rule, ...]
+
+
+def sample(logits: Tensor, rows: Seq[Row]) -> tuple[Tensor, Tensor]:
+    return sampler.sample(logits, draws_of(rows), KERNELS)
+
+
+def draws_of(rows: Seq[Row]) -> Draws:
+    wanted = Wanted()
+    for place, row in enumerate(rows):
+        sequence = Sequence("row", [], 0, 1)
+        wanted.draw(place, sequence, (row.seed, row.index, row.length), row.params, row.rules)
+    return wanted.draws(range(len(rows)))
 
 
 def completion(
@@ -79,26 +103,15 @@ def completion(
     prompt: Seq[int] = PROMPT,
     generated: Seq[int] = GENERATED,
     stop_token_ids: Seq[int] = STOP_TOKEN_IDS,
-) -> Completion:
-    """A row of the batch: what it has generated so far, and how it is to go on."""
-    sequence = Sequence(
-        request_id="row",
-        token_ids=[*prompt, *generated],
-        num_prompt_tokens=len(prompt),
-        max_length=10_000,
-        min_length=len(prompt) + params.min_tokens,
-        stop_token_ids=frozenset(stop_token_ids),
-    )
-    return Completion(
-        index=index,
-        params=params,
-        seed=seed,
-        sequence=sequence,
-        stream=TextStream(Detokenizer(lambda ids: "", prompt), StopStringMatcher(()), {}),
-    )
+) -> Row:
+    (rules,) = make_rules(params, list(prompt), frozenset(stop_token_ids))
+    for token_id in generated:
+        for rule in rules:
+            rule.accept(token_id)
+    return Row(params, seed, index, len(prompt) + len(generated), rules)
 
 
-def completions(params: SamplingParams, count: int, seed: int) -> list[Completion]:
+def completions(params: SamplingParams, count: int, seed: int) -> list[Row]:
     """Rows that share one distribution and have different seeds, indices and positions.
 
     A longer prompt of the same tokens moves the position and nothing else.
@@ -367,7 +380,7 @@ def test_the_extreme_numbers_give_possible_tokens(
     monkeypatch: pytest.MonkeyPatch, uniform: float, dtype: torch.dtype
 ) -> None:
     """The first and the last tokens are dropped, so a draw that is off by one rounding error would show."""
-    monkeypatch.setattr("mini_infer.engine.sampler.uniforms", lambda seeds, *_: np.full(len(seeds), uniform))
+    monkeypatch.setattr("mini_infer.executor.sampler.uniforms", lambda seeds, *_: np.full(len(seeds), uniform))
     for seed in range(50):
         logits = random_logits(seed, vocab_size=1000).to(dtype)
         logits[:100] = logits[-100:] = -torch.inf

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoTokenizer, StopStringCriteria
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
-from mini_infer.engine.random import derived_seed
 from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError
+from mini_infer.random import derived_seed
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
 
 PROMPT = "Once upon a time"

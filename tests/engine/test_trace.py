@@ -13,14 +13,14 @@ import pytest
 
 from mini_infer import LLM, SamplingParams
 from mini_infer.engine import EngineStats
-from mini_infer.engine.model_runner import ModelRunner
 from mini_infer.exceptions import InvalidConfigError
+from mini_infer.executor.runner import ModelRunner
 from tests.engine.checkpoints import make_engine_checkpoint
 
 Event = dict[str, Any]
 
 STEM = list(range(24))
-PHASES = ["schedule", "copy", "forward", "sample", "publish"]
+PHASES = ["schedule", "submit", "compute", "publish"]
 FIELDS = {"X": {"dur"}, "B": set(), "E": set(), "i": {"s"}, "C": {"args"}, "M": {"args"}}
 """What each kind of event must have besides a name, a time, a process and a thread."""
 
@@ -32,7 +32,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_llm(checkpoint: Path, trace: Path, **fields: Any) -> LLM:
     """An engine that soon runs out of blocks, and of CPU blocks too."""
-    options = {"num_gpu_blocks": 40, "num_cpu_blocks": 8, "max_num_seqs": 8, "max_num_batched_tokens": 24}
+    options: dict[str, Any] = {
+        "num_gpu_blocks": 40,
+        "num_cpu_blocks": 8,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 24,
+    }
     options |= {"block_size": 4, "max_model_len": 96, "enable_prefix_caching": True, "preemption_mode": "swap"}
     return LLM(checkpoint, trace=trace, **(options | fields))
 
@@ -49,10 +54,13 @@ def run_under_pressure(llm: LLM) -> EngineStats:
     return llm.stats()
 
 
-@pytest.fixture(scope="module")
-def pressured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], EngineStats]:
+@pytest.fixture(scope="module", params=[1, 3])
+def pressured(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Event], EngineStats]:
+    """With one step under way at a time, and with up to three."""
     path = tmp_path_factory.mktemp("trace") / "run.json"
-    llm = make_llm(checkpoint, path)
+    llm = make_llm(checkpoint, path, overlap=request.param)
     stats = run_under_pressure(llm)
     del llm  # which completes the file
     events = json.loads(path.read_text())
@@ -171,6 +179,30 @@ def test_prefix_hits_are_those_of_the_scheduler(checkpoint: Path, tmp_path: Path
     assert hits == llm._loop.scheduler.counts.num_prefix_hits > 0
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_steps_under_way_together_overlap(checkpoint: Path, tmp_path: Path, depth: int) -> None:
+    llm = make_llm(checkpoint, tmp_path / "run.json", overlap=depth)
+    llm.generate([STEM], max_tokens=9, use_tqdm=False)
+    slices = [event for event in read(tmp_path / "run.json") if event["ph"] == "X" and event["name"] == "step"]
+    most = max(
+        sum(other["ts"] <= one["ts"] < other["ts"] + other["dur"] for other in slices)  # when one begins
+        for one in slices
+    )
+    assert most == depth
+    assert {event["tid"] for event in slices} == set(range(1, depth + 1))
+
+
+def test_beams_fork_and_end(checkpoint: Path, tmp_path: Path) -> None:
+    llm = make_llm(checkpoint, tmp_path / "run.json", overlap=True)
+    llm.beam_search([STEM, STEM[:9]], beam_width=3, max_tokens=8, use_tqdm=False)
+    events = read(tmp_path / "run.json")
+    happened = instants_of(events)
+    assert happened["fork"] >= 4
+    assert happened["finish"] == happened["fork"] + 2
+    for counter, blocks in replay(events):
+        assert counter["used"] == len(blocks)
+
+
 def test_block_tables_replay_to_the_counters(pressured: tuple[list[Event], EngineStats]) -> None:
     events, stats = pressured
     moments = replay(events)
@@ -182,23 +214,26 @@ def test_block_tables_replay_to_the_counters(pressured: tuple[list[Event], Engin
     assert moments[-1][0]["used"] == 0
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 def test_a_failed_step_is_marked_and_does_not_count(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
-    llm = make_llm(checkpoint, tmp_path / "run.json")
+    llm = make_llm(checkpoint, tmp_path / "run.json", overlap=depth)
     for start in (0, 50):
         llm.add_request([*STEM, start], SamplingParams(max_tokens=9, ignore_eos=True))
     for _ in range(4):
         llm.step()
     with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "forward", lambda self, scheduled: 1 / 0)
+        patch.setattr(ModelRunner, "_forward", lambda self, batch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            llm.step()
+            for _ in range(depth):  # one may be computed already
+                llm.step()
     while not llm.is_finished():
         llm.step()
     events = read(tmp_path / "run.json")
-    (failed,) = steps_of(events, "failed step")
-    assert "ZeroDivisionError" in failed["error"]
+    failed = steps_of(events, "failed step")
+    assert 1 <= len(failed) <= depth
+    assert all("ZeroDivisionError" in step["error"] for step in failed)
     steps = steps_of(events)
     assert len(steps) == llm.stats().num_steps
     assert sum(sum(step["ran"].values()) for step in steps) == llm.stats().num_computed_tokens

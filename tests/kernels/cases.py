@@ -148,6 +148,7 @@ def paged(
     group: int = 2,
     head_dim: int = 64,
     window: int | None = None,
+    span: int = 1,
     magnitude: float = 1.0,
     index_dtype: torch.dtype = torch.int32,
     shared: int = 0,
@@ -189,7 +190,7 @@ def paged(
         }
         if new is not None:
             starts = torch.tensor([0, *new], device=draw.device).cumsum(0).to(index_dtype)
-            arguments["query_start"] = starts
+            arguments |= {"query_start": starts, "span": span}
         return arguments
 
     return make
@@ -298,10 +299,13 @@ def _prefills() -> Iterator[Case]:
     yield Case(op, "blocks of one, int64", paged([20, 5], [9, 5], block_size=1, index_dtype=torch.int64))
     yield Case(op, "a block of 512", paged([100, 2], [10, 1], block_size=512, kv_heads=1))
     yield Case(op, "sliding window", paged([60, 3, 40], [50, 3, 9], window=16, kv_heads=1))
+    yield Case(op, "spans", paged([60, 3, 40], [50, 3, 9], span=16, kv_heads=1))
+    yield Case(op, "everybody sees everybody", paged([37, 5], [30, 5], span=1000, kv_heads=1))
     yield Case(op, "large scores", paged([40, 7], [11, 7], magnitude=20.0, head_dim=32), slack=400.0)
     llama = paged([300, 1, 500, 77], [300, 1, 130, 12], kv_heads=8, group=4, head_dim=128)
     yield Case(op, "Llama-3-8B", llama, "medium")
     yield Case(op, "a window in a long prompt", paged([1500, 90], [1000, 90], window=256, kv_heads=2), "medium")
+    yield Case(op, "spans of a long prompt", paged([1500, 90], [1000, 90], span=100, kv_heads=2), "medium")
     yield Case(op, "8k tokens", paged([8192], [8192], kv_heads=2, group=4, head_dim=128), "large")
     yield Case(op, "half of 8k cached", paged([8192], [4096], kv_heads=2, group=4, head_dim=128), "large")
     ragged = paged([1 + 61 * i for i in range(64)], [1 + 13 * i for i in range(64)], kv_heads=2, head_dim=128)

@@ -8,12 +8,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from multiprocessing import get_context
-from pkgutil import iter_modules
 from typing import Any
 
-PACKAGE = "mini_infer.kernels.triton"
 KB = 1024
 SHARED_MEMORY = {  # of each target: what one program may use
     "sm_75": 64 * KB,
@@ -47,19 +44,19 @@ def gpu(target: str) -> Any:
 
 @cache
 def cases(target: str) -> dict[str, Any]:
-    """What the modules of the package declare for a target, by label; what compiles to the same thing only once."""
+    """The compile cases for a target, by label; what compiles to the same thing only once."""
     from mini_infer.kernels.triton.launch import Device
+
+    from .compile_cases import compile_cases
 
     device = Device(SHARED_MEMORY[target], num_sms=132, tensor_cores=target != "sm_75")  # SMs compile into nothing
     found, labels = {}, set()
-    for module in iter_modules(import_module(PACKAGE).__path__):
-        declared = getattr(import_module(f"{PACKAGE}.{module.name}"), "compile_cases", None)
-        for case in declared(device) if declared else ():
-            if target == "sm_75" and "*bf16" in case.signature.values():
-                continue  # Turing has no bfloat16
-            assert case.label not in labels, f"two compile cases are called {case.label!r}"
-            labels.add(case.label)
-            found.setdefault(repr((case.kernel.fn.__name__, case.signature, case.constexprs, case.options)), case)
+    for case in compile_cases(device):
+        if target == "sm_75" and "*bf16" in case.signature.values():
+            continue  # Turing has no bfloat16
+        assert case.label not in labels, f"two compile cases are called {case.label!r}"
+        labels.add(case.label)
+        found.setdefault(repr((case.kernel.fn.__name__, case.signature, case.constexprs, case.options)), case)
     return {case.label: case for case in found.values()}
 
 

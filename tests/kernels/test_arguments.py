@@ -16,6 +16,19 @@ def f(*shape: int, dtype: torch.dtype = F32, device: str = "cpu") -> torch.Tenso
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def metadata(**changed: object) -> kernels.AttentionMetadata:
+    """A decode and a prompt chunk of two tokens."""
+    good: dict[str, object] = {
+        "slot_mapping": torch.arange(3),
+        "query_start_loc": torch.tensor([0, 1, 3]),
+        "prefill_start_loc": torch.tensor([0, 2]),
+        "context_lens": torch.tensor([2, 5]),
+        "block_tables": f(2, 2, dtype=I32),
+        "num_decodes": 1,
+    }
+    return kernels.AttentionMetadata(**{**good, **changed})  # type: ignore[arg-type]
+
+
 GOOD: dict[str, dict[str, object]] = {
     "argmax_logprob": {"logits": f(3, 8)},
     "pack_linear": {"weight": f(5, 8), "bias": f(5)},
@@ -67,6 +80,14 @@ GOOD: dict[str, dict[str, object]] = {
         "block_tables": f(2, 2, dtype=I32),
         "context_lens": torch.tensor([2, 5]),
         "query_start": torch.tensor([0, 2, 3]),
+    },
+    "attention": {
+        "query": f(3, 4, 8),
+        "key": f(3, 2, 8),
+        "value": f(3, 2, 8),
+        "key_cache": f(5, 4, 2, 8),
+        "value_cache": f(5, 4, 2, 8),
+        "metadata": metadata(),
     },
 }
 
@@ -137,6 +158,20 @@ BAD = [  # operation, argument, value, what the message says
     ("paged_prefill_attention", "query_start", torch.arange(4), "query_start must be int32 or int64 [3] on cpu"),
     ("paged_prefill_attention", "context_lens", torch.arange(3), "context_lens must be int32 or int64 [2] on cpu"),
     ("paged_prefill_attention", "sliding_window", -4, "sliding_window must be None or at least 1; got -4"),
+    ("paged_prefill_attention", "span", 0, "span must be at least 1; got 0"),
+    ("attention", "query", f(3, 3, 8), "query's 3 heads must be a multiple of key_cache's 2"),
+    ("attention", "key", f(2, 2, 8), "key must be float32 [3, num_kv_heads, 8] on cpu; got float32 [2, 2, 8] on cpu"),
+    ("attention", "value", f(3, 2, 7), "value must be float32 [3, 2, 8]"),
+    ("attention", "key_cache", f(5, 4, 1, 8), "key_cache must be float32 [num_blocks, block_size, 2, 8] on cpu"),
+    ("attention", "metadata", None, "metadata must be an AttentionMetadata; got NoneType"),
+    ("attention", "metadata", metadata(slot_mapping=torch.arange(4)), "slot_mapping must be int32 or int64 [3] on cpu"),
+    ("attention", "metadata", metadata(block_tables=f(2, dtype=I32)), "block_tables must be"),
+    ("attention", "metadata", metadata(context_lens=torch.arange(3)), "context_lens must be int32 or int64 [2]"),
+    ("attention", "metadata", metadata(query_start_loc=torch.arange(2)), "query_start_loc must be int32 or int64 [3]"),
+    ("attention", "metadata", metadata(num_decodes=2), "prefill_start_loc must be int32 or int64 [1]"),
+    ("attention", "metadata", metadata(num_decodes=3), "num_decodes must be from 0 to 2; got 3"),
+    ("attention", "metadata", metadata(span=0), "span must be at least 1; got 0"),
+    ("attention", "sliding_window", 0, "sliding_window must be None or at least 1; got 0"),
 ]
 
 
@@ -158,3 +193,13 @@ def test_a_bad_argument_is_refused(op: str, name: str, value: object, says: str)
         call(op, {**GOOD[op], name: value})
     assert str(caught.value).startswith(f"{op}: ")
     assert isinstance(caught.value, MiniInferError) and isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("op", "wider"), [("paged_prefill_attention", {"span": 2}), ("attention", {"metadata": metadata(span=2)})]
+)
+def test_a_sliding_window_is_causal(op: str, wider: dict[str, object]) -> None:
+    """Refused in an engine's calls, too, since it is an option of the model and no tensor."""
+    for operations in (kernels, kernels.resolve("cpu")):
+        with pytest.raises(KernelError, match=r"a sliding window \(4\) needs a causal span of 1; got a span of 2"):
+            getattr(operations, op)(**{**GOOD[op], **wider}, sliding_window=4)

@@ -40,7 +40,73 @@ def prefill(case: PagedCase) -> torch.Tensor:
         case.query_start,
         scale=case.scale,
         sliding_window=case.window,
+        span=case.span,
     )
+
+
+def attention(case: PagedCase, num_decodes: int) -> torch.Tensor:
+    """All new tokens of the case in one call, which finds their places in the cache empty."""
+    block_size = case.key_cache.shape[1]
+    news = [len(queries) for queries in case.queries]
+    slots = [
+        int(table[j // block_size]) * block_size + j % block_size
+        for table, keys, new in zip(case.block_tables, case.keys, news, strict=True)
+        for j in range(len(keys) - new, len(keys))
+    ]
+    for slot in slots:
+        case.key_cache[slot // block_size, slot % block_size] = torch.nan
+        case.value_cache[slot // block_size, slot % block_size] = torch.inf
+    metadata = kernels.AttentionMetadata(
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+        query_start_loc=case.query_start,
+        prefill_start_loc=case.query_start[num_decodes:] - num_decodes,
+        context_lens=case.context_lens,
+        block_tables=case.block_tables,
+        num_decodes=num_decodes,
+        span=case.span,
+    )
+    new_keys, new_values = (
+        torch.cat([x[len(x) - new :] for x, new in zip(cached, news, strict=True)]) if cached else case.key_cache[0, :0]
+        for cached in (case.keys, case.values)
+    )
+    return kernels.attention(
+        case.query,
+        new_keys,
+        new_values,
+        case.key_cache,
+        case.value_cache,
+        metadata,
+        scale=case.scale,
+        sliding_window=case.window,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "num_decodes"),
+    [
+        ([(9, 1), (1, 1), (40, 1)], 3),
+        ([(9, 1), (1, 1), (40, 1)], 0),
+        ([(9, 1), (7, 7), (40, 12), (5, 1)], 1),
+        ([(9, 1), (7, 0)], 1),
+        ([(12, 12), (40, 3)], 0),
+        ([], 0),
+    ],
+    ids=str,
+)
+@on_backends("attention")
+def test_one_call_writes_and_attends(
+    backend: str, lengths: list[tuple[int, int]], num_decodes: int, dtype: torch.dtype
+) -> None:
+    case = PagedCase.make(31, lengths, block_size=16, dtype=dtype, scale=0.2, window=30)
+    check(attention(case, num_decodes), case.truth(), dtype)
+
+
+@pytest.mark.parametrize("span", [1, 2, 5, 16, 37, 1000])
+@on_backends("attention")
+def test_neighbours_within_a_span_see_each_other(backend: str, span: int) -> None:
+    case = PagedCase.make(32, [(37, 37), (60, 20), (16, 16), (5, 3)], block_size=16, span=span)
+    check(attention(case, 0), case.truth(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,8 +247,9 @@ def test_sequences_may_share_blocks(backend: str) -> None:
             case.block_tables,
             case.context_lens,
             case.query_start,
-            None,
-            None,
+            scale=None,
+            window=None,
+            span=1,
         )
         check(out[row : row + 1], alone.truth(), torch.float32)
 

@@ -76,4 +76,4 @@ def test_a_bug_in_it_is_found(tmp_path: Path, right: str, wrong: str) -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     code, output = parity("warp")
-    assert code == pytest.ExitCode.USAGE_ERROR and "no backend 'warp'; there are " in output, output
+    assert code == pytest.ExitCode.USAGE_ERROR and "unknown kernel backend 'warp'; available: " in output, output

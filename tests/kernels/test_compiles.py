@@ -1,9 +1,11 @@
 """Every Triton kernel compiles for seven GPUs, fits their shared memory and keeps its numbers in registers.
 
-No GPU is needed. All that a launch can choose for the models in `launch.MODELS` is compiled for each target.
+No GPU is needed. All that a launch can choose for the models in `compile_cases.MODELS` is compiled for each target.
 """
 
 from collections import defaultdict
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 
@@ -20,6 +22,16 @@ def compiled() -> dict[str, list[Compiled]]:
     for result in compile_all((target, label) for target in SHARED_MEMORY for label in cases(target)):
         results[result.target].append(result)
     return results
+
+
+def test_every_kernel_is_compiled() -> None:
+    from triton.runtime import JITFunction
+
+    package = import_module("mini_infer.kernels.triton")
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
+    kernels = {name for module in modules for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    compiled = {case.kernel.fn.__name__ for case in cases("sm_90").values()}
+    assert compiled == {name for name in kernels if name.endswith("_kernel")}, "the others are called by these"
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mini_infer
 from mini_infer import kernels
 
 from .truth import PagedCase, check
@@ -21,30 +23,50 @@ pytest.importorskip("hypothesis", reason="hypothesis draws the shapes of these t
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from mini_infer.kernels.cpu import paged_attention, prefill_attention
 
-@pytest.fixture(params=[1, 3], scope="module")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+windows = st.fixed_dictionaries({"window": st.none() | st.integers(1, 200)})
+what_is_seen = windows | st.fixed_dictionaries({"span": st.integers(2, 400)})
+
+
+SIZES = [
+    {"block_size": block_size, "num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim}
+    for block_size, num_kv_heads, group, head_dim in (
+        (16, 2, 1, 64),
+        (16, 1, 2, 128),
+        (48, 3, 3, 32),
+        (256, 2, 4, 16),
+        (80, 1, 7, 96),
+        (32, 2, 9, 80),
+    )
+]
+
+
+@pytest.fixture(params=[(1, 4096), (3, 64)], ids=["whole", "in chunks"], scope="module")
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On one thread, with contexts computed in one piece; or on three, at most 64 tokens at a time."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    threads, chunk = request.param
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_attention, "CHUNK", chunk)
+        patch.setattr(prefill_attention, "CHUNK", chunk)
+        yield
     torch.set_num_threads(before)
 
 
 @st.composite
 def cases(draw_one: st.DrawFn, *, chunks: bool) -> PagedCase:
-    """Sizes that the compiled kernels take, with every group size, window and length."""
+    """Any window, span and lengths, for a few sizes that the compiled kernels take, since each is compiled apart."""
     lengths = []
     for context in draw_one(st.lists(st.integers(1, 300), min_size=1, max_size=6)):
-        lengths.append((context, draw_one(st.integers(0, min(context, 100))) if chunks else 1))
+        lengths.append((context, draw_one(st.integers(0, min(context, 40))) if chunks else 1))
     arguments = {
         "seed": draw_one(st.integers(0, 10**6)),
         "lengths": lengths,
-        "block_size": draw_one(st.sampled_from([16, 32, 48, 64, 80, 256])),
-        "num_kv_heads": draw_one(st.integers(1, 3)),
-        "group": draw_one(st.integers(1, 9)),
-        "head_dim": draw_one(st.sampled_from([16, 32, 64, 80, 96, 128])),
+        **draw_one(st.sampled_from(SIZES)),
         "dtype": draw_one(st.sampled_from([torch.float32, torch.bfloat16])),
-        "window": draw_one(st.none() | st.integers(1, 200)),
+        **draw_one(what_is_seen if chunks else windows),
     }
     note(f"PagedCase.make(**{arguments})")
     return PagedCase.make(**arguments)
@@ -56,8 +78,8 @@ def in_own_layout(case: PagedCase) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(case=cases(chunks=False))
-@settings(max_examples=40, deadline=None)
-def test_decode(threads: int, case: PagedCase) -> None:
+@settings(max_examples=20, deadline=None)
+def test_decode(how: None, case: PagedCase) -> None:
     with kernels.use_backend("cpu"):
         caches = in_own_layout(case)
         out = kernels.paged_attention(
@@ -67,12 +89,18 @@ def test_decode(threads: int, case: PagedCase) -> None:
 
 
 @given(case=cases(chunks=True))
-@settings(max_examples=40, deadline=None)
-def test_prompts(threads: int, case: PagedCase) -> None:
+@settings(max_examples=20, deadline=None)
+def test_prompts(how: None, case: PagedCase) -> None:
     with kernels.use_backend("cpu"):
         caches = in_own_layout(case)
         out = kernels.paged_prefill_attention(
-            case.query, *caches, case.block_tables, case.context_lens, case.query_start, sliding_window=case.window
+            case.query,
+            *caches,
+            case.block_tables,
+            case.context_lens,
+            case.query_start,
+            sliding_window=case.window,
+            span=case.span,
         )
     check(out, case.truth(), case.query.dtype)
 
@@ -133,14 +161,89 @@ def test_a_processor_with_avx2_alone(name: str, features: str, expected: str) ->
     assert done.stdout.strip() == expected
 
 
+SILU = """
+import logging, sys, torch
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+from mini_infer import kernels
+x = torch.linspace(-3, 3, 64).reshape(2, 32)
+cpu = kernels.resolve("cpu", "cpu")
+print(cpu.silu_and_mul(x).tolist())
+print(cpu.rmsnorm(x, x[0]).tolist())
+"""
+
+
+def kept(directory: Path) -> dict[str, int]:
+    """The files of compiled kernels, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def in_the_installation() -> list[Path]:
+    return [path for suffix in ("nbi", "nbc") for path in Path(mini_infer.__path__[0]).rglob(f"*.{suffix}")]
+
+
+def silu(cache: Path, prelude: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two kernels in a process of its own, right or wrong."""
+    done = run(prelude + SILU, **{"XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": "", **environment})
+    assert done.returncode == 0, done.stderr
+    assert not in_the_installation()
+    return done
+
+
 def test_compiled_kernels_are_found_again(tmp_path: Path) -> None:
     """Whatever a kernel depends on has the same name in every process; otherwise each would compile anew."""
     found = []
     for _ in range(2):
         done = run(PROGRAM, XDG_CACHE_HOME=str(tmp_path), NUMBA_CACHE_DIR="")
         assert done.returncode == 0, done.stderr
-        found.append(sorted(path.name for path in tmp_path.rglob("*.nbc")))
+        found.append(kept(tmp_path))
     assert found[0] and found[1] == found[0]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the two kernels give, and where they are kept from then on."""
+    directory = tmp_path_factory.mktemp("fresh")
+    return silu(directory).stdout, directory
+
+
+def test_a_damaged_file_is_not_run(fresh: tuple[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(fresh[1], tmp_path, dirs_exist_ok=True)
+    first, second = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    content = bytearray(first.read_bytes())
+    content[-1000] ^= 1
+    first.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:500])
+    again = silu(tmp_path)
+    assert again.stdout == fresh[0] and again.stderr.count(" is damaged;") == 2
+    assert silu(tmp_path).stderr == "", "both were put in order"
+
+
+def test_a_changed_source_is_compiled_anew(fresh: tuple[str, Path], tmp_path: Path) -> None:
+    """The kernel's own file is as it was; it is a function that it calls, in another file, that changes."""
+    shutil.copytree(Path(mini_infer.__path__[0]), tmp_path / "mini_infer")
+    jit = tmp_path / "mini_infer" / "kernels" / "cpu" / "jit.py"
+    source = jit.read_text(encoding="utf-8")
+    assert source.count("np.float32(0.6931471805599453)") == 1  # of the exponential
+    jit.write_text(source.replace("np.float32(0.6931471805599453)", "np.float32(0.5)"), encoding="utf-8")
+    assert silu(fresh[1], f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n").stdout != fresh[0]
+    assert silu(fresh[1]).stdout == fresh[0]
+
+
+@pytest.mark.parametrize("fault", ["no directory", "no home", "a full disk"])
+def test_without_a_place_to_keep_them_kernels_are_compiled(fresh: tuple[str, Path], tmp_path: Path, fault: str) -> None:
+    prelude = ""
+    if fault == "no directory":
+        (tmp_path / "nowhere").touch()
+    elif fault == "no home":
+        prelude = "import os, pathlib\ndel os.environ['XDG_CACHE_HOME']\n"
+        prelude += "def home(): raise RuntimeError\npathlib.Path.home = home\n"
+    else:
+        pytest.importorskip("resource", reason="limits a process's files")
+        prelude = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+    done = silu(tmp_path / "nowhere", prelude)
+    assert done.stdout == fresh[0]
+    assert done.stderr.count("compiled kernels cannot be kept in") == (fault != "no home")
+    assert not kept(tmp_path / "nowhere")
 
 
 def test_without_numba_the_reference_runs_and_says_so() -> None:

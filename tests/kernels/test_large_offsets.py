@@ -43,7 +43,7 @@ def spread(device: str) -> Spread:
 def nothing_is_filled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the poison of the other tests, which would touch all of the memory."""
     for op in kernels.OPS:
-        monkeypatch.setattr(kernels, op, getattr(sys.modules["mini_infer.kernels.ops"], op))
+        monkeypatch.setattr(kernels, op, getattr(sys.modules["mini_infer.kernels.by_hand"], op))
 
 
 def rows(seed: int, *shape: int) -> Tensor:

@@ -20,6 +20,8 @@ few = settings(
 )
 seeds = st.integers(0, 10**6)
 dtypes = st.sampled_from(DTYPES)
+windows = st.fixed_dictionaries({"window": st.none() | st.integers(1, 70)})
+what_is_seen = windows | st.fixed_dictionaries({"span": st.integers(2, 70)})
 
 
 @st.composite
@@ -37,7 +39,7 @@ def paged_cases(draw_one: st.DrawFn, *, chunks: bool) -> PagedCase:
         "head_dim": draw_one(st.integers(6, 40)),
         "dtype": draw_one(dtypes),
         "index_dtype": draw_one(st.sampled_from([torch.int32, torch.int64])),
-        "window": draw_one(st.none() | st.integers(1, 70)),
+        **draw_one(what_is_seen if chunks else windows),
         "spare_columns": draw_one(st.integers(0, 3)),
     }
     note(f"PagedCase.make(**{arguments})")
@@ -71,6 +73,7 @@ def test_prefill(backend: str, case: PagedCase) -> None:
         case.context_lens,
         case.query_start,
         sliding_window=case.window,
+        span=case.span,
     )
     check(out, case.truth(), case.key_cache.dtype)
 

@@ -1,14 +1,17 @@
 """A recording computes what the function computes, whatever its inputs hold by then; and refuses what it could not."""
 
+import ctypes
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mini_infer import kernels
+from mini_infer import LLM, kernels
 from mini_infer.exceptions import NotRecordableError
+from mini_infer.kernels import registry
 
 pytest.importorskip("numba")
 
@@ -148,3 +151,78 @@ def test_what_looks_at_values_is_refused(look: Callable[[Tensor], object]) -> No
         cpu_capture()(run)
     assert jit.observer.get() is None
     assert look(x) is not None  # nothing of the refusal is left
+
+
+def doubled_by_pointer(x: Tensor) -> Tensor:
+    """What PyTorch's dispatcher does not see: two pieces of memory, by their addresses."""
+    out = torch.empty_like(x)
+    here, there = (
+        np.ctypeslib.as_array(ctypes.cast(tensor.data_ptr(), ctypes.POINTER(ctypes.c_float)), tensor.shape)
+        for tensor in (x, out)
+    )
+    there[:] = 2 * here
+    return out
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "NumPy views": lambda x: torch.from_numpy(2 * np.asarray(x)),
+    "pointers": doubled_by_pointer,
+    "DLPack": lambda x: torch.from_dlpack(2 * np.from_dlpack(x)),
+}
+
+
+@pytest.mark.parametrize("double", UNSEEN.values(), ids=UNSEEN)
+@pytest.mark.parametrize("by_hand", [True, False])
+@torch.inference_mode()
+def test_a_kernel_of_another_backend_is_refused(
+    by_hand: bool, double: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    kernels.register("silu_and_mul", backend="unseen")(lambda x: double(x[..., ::2].contiguous()))
+    kernels.register("pack_linear", backend="unseen")(lambda weight, bias: (double, double))
+    resolved = kernels.resolve("cpu", "unseen")
+    operations = kernels if by_hand else resolved
+    x, product = torch.ones(2, 6), resolved.pack_linear(torch.ones(6, 6))
+    with kernels.use_backend("unseen"):
+        runs: list[Callable[[], Tensor]] = [
+            lambda: operations.silu_and_mul(x) + 1,
+            lambda: product.multiply(x) + 1,
+            lambda: product.rows(x) + 1,
+        ]
+        for run in runs:
+            for _ in range(2):  # also after a refusal it computes, and from the values of now
+                with pytest.raises(NotRecordableError, match="'unseen' performs"):
+                    cpu_capture()(run)
+                x.add_(1)
+                assert run()[0, 0] == 2 * x[0, 0] + 1
+    assert not registry.recording.get()
+    registry._resolve.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_our_own_are_called_without_a_detour(backend: str) -> None:
+    functions = kernels.resolve("cpu", backend).functions
+    unguarded = {row.function for row in registry._table.values() if row.backend in ("cpu", "reference")}
+    assert all(functions[op] in unguarded for op in kernels.OPS if op != "attention")
+
+
+def test_an_engine_with_a_kernel_that_nobody_sees(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the best for the device, so nobody asks for it; beside our own, which would be recorded."""
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+
+    @kernels.register("silu_and_mul", backend="unseen", devices=("cpu",), priority=1000)
+    def silu_and_mul(x: Tensor) -> Tensor:
+        gate, up = np.split(np.asarray(x), 2, axis=-1)
+        return torch.from_numpy(gate / (1 + np.exp(-gate)) * up)
+
+    answers = []
+    for enforce_eager in (False, True):
+        with caplog.at_level("INFO"):
+            llm = LLM(dtype="float32", num_gpu_blocks=8, enforce_eager=enforce_eager)
+            output = llm.generate("What is a KV cache?", max_tokens=12, temperature=0, use_tqdm=False)[0]
+        answers.append(output.token_ids)
+    registry._resolve.cache_clear()
+    assert answers[0] == answers[1]
+    assert [record.levelname for record in caplog.records if "'unseen' performs" in record.getMessage()] == ["INFO"]

@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,90 @@ def test_installed_packages_add_backends(tmp_path: Path) -> None:
     assert "'silent' (silent_kernels registered nothing under this name)" in silent
     assert done.stderr.count("Traceback") == 1, "a failure is logged once, with its cause"
     assert "a_library_that_is_not_there" in done.stderr and "silent" in done.stderr
+
+
+FILE = """
+from mini_infer.kernels import register
+
+@register("silu_and_mul", backend="own")
+def silu_and_mul(x):
+    return x + 41
+"""
+
+
+def test_a_backend_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "torch.py"  # a name that other modules have does no harm
+    path.write_text(FILE)
+    named = f"{path}:own"
+    resolved = kernels.resolve("cpu", named)
+    assert resolved.backend_of("silu_and_mul") == "own" and resolved.backend_of("rmsnorm") == "reference"
+    assert sys.modules["torch"] is torch
+    with kernels.use_backend(named):
+        assert answer() == 42
+    assert answer() == 0, "the reference's 0.73"
+    monkeypatch.setenv("MINI_INFER_KERNELS", named)
+    assert answer() == 42 and kernels.resolve("cpu").backend_of("silu_and_mul") == "own"
+
+    path.write_text(FILE.replace("41", "1"))
+    changed = kernels.resolve("cpu", named)
+    assert changed.silu_and_mul(torch.ones(2))[0] == 2, "what the file says now"
+    assert resolved.silu_and_mul(torch.ones(2))[0] == 42, "what was resolved stays what it was"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "says"),
+    [
+        (None, "own", r"'.*my\.py' cannot be read: .*No such file"),
+        (FILE, "other", r"the file registers no backend 'other'; those that it does: own"),
+        ("", "reference", r"the file registers no backend 'reference'; those that it does: none"),
+        ("1 / 0", "own", r"'.*my\.py' failed: ZeroDivisionError: division by zero"),
+        ("def", "own", r"'.*my\.py' failed: SyntaxError"),
+        (FILE.replace("silu_and_mul", "softmax"), "own", r"failed: KernelError: unknown kernel operation 'softmax'"),
+    ],
+)
+def test_a_file_that_gives_no_backend(tmp_path: Path, source: str | None, name: str, says: str) -> None:
+    if source is not None:
+        (tmp_path / "my.py").write_text(source)
+    for ask in (kernels.resolve, lambda _, named: kernels.use_backend(named).__enter__()):
+        with pytest.raises(KernelError, match=says):
+            ask("cpu", f"{tmp_path / 'my.py'}:{name}")
+
+
+def test_kernels_are_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the environment nor `use_backend` nor a later registration changes what was resolved."""
+    add("mine")
+    monkeypatch.setenv("MINI_INFER_KERNELS", "mine")
+    resolved, best = kernels.resolve("cpu"), kernels.resolve("cpu", "reference")
+    monkeypatch.delenv("MINI_INFER_KERNELS")
+    add("better", priority=7)
+    with kernels.use_backend("better"):
+        assert int(resolved.silu_and_mul(torch.ones(2))[0]) == 4 and int(best.silu_and_mul(torch.ones(2))[0]) == 0
+    assert kernels.resolve("cpu").backend_of("silu_and_mul") == "better"
+    with pytest.raises(FrozenInstanceError):
+        resolved.device = torch.device("meta")  # type: ignore[misc]
+    with pytest.raises(KernelError, match="unknown kernel operation 'softmax'"):
+        resolved.backend_of("softmax")
+
+
+def test_attention_is_of_parts_unless_a_backend_has_it_whole() -> None:
+    for op in ("paged_attention", "attention"):
+        assert kernels.resolve("cpu").backend_of(op) == "reference"
+
+    @kernels.register("paged_attention", backend="part")
+    def part(query: Tensor, *others: object) -> Tensor:
+        return torch.full_like(query, 3)
+
+    @kernels.register("attention", backend="whole")
+    def whole(query: Tensor, *others: object) -> Tensor:
+        return torch.full_like(query, 5)
+
+    cache = torch.zeros(2, 4, 1, 8)
+    one = torch.zeros(1, dtype=torch.int64)
+    metadata = kernels.AttentionMetadata(one, torch.arange(2), one, one + 1, one[None], num_decodes=1)
+    for backend, name, number in (("part", "reference+part", 3), ("whole", "whole", 5)):
+        resolved = kernels.resolve("cpu", backend)
+        assert resolved.backend_of("attention") == name
+        new = torch.ones(1, 1, 8)
+        assert (resolved.attention(new, new, new, cache, cache.clone(), metadata) == number).all()
+    assert cache[0, 0].eq(1).all(), "the part's keys were written by the reference"
+    assert set(kernels.available_backends("attention")) == {"reference", "part", "whole"}

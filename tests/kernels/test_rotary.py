@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mini_infer import kernels
+from mini_infer.exceptions import KernelError
 
 from .truth import DTYPES, check, draw, on_backends, rotate, strided
 
@@ -50,9 +53,34 @@ def test_half_split_is_what_transformers_llama_does(backend: str) -> None:
     theirs_q, theirs_k = apply_rotary_pos_emb(
         q, k, cos[positions].repeat(1, 1, 2), sin[positions].repeat(1, 1, 2), unsqueeze_dim=2
     )
-    out_q, out_k = kernels.apply_rotary_emb(q, k, cos, sin, positions)
-    check(out_q, theirs_q, torch.float32)
-    check(out_k, theirs_k, torch.float32)
+    for tables_by_hand in ((cos, sin), (cos.repeat(1, 2), sin.repeat(1, 2))):  # theirs have each column twice
+        out_q, out_k = kernels.apply_rotary_emb(q, k, *tables_by_hand, positions)
+        check(out_q, theirs_q, torch.float32)
+        check(out_k, theirs_k, torch.float32)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+def test_tables_with_a_column_for_each_feature(interleaved: bool) -> None:
+    q, k, weight = draw(8, 3, 4, 16), draw(9, 3, 2, 16), draw(10, 16)
+    cos, sin = tables(16)
+    positions = torch.tensor([0, 49, 7])
+
+    def turned(cos: Tensor, sin: Tensor) -> list[Tensor]:
+        turns = kernels.apply_rotary_emb(q, k, cos, sin, positions, interleaved=interleaved)
+        return [*turns, *kernels.qk_norm_rope(q, k, weight, weight, cos, sin, positions, interleaved=interleaved)]
+
+    def widened(table: Tensor, interleaved: bool) -> Tensor:
+        return table.repeat_interleave(2, -1) if interleaved else table.repeat(1, 2)
+
+    wide = widened(cos, interleaved), widened(sin, interleaved)
+    assert all(torch.equal(one, two) for one, two in zip(turned(*wide), turned(cos, sin), strict=True))
+    other = widened(sin, not interleaved)
+    pair = "2i and 2i + 1" if interleaved else "i and i + 8"
+    with pytest.raises(KernelError, match=f"columns {re.escape(pair)} of sin must be equal"):
+        turned(wide[0], other)
+    wrong_elsewhere = wide[1].clone()
+    wrong_elsewhere[20] = draw(11, 16)  # where no token stands
+    assert torch.equal(turned(wide[0], wrong_elsewhere)[0], turned(cos, sin)[0])
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])

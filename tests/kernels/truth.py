@@ -124,8 +124,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     return out
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """Queries `[n, H, D]` are the last of the `keys` `[L, Hkv, D]`; causal, one query and one head at a time."""
+def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, span: int = 1) -> Tensor:
+    """Queries `[n, H, D]` are the last of the `keys` `[L, Hkv, D]`; one query and one head at a time."""
     queries, keys, values = queries.double(), keys.double(), values.double()
     out = torch.empty_like(queries)
     num_queries, num_heads, _ = queries.shape
@@ -133,12 +133,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: 
     for row in range(num_queries):
         i = length - num_queries + row
         first = 0 if window is None else max(0, i - window + 1)
+        last = next(j for j in reversed(range(length)) if j // span <= i // span)  # of the span that i stands in
         for head in range(num_heads):
             shared = head // (num_heads // num_kv_heads)
-            scores = [scale * float(queries[row, head] @ keys[j, shared]) for j in range(first, i + 1)]
+            scores = [scale * float(queries[row, head] @ keys[j, shared]) for j in range(first, last + 1)]
             top = max(scores)
             weights = torch.tensor([math.exp(score - top) for score in scores], dtype=torch.float64)
-            out[row, head] = weights / weights.sum() @ values[first : i + 1, shared]
+            out[row, head] = weights / weights.sum() @ values[first : last + 1, shared]
     return out
 
 
@@ -160,6 +161,7 @@ class PagedCase:
     query_start: Tensor
     scale: float | None
     window: int | None
+    span: int
 
     @classmethod
     def make(
@@ -175,6 +177,7 @@ class PagedCase:
         index_dtype: torch.dtype = torch.int32,
         scale: float | None = None,
         window: int | None = None,
+        span: int = 1,
         magnitude: float = 1.0,
         spare_columns: int = 2,
     ) -> "PagedCase":
@@ -216,6 +219,7 @@ class PagedCase:
             torch.tensor(starts, dtype=index_dtype),
             scale,
             window,
+            span,
         )
 
     @property
@@ -225,6 +229,7 @@ class PagedCase:
     def truth(self) -> Tensor:
         scale = self.key_cache.shape[-1] ** -0.5 if self.scale is None else self.scale
         rows = [
-            attend(q, k, v, scale, self.window) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)
+            attend(q, k, v, scale, self.window, self.span)
+            for q, k, v in zip(self.queries, self.keys, self.values, strict=True)
         ]
         return torch.cat(rows) if rows else self.query.double()

@@ -4,7 +4,6 @@ import pytest
 
 from mini_infer.exceptions import MiniInferError, OutOfMemoryError
 from mini_infer.memory import BlockManager
-from mini_infer.memory.sizing import block_bytes, fit_max_model_len
 
 
 def test_allocates_what_was_asked_and_takes_it_back() -> None:
@@ -76,29 +75,3 @@ def test_impossible_numbers_of_blocks(bad: object) -> None:
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (160, 10)])
 def test_blocks_for(tokens: int, blocks: int) -> None:
     assert BlockManager(16, 10).blocks_for(tokens) == blocks
-
-
-def test_block_bytes_of_a_known_model() -> None:
-    # Qwen3-0.6B in bfloat16: 112 KiB per token of context.
-    assert block_bytes(1, num_layers=28, num_kv_heads=8, head_dim=128, itemsize=2) == 112 * 1024
-
-
-@pytest.mark.parametrize(
-    ("asked", "model_limit", "num_blocks", "expected", "warned"),
-    [
-        (None, 1000, 100, 1000, False),
-        (500, 1000, 100, 500, False),
-        (2000, 1000, 100, 1000, True),  # the model was not made for more
-        (None, 1000, 10, 160, True),  # a default that the memory cannot hold is clipped
-        (160, 1000, 10, 160, False),
-    ],
-)
-def test_longest_sequence(asked: int | None, model_limit: int, num_blocks: int, expected: int, warned: bool) -> None:
-    length, warning = fit_max_model_len(asked, model_limit, num_blocks, block_size=16)
-    assert length == expected
-    assert (warning is not None) == warned
-
-
-def test_a_length_that_can_never_fit_says_what_would() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"max_model_len=161 .* holds 160 tokens"):
-        fit_max_model_len(161, 1000, 10, 16)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
+
+VARIED_FAMILIES = ("mistral", "qwen3", "smollm3", "olmo2")
+"""Those whose layers differ in more than biases: enough for what an engine does around a model."""
 
 ROPE_SCALINGS: dict[str, dict[str, Any] | None] = {
     "default": None,
@@ -69,11 +72,16 @@ def random_config(family: str, seed: int, **overrides: Any) -> PretrainedConfig:
         "rope_scaling": draw.choice(list(ROPE_SCALINGS.values())),
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "pad_token_id": None,
     }
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "smollm3", "olmo2"):
         fields["attention_bias"] = draw.random() < 0.5
-    if family == "llama":
+    if family in ("llama", "smollm3"):
         fields["mlp_bias"] = draw.random() < 0.5
+    if family == "smollm3":
+        fields["no_rope_layer_interval"] = draw.choice((1, 2, 4))
+        fields["use_sliding_window"] = window is not None
+        fields["sliding_window"] = window
     if family == "mistral":
         fields["sliding_window"] = window
     if family in ("qwen2", "qwen3"):

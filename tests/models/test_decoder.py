@@ -12,10 +12,11 @@ from torch.nn.functional import rms_norm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mini_infer import kernels
-from mini_infer.models import Batch, Decoder, ModelConfig, load_model
+from mini_infer.models import Batch, Decoder, ModelConfig, load_model, read_config
 
 from .checkpoints import FAMILIES, ROPE_SCALINGS, make_checkpoint
 
+KERNELS = kernels.resolve("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
@@ -44,12 +45,9 @@ class PagedRun:
         block_ids = list(range(sum(needed) + 1))
         random.Random(0).shuffle(block_ids)
         self.tables = [[block_ids.pop() for _ in range(count)] for count in needed]
-        config = model.config
         self.kv_cache = [
-            kernels.allocate_kv_cache(
-                sum(needed) + 1, block_size, config.num_kv_heads, config.head_dim, dtype, torch.device("cpu")
-            )
-            for _ in range(config.num_layers)
+            KERNELS.allocate_kv_cache(sum(needed) + 1, block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, "cpu")
+            for spec in model.config.cache_specs(dtype)
         ]
         for caches in self.kv_cache:
             for cache in caches:
@@ -65,16 +63,20 @@ class PagedRun:
         starts = [0]
         for s in order:
             starts.append(starts[-1] + chunks[s])
+        num_decodes = sum(chunks[s] == 1 for s in order)
         batch = Batch(
             token_ids=torch.tensor([self.sequences[s][p] for s, p in places]),
             positions=torch.tensor([p for _, p in places]),
-            slot_mapping=torch.tensor(slots),
-            query_start=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor([spans[s].stop for s in order], dtype=torch.int32),
-            block_tables=torch.tensor(
-                [self.tables[s] + [999] * (width - len(self.tables[s])) for s in order], dtype=torch.int32
+            attention=kernels.AttentionMetadata(
+                slot_mapping=torch.tensor(slots),
+                query_start_loc=torch.tensor(starts, dtype=torch.int32),
+                prefill_start_loc=torch.tensor(starts[num_decodes:], dtype=torch.int32) - num_decodes,
+                context_lens=torch.tensor([spans[s].stop for s in order], dtype=torch.int32),
+                block_tables=torch.tensor(
+                    [self.tables[s] + [999] * (width - len(self.tables[s])) for s in order], dtype=torch.int32
+                ),
+                num_decodes=num_decodes,
             ),
-            num_decodes=sum(chunks[s] == 1 for s in order),
         )
         logits = self.model.compute_logits(self.model(batch, self.kv_cache))
         for s, rows in zip(order, logits.split([chunks[s] for s in order]), strict=True):
@@ -91,11 +93,16 @@ class PagedRun:
 
 
 def compare(
-    path: Path, dtype: torch.dtype, block_size: int, seed: int, lengths: tuple[int, ...] = (23, 1, 9, 40)
+    path: Path,
+    dtype: torch.dtype,
+    block_size: int,
+    seed: int,
+    lengths: tuple[int, ...] = (23, 1, 9, 40),
+    config: ModelConfig | None = None,
 ) -> None:
     """Random token sequences of these lengths through both models; all logits must agree."""
-    config = ModelConfig.from_directory(path)
-    model = load_model(path, config, dtype, "cpu")
+    config = config or read_config(path)
+    model = load_model(path, config, dtype, "cpu", KERNELS)
     draw = random.Random(seed)
     sequences = [[draw.randrange(config.vocab_size) for _ in range(length)] for length in lengths]
     reference = reference_model(path, dtype)
@@ -143,11 +150,11 @@ def test_a_window_shorter_than_the_prompt_agrees(tmp_path: Path, window: int, bl
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_dtypes_stay_near_the_wide_model(tmp_path: Path, dtype: torch.dtype) -> None:
     path = make_checkpoint(tmp_path, "qwen3", 2, num_hidden_layers=2)
-    config = ModelConfig.from_directory(path)
+    config = read_config(path)
     tokens = [[t % config.vocab_size for t in range(5, 95, 3)]]
     with torch.inference_mode():
-        (narrow,) = PagedRun(load_model(path, config, dtype, "cpu"), tokens, 16, dtype).finish(0)
-        (wide,) = PagedRun(load_model(path, config, torch.float32, "cpu"), tokens, 16, torch.float32).finish(0)
+        (narrow,) = PagedRun(load_model(path, config, dtype, "cpu", KERNELS), tokens, 16, dtype).finish(0)
+        (wide,) = PagedRun(load_model(path, config, torch.float32, "cpu", KERNELS), tokens, 16, torch.float32).finish(0)
     assert narrow.dtype == dtype
     assert (narrow.float() - wide).norm() / wide.norm() < (0.05 if dtype == torch.bfloat16 else 0.01)
 
@@ -156,23 +163,23 @@ def test_narrow_dtypes_stay_near_the_wide_model(tmp_path: Path, dtype: torch.dty
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_once_and_packed_ones_too(tmp_path: Path, family: str, tied: bool) -> None:
     path = make_checkpoint(tmp_path, family, 0, torch.float32, tie_word_embeddings=tied)
-    model = load_model(path, ModelConfig.from_directory(path), torch.float32, torch.device("cpu"))
+    model = load_model(path, read_config(path), torch.float32, "cpu", KERNELS)
     assert model.num_parameters == AutoModelForCausalLM.from_pretrained(path).num_parameters()
 
 
 def test_nothing_has_a_gradient(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama", 3, attention_bias=True, mlp_bias=True)
-    model = load_model(path, ModelConfig.from_directory(path), torch.float32, "cpu")
+    model = load_model(path, read_config(path), torch.float32, "cpu", KERNELS)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_shorter_context_needs_smaller_tables_and_changes_no_logits(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "llama", 4, rope_scaling=ROPE_SCALINGS["yarn"])
-    config = ModelConfig.from_directory(path)
+    config = read_config(path)
     short = replace(config, max_position_embeddings=30)
     tokens = [list(range(30))]
-    (expected,) = PagedRun(load_model(path, config, torch.float32, "cpu"), tokens, 4, torch.float32).finish(0)
-    model = load_model(path, short, torch.float32, "cpu")
-    assert model.cos.shape == (30, config.head_dim // 2)
+    (expected,) = PagedRun(load_model(path, config, torch.float32, "cpu", KERNELS), tokens, 4, torch.float32).finish(0)
+    model = load_model(path, short, torch.float32, "cpu", KERNELS)
+    assert model.rotary_bytes == 2 * 30 * config.layers[0].attention.head_dim // 2 * 4
     (logits,) = PagedRun(model, tokens, 4, torch.float32).finish(0)
     assert torch.equal(logits, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mini_infer.models import ModelConfig
+from mini_infer.models import hf_config
 from mini_infer.models.rope import rotary_tables, yarn_attention_factor
 
 from .checkpoints import ROPE_SCALINGS, random_config
@@ -45,7 +45,7 @@ def test_tables_equal_transformers(scaling: str, head_dim: int, theta: float) ->
         max_position_embeddings=16384,
         architectures=["LlamaForCausalLM"],
     )
-    cos, sin = rotary_tables(ModelConfig.from_hf(hf).rope, head_dim, 16384)
+    cos, sin = rotary_tables(hf_config.rope(hf), head_dim, 16384)
     assert cos.dtype == sin.dtype == torch.float32
     expected_cos, expected_sin = LlamaRotaryEmbedding(hf)(torch.zeros(1), torch.arange(16384)[None])
     assert torch.equal(cos, expected_cos[0, :, : head_dim // 2])

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from tools.configuration import CLASSES, chinese, pages, tables
+from tools.configuration import ALIASES, chinese, pages, tables
 
 
 def test_the_pages_are_fresh() -> None:
@@ -12,7 +12,7 @@ def test_the_pages_are_fresh() -> None:
     assert not stale, f"{', '.join(stale)}: run `python -m tools.configuration`"
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", ALIASES)
 def test_every_field_has_a_chinese_meaning(cls: type) -> None:
     meanings = chinese()[cls.__name__]
     assert list(meanings) == [field.name for field in fields(cls)]
@@ -22,6 +22,6 @@ def test_every_field_has_a_chinese_meaning(cls: type) -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_every_field_is_there_once(language: str) -> None:
     made = tables(language)
-    for cls in CLASSES:
+    for cls in ALIASES:
         for field in fields(cls):
             assert made[cls.__name__].count(f"| `{field.name}` |") == 1

@@ -196,7 +196,7 @@ def test_beside_the_engine(answer, explain):
         "内置模型用 top_p=0.9 讲一个故事。logits 相同、随机数相同，你的函数应当抽出与引擎相同的词元。",
     )
     from mini_infer import LLM, SamplingParams
-    from mini_infer.engine.random import uniforms
+    from mini_infer.random import uniforms
 
     llm = LLM(dtype="float32", max_num_seqs=1)
     vocab_size = llm.model_config.vocab_size

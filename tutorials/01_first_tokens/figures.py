@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mini_infer import LLM, SamplingParams
-from mini_infer.engine.random import uniforms
+from mini_infer.random import uniforms
 
 BLUE, ORANGE, LIGHT, GREY = "tab:blue", "tab:orange", "#a6cee3", "#dddddd"
 SEED = 7

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.load import Server, bench_server
 from benchmarks.report import save
 from mini_infer import SamplingParams
-from mini_infer.cli.bench import Server, bench_server
-from mini_infer.cli.workload import Workload
+from mini_infer.cli.bench import Workload
 from mini_infer.exceptions import MiniInferError
 
 SEATS = 16

@@ -1,9 +1,9 @@
 """How a kernel written in Python becomes machine code that runs on PyTorch's own threads.
 
-Numba compiles a kernel for the machine it runs on, and keeps the result on disk; no C compiler is involved. A kernel is
-a function of one argument, an array of integers: addresses and sizes, no Python objects, so that it runs without the
-interpreter. Its work is cut into tasks; every thread takes the next task until none is left, which balances the load
-by itself:
+Numba compiles a kernel for the machine it runs on, and `cache` keeps the result on disk; no C compiler is involved. A
+kernel is a function of one argument, an array of integers: addresses and sizes, no Python objects, so that it runs
+without the interpreter. Its work is cut into tasks; every thread takes the next task until none is left, which balances
+the load by itself:
 
     @kernel
     def double(args):                                # [x, y, n]: y[i] = 2 * x[i] for rows of n numbers
@@ -22,14 +22,10 @@ so reading one is a shift.
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import llvmlite.binding as llvm
@@ -39,9 +35,11 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 from torch import Tensor
 
+from mini_infer.kernels.cpu.cache import KernelFile
 from mini_infer.kernels.registry import register
 
 FIRST = 3
@@ -51,7 +49,6 @@ ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How a kernel sees the numbers of a tensor."""
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities and NaN stay what they are
-logger = logging.getLogger(__name__)
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -243,15 +240,12 @@ class Kernel:
 
     @functools.cached_property
     def _address(self) -> int:
-        signature = types.void(types.CPointer(types.int64))
-        compiling = functools.partial(numba.cfunc, signature, fastmath=FAST_MATH, error_model="numpy")
-        try:
-            with _cache_directory():
-                self._compiled = compiling(cache=True)(self._function)
-        except RuntimeError as error:  # there is nowhere to write
-            logger.warning("kernel %s is compiled anew in every process: %s", self._function.__name__, error)
-            self._compiled = compiling()(self._function)
-        return int(self._compiled.address or 0)
+        options = {"fastmath": FAST_MATH, "error_model": "numpy"}
+        self._compiled = CFunc(self._function, ((types.CPointer(types.int64),), types.void), {}, options)
+        self._compiled._cache = KernelFile(self._function)  # Numba's own takes a kernel for unchanged if its file is
+        self._compiled.compile()
+        address: int = self._compiled.address  # type: ignore[assignment]  # None before it is compiled
+        return address
 
     def __call__(self, num_tasks: int, *args: int, work: int = _SMALL) -> None:
         """Run all tasks and wait for them.
@@ -340,30 +334,6 @@ def has_feature(name: str) -> bool:
     if asked_for is not None:
         return f"+{name}" in asked_for.split(",")
     return bool(llvm.get_host_cpu_features().get(name, False))
-
-
-@contextmanager
-def _cache_directory() -> Iterator[None]:
-    """Within the block, Numba keeps what it compiles in a directory of ours.
-
-    Numba takes a kernel for unchanged if its own file is, so the name of the directory depends on all of them.
-    """
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = before or str(_user_cache() / "mini-infer" / "kernels" / _fingerprint())
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-@functools.cache
-def _fingerprint() -> str:
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    return hashlib.sha256(sources + numba.__version__.encode()).hexdigest()[:16]
 
 
 def register_fast(op: str, reference: Callable[..., Any]) -> Callable[[_Function], Callable[..., Any]]:

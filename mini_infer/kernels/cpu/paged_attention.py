@@ -12,8 +12,10 @@ In each pass the heads' parts of a block follow one another in memory, so it is 
 numbers. The processor guesses what is read next only along such a run, and knows nothing of block tables. We do: while
 one head's part of a block is computed, the one after the next is already fetched.
 
-Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) is simpler than a running
-softmax and costs little. Both passes are `tile`s of few rows, so loading, not arithmetic, is their limit.
+Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) costs little, and leaves
+both passes to be `tile`s of few rows, so that loading, not arithmetic, is their limit. A long context is cut into
+chunks, so that scores take no more memory than `CHUNK` says: after each, the result is the attention over the tokens so
+far, and with the next one it becomes a mean of the two, as in an online softmax.
 
 Bytes: every key and value once; floor: bytes / memory bandwidth.
 """
@@ -31,6 +33,7 @@ from mini_infer.kernels.cpu.jit import (
     Kernel,
     as_float,
     buffer,
+    exp,
     float_bits,
     kernel,
     load,
@@ -44,6 +47,9 @@ from mini_infer.kernels.cpu.kv_cache import has_fast_layout
 from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import LANES, ROWS, VECTORS, tile, widest
 from mini_infer.kernels.reference import attention as reference
+
+CHUNK = 4096
+"""Tokens whose scores are kept at a time."""
 
 AHEAD = 2
 """How many pieces before its turn a piece, one head's part of a block, is fetched from memory."""
@@ -68,7 +74,9 @@ def paged_attention(
     query, block_tables = query.contiguous(), block_tables.to(torch.int32).contiguous()
     context_lens = context_lens.to(torch.int32).contiguous()
     out = torch.empty_like(query)
-    room = block_tables.shape[1] * block_size
+    max_blocks = block_tables.shape[1]
+    chunk_blocks = min(max_blocks, max(1, CHUNK // block_size))
+    room = chunk_blocks * block_size
     num_threads = torch.get_num_threads()
     # Sequences differ in length, so every thread should get a few tasks.
     num_parts = min(num_kv_heads, -(-2 * num_threads // max(num_seqs, 1)))
@@ -82,11 +90,12 @@ def paged_attention(
         context_lens.data_ptr(),
         out.data_ptr(),
         scores.data_ptr(),
-        room,
+        max_blocks,
+        chunk_blocks,
         num_parts,
         float_bits(scale),
         sliding_window or 0,
-        work=num_seqs * num_kv_heads * room * head_dim,
+        work=num_seqs * num_kv_heads * max_blocks * block_size * head_dim,
     )
     return out
 
@@ -114,12 +123,14 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
         query, out = pointer(args[FIRST], element), pointer(args[FIRST + 5], element)
         key_cache, value_cache = args[FIRST + 1], args[FIRST + 2]
         block_tables, context_lens = pointer(args[FIRST + 3], np.int32), pointer(args[FIRST + 4], np.int32)
-        room, num_parts = args[FIRST + 7], args[FIRST + 8]
-        scale, window = as_float(args[FIRST + 9]), args[FIRST + 10]
+        max_blocks, chunk_blocks, num_parts = args[FIRST + 7], args[FIRST + 8], args[FIRST + 9]
+        scale, window = as_float(args[FIRST + 10]), args[FIRST + 11]
+        room = chunk_blocks * block_size
         scores_at = args[FIRST + 6] + thread_number(args) * num_heads * room * 4
         query_at, sums_at = buffer(width), buffer(width)
         scores = pointer(scores_at, np.float32)
         wide_query, sums = pointer(query_at, np.float32), pointer(sums_at, np.float32)
+        tops, totals = pointer(buffer(num_heads), np.float32), pointer(buffer(num_heads), np.float32)
 
         for task in tasks(args):
             sequence, part = task // num_parts, task % num_parts
@@ -129,52 +140,69 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
             end = np.int64(context_lens[sequence])
             begin = max(0, end - window) if window > 0 else 0
             first_block, last_block = begin // block_size, (end + block_size - 1) // block_size
-            table = sequence * (room // block_size) + first_block
-            last_piece = (last_block - first_block) * heads - 1
             for i in range(first_head * group * head_dim, last_head * group * head_dim):
                 wide_query[i] = load(query, sequence * num_heads * head_dim + i)
                 sums[i] = np.float32(0)
 
-            for number in range(last_piece + 1):
-                place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)
-                later = _piece(block_tables, table, min(number + AHEAD, last_piece), heads, num_kv_heads, first_head)
-                keys, keys_ahead = key_cache + place * head_bytes, key_cache + later * head_bytes
-                first_row = (first_head + number % heads) * group
-                first_token = (first_block + number // heads) * block_size
-                for row in range(first_row, first_row + group, rows):
-                    for token in range(0, block_size, chunk):
-                        tile(
-                            kind, rows, key_vectors, 0, 1,
-                            query_at + row * head_dim * 4, head_dim * 4,
-                            keys + token * size, block_size * size, head_dim,
-                            scores_at + (row * room + first_token + token) * 4, room * 4,
-                            keys_ahead + token * size, block_size * size,
-                        )  # fmt: skip
+            for chunk_block in range(first_block, last_block, chunk_blocks):
+                table = sequence * max_blocks + chunk_block
+                last_piece = (min(last_block, chunk_block + chunk_blocks) - chunk_block) * heads - 1
+                start = chunk_block * block_size  # tokens are counted from here
+                chunk_begin, chunk_end = max(begin - start, 0), min(end - start, room)
 
-            for row in range(first_head * group, last_head * group):
-                low, high = row * room + begin, row * room + end
-                largest = largest_score(scores, low, high, scale)
-                inverse = np.float32(1) / weigh(scores, low, high, scale, largest, scores, low)
-                for i in range(low, high):
-                    scores[i] *= inverse
+                for number in range(last_piece + 1):
+                    place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)
+                    later = _piece(
+                        block_tables, table, min(number + AHEAD, last_piece), heads, num_kv_heads, first_head
+                    )
+                    keys, keys_ahead = key_cache + place * head_bytes, key_cache + later * head_bytes
+                    first_row = (first_head + number % heads) * group
+                    first_token = number // heads * block_size
+                    for row in range(first_row, first_row + group, rows):
+                        for token in range(0, block_size, chunk):
+                            tile(
+                                kind, rows, key_vectors, 0, 1,
+                                query_at + row * head_dim * 4, head_dim * 4,
+                                keys + token * size, block_size * size, head_dim,
+                                scores_at + (row * room + first_token + token) * 4, room * 4,
+                                keys_ahead + token * size, block_size * size,
+                            )  # fmt: skip
 
-            for number in range(last_piece + 1):
-                place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)
-                later = _piece(block_tables, table, min(number + AHEAD, last_piece), heads, num_kv_heads, first_head)
-                values, values_ahead = value_cache + place * head_bytes, value_cache + later * head_bytes
-                first_row = (first_head + number % heads) * group
-                first_token = (first_block + number // heads) * block_size
-                token = max(begin, first_token)
-                count = min(end, first_token + block_size) - token
-                for row in range(first_row, first_row + group, rows):
-                    for column in range(0, head_dim, columns):
-                        tile(
-                            kind, rows, value_vectors, 1, 2,
-                            scores_at + (row * room + token) * 4, room * 4,
-                            values + ((token - first_token) * head_dim + column) * size, head_dim * size, count,
-                            sums_at + (row * head_dim + column) * 4, head_dim * 4,
-                            values_ahead + column * size, head_dim * size,
-                        )  # fmt: skip
+                for row in range(first_head * group, last_head * group):
+                    low, high = row * room + chunk_begin, row * room + chunk_end
+                    largest = largest_score(scores, low, high, scale)
+                    if chunk_block > first_block:
+                        largest = tops[row] if tops[row] > largest else largest
+                    total = weigh(scores, low, high, scale, largest, scores, low)
+                    if chunk_block > first_block:
+                        before = totals[row] * exp(tops[row] - largest)
+                        total += before
+                        for i in range(row * head_dim, (row + 1) * head_dim):
+                            sums[i] *= before / total
+                    tops[row], totals[row] = largest, total
+                    inverse = np.float32(1) / total
+                    for i in range(low, high):
+                        scores[i] *= inverse
+
+                for number in range(last_piece + 1):
+                    place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)
+                    later = _piece(
+                        block_tables, table, min(number + AHEAD, last_piece), heads, num_kv_heads, first_head
+                    )
+                    values, values_ahead = value_cache + place * head_bytes, value_cache + later * head_bytes
+                    first_row = (first_head + number % heads) * group
+                    first_token = number // heads * block_size
+                    token = max(chunk_begin, first_token)
+                    count = min(chunk_end, first_token + block_size) - token
+                    for row in range(first_row, first_row + group, rows):
+                        for column in range(0, head_dim, columns):
+                            tile(
+                                kind, rows, value_vectors, 1, 2,
+                                scores_at + (row * room + token) * 4, room * 4,
+                                values + ((token - first_token) * head_dim + column) * size, head_dim * size, count,
+                                sums_at + (row * head_dim + column) * 4, head_dim * 4,
+                                values_ahead + column * size, head_dim * size,
+                            )  # fmt: skip
 
             for i in range(first_head * group * head_dim, last_head * group * head_dim):
                 store(out, sequence * num_heads * head_dim + i, sums[i])

@@ -7,7 +7,10 @@ their blocks, into the order in which tiles read them fastest, and then takes si
     softmax  of each row, over the tokens that its query sees
     result   [6, D]        = weights [6, context] x values [context, D]     64 features per tile
 
-Each query block computes no more tokens than its last query sees, so causality saves half of the work.
+A long context is cut into chunks of `CHUNK` tokens, so that copies and scores take no more memory than that; then what
+each query has so far, its highest score, the sum of its weights and the weighted sum, waits in memory for the next one.
+
+Each query block computes no more tokens than its last query sees, so causality (a span of 1) saves half of the work.
 
 FLOPs: 4 * D per query, head and visible token. Floor: FLOPs / the processor's peak; the copy is D / queries of that.
 With bfloat16 the weights are rounded to bfloat16 before they multiply the values.
@@ -25,6 +28,7 @@ from mini_infer.kernels.cpu.jit import (
     Kernel,
     as_float,
     buffer,
+    exp,
     float_bits,
     kernel,
     pointer,
@@ -37,6 +41,9 @@ from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import COLUMNS, LANES, PAIRS, ROWS, VECTORS, tiles, widest
 from mini_infer.kernels.reference import attention as reference
 
+CHUNK = 4096
+"""Tokens that are copied and scored at a time; a multiple of `COLUMNS`."""
+
 
 @register_fast("paged_prefill_attention", reference.paged_prefill_attention)
 def paged_prefill_attention(
@@ -48,12 +55,13 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     sliding_window: int | None,
+    span: int,
 ) -> Tensor:
-    num_heads, head_dim = query.shape[1:]
+    num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     if not widest(head_dim):
         return reference.paged_prefill_attention(
-            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window
+            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
         )
     dtype = query.dtype
     pairs = PAIRS and dtype is torch.bfloat16
@@ -63,8 +71,10 @@ def paged_prefill_attention(
     query_start = query_start.to(torch.int32).contiguous()
     out = torch.zeros(query.shape, dtype=dtype)
     num_seqs, max_blocks = block_tables.shape
-    room = -(-max_blocks * block_size // COLUMNS) * COLUMNS * (2 * head_dim * dtype.itemsize + ROWS * 8)
-    scratch = torch.empty(torch.get_num_threads() * room + 64, dtype=torch.uint8)
+    room = min(-(-max_blocks * block_size // COLUMNS) * COLUMNS, CHUNK)  # tokens of a thread
+    room_bytes = room * (2 * head_dim * dtype.itemsize + ROWS * 8)
+    scratch = torch.empty(torch.get_num_threads() * room_bytes + 64, dtype=torch.uint8)
+    waiting = torch.empty(num_tokens if max_blocks * block_size > room else 0, num_heads, head_dim + 2)
     _kernel(ELEMENTS[dtype], head_dim)(
         num_seqs * num_kv_heads,
         query.data_ptr(),
@@ -75,13 +85,16 @@ def paged_prefill_attention(
         query_start.data_ptr(),
         out.data_ptr(),
         -(-scratch.data_ptr() // 64) * 64,
+        room_bytes,
         room,
+        waiting.data_ptr(),
         max_blocks,
         block_size,
         num_heads,
         num_kv_heads,
         float_bits(scale),
         sliding_window or 0,
+        span,
         *key_cache.stride(),
         *value_cache.stride(),
         work=query.numel() * block_size,
@@ -106,14 +119,14 @@ def _kernel(element: type, head_dim: int) -> Kernel:
         key_cache, value_cache = pointer(args[FIRST + 1], element), pointer(args[FIRST + 2], element)
         block_tables, context_lens = pointer(args[FIRST + 3], np.int32), pointer(args[FIRST + 4], np.int32)
         out = pointer(args[FIRST + 6], element)
-        max_blocks, block_size = args[FIRST + 9], args[FIRST + 10]
-        num_heads, num_kv_heads = args[FIRST + 11], args[FIRST + 12]
-        scale, window = as_float(args[FIRST + 13]), args[FIRST + 14]
-        keys, values = FIRST + 15, FIRST + 19  # where the caches' strides begin: block, slot, head, feature
+        room, waiting = args[FIRST + 9], pointer(args[FIRST + 10], np.float32)
+        max_blocks, block_size = args[FIRST + 11], args[FIRST + 12]
+        num_heads, num_kv_heads = args[FIRST + 13], args[FIRST + 14]
+        scale, window, span = as_float(args[FIRST + 15]), args[FIRST + 16], args[FIRST + 17]
+        keys, values = FIRST + 18, FIRST + 22  # where the caches' strides begin: block, slot, head, feature
         group = num_heads // num_kv_heads
         x_stride = num_heads * head_dim * x_size
 
-        room = (max_blocks * block_size + COLUMNS - 1) // COLUMNS * COLUMNS  # tokens
         packed_keys_at = args[FIRST + 7] + thread_number(args) * args[FIRST + 8]
         packed_values_at = packed_keys_at + room * head_dim * size
         scores_at = packed_values_at + room * head_dim * size
@@ -122,7 +135,7 @@ def _kernel(element: type, head_dim: int) -> Kernel:
         scores, weights = pointer(scores_at, np.float32), pointer(weights_at, x_element)
         sums_at = buffer(tile_size)
         sums = pointer(sums_at, np.float32)
-        inverses = pointer(buffer(ROWS), np.float32)
+        factors = pointer(buffer(ROWS), np.float32)
 
         for task in tasks(args):
             sequence, kv_head = task // num_kv_heads, task % num_kv_heads
@@ -131,56 +144,101 @@ def _kernel(element: type, head_dim: int) -> Kernel:
             context = np.int64(context_lens[sequence])
             first_position = context - num_queries
             oldest = max(0, first_position - window + 1) if window > 0 else 0
+            first_start = oldest // COLUMNS * COLUMNS
+            for start in range(first_start, context, room):  # a chunk of the context, and tokens are counted from there
+                stop = min(start + room, (context + COLUMNS - 1) // COLUMNS * COLUMNS)
+                alone = start == first_start and stop >= context
+                if start == first_start and not alone:
+                    for row in range(num_queries):
+                        for head in range(kv_head * group, (kv_head + 1) * group):
+                            kept = ((first_query + row) * num_heads + head) * (head_dim + 2)
+                            waiting[kept + head_dim] = np.float32(-np.inf)  # its highest score, the sum of its weights
+                            for i in range(head_dim):
+                                waiting[kept + i] = np.float32(0)
+                            waiting[kept + head_dim + 1] = np.float32(0)
 
-            # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]; zeros after the end
-            for token in range(oldest // COLUMNS * COLUMNS, (context + COLUMNS - 1) // COLUMNS * COLUMNS):
-                to = token // COLUMNS * COLUMNS * head_dim + token % COLUMNS * step
-                to_value = token // step * step * head_dim + token % step
-                if token >= context:
-                    for i in range(head_dim):
-                        packed_keys[to + i // step * step * COLUMNS + i % step] = element(0)
-                        packed_values[to_value + i * step] = element(0)
-                else:
-                    block = np.int64(block_tables[sequence * max_blocks + token // block_size])
-                    slot = token % block_size
-                    key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
-                    value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
-                    for i in range(head_dim):
-                        packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[key + i * args[keys + 3]]
-                        packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
+                # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]; zeros after the end
+                for token in range(start, stop):
+                    number = token - start
+                    to = number // COLUMNS * COLUMNS * head_dim + number % COLUMNS * step
+                    to_value = number // step * step * head_dim + number % step
+                    if token >= context:
+                        for i in range(head_dim):
+                            packed_keys[to + i // step * step * COLUMNS + i % step] = element(0)
+                            packed_values[to_value + i * step] = element(0)
+                    else:
+                        block = np.int64(block_tables[sequence * max_blocks + token // block_size])
+                        slot = token % block_size
+                        key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
+                        value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
+                        for i in range(head_dim):
+                            packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[
+                                key + i * args[keys + 3]
+                            ]
+                            packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
 
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                for row in range(0, num_queries, ROWS):
-                    num_rows = min(ROWS, num_queries - row)
-                    x = query + ((first_query + row) * num_heads + head) * head_dim * x_size
-                    low = max(0, first_position + row - window + 1) // COLUMNS if window > 0 else 0
-                    high = (first_position + row + num_rows - 1) // COLUMNS + 1
-                    for number in range(low, high):
-                        tiles(
-                            kind, num_rows, VECTORS, 0, 0, x, x_stride,
-                            packed_keys_at + number * COLUMNS * head_dim * size, COLUMNS * step * size,
-                            head_dim // step, scores_at + number * COLUMNS * 4, room * 4, 0, 0,
-                        )  # fmt: skip
-                    low, high = low * COLUMNS, high * COLUMNS
-                    for i in range(num_rows):
-                        position = first_position + row + i
-                        since = max(low, position - window + 1) if window > 0 else low
-                        begin, end = i * room + since, i * room + position + 1
-                        for j in range(low, since):
-                            store(weights, i * room + j, np.float32(0))
-                        for j in range(position + 1, high):
-                            store(weights, i * room + j, np.float32(0))
-                        largest = largest_score(scores, begin, end, scale)
-                        inverses[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)
-                    for column in range(0, head_dim, columns):
-                        tiles(
-                            kind, num_rows, value_vectors, 0, 0, weights_at + low * x_size, room * x_size,
-                            packed_values_at + (low * head_dim + column * step) * size,
-                            head_dim * step * size, (high - low) // step, sums_at, columns * 4, 0, 0,
-                        )  # fmt: skip
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    for row in range(0, num_queries, ROWS):
+                        num_rows = min(ROWS, num_queries - row)
+                        x = query + ((first_query + row) * num_heads + head) * head_dim * x_size
+                        last = first_position + row + num_rows - 1
+                        seen = min(context, (last // span + 1) * span)
+                        low = max(0, first_position + row - window + 1) // COLUMNS * COLUMNS if window > 0 else 0
+                        low = max(low, start) - start
+                        high = min((seen + COLUMNS - 1) // COLUMNS * COLUMNS, stop) - start
+                        if low >= high:
+                            continue
+                        for number in range(low // COLUMNS, high // COLUMNS):
+                            tiles(
+                                kind, num_rows, VECTORS, 0, 0, x, x_stride,
+                                packed_keys_at + number * COLUMNS * head_dim * size, COLUMNS * step * size,
+                                head_dim // step, scores_at + number * COLUMNS * 4, room * 4, 0, 0,
+                            )  # fmt: skip
                         for i in range(num_rows):
-                            to = ((first_query + row + i) * num_heads + head) * head_dim + column
-                            for j in range(columns):
-                                store(out, to + j, sums[i * columns + j] * inverses[i])
+                            position = first_position + row + i
+                            since = max(low, position - window + 1 - start) if window > 0 else low
+                            since = min(since, high)
+                            until = max(since, min(high, min(context, (position // span + 1) * span) - start))
+                            begin, end = i * room + since, i * room + until
+                            for j in range(low, since):
+                                store(weights, i * room + j, np.float32(0))
+                            for j in range(until, high):
+                                store(weights, i * room + j, np.float32(0))
+                            largest = largest_score(scores, begin, end, scale)
+                            if alone:
+                                factors[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)
+                            else:
+                                kept = ((first_query + row + i) * num_heads + head) * (head_dim + 2) + head_dim
+                                top = waiting[kept]
+                                largest = top if top > largest else largest
+                                waiting[kept] = largest
+                                factors[i] = exp(top - largest) if since < until else np.float32(1)
+                                if since < until:
+                                    total = weigh(scores, begin, end, scale, largest, weights, begin)
+                                    waiting[kept + 1] = waiting[kept + 1] * factors[i] + total
+                        for column in range(0, head_dim, columns):
+                            tiles(
+                                kind, num_rows, value_vectors, 0, 0, weights_at + low * x_size, room * x_size,
+                                packed_values_at + (low * head_dim + column * step) * size,
+                                head_dim * step * size, (high - low) // step, sums_at, columns * 4, 0, 0,
+                            )  # fmt: skip
+                            for i in range(num_rows):
+                                place = (first_query + row + i) * num_heads + head
+                                if alone:
+                                    to = place * head_dim + column
+                                    for j in range(columns):
+                                        store(out, to + j, sums[i * columns + j] * factors[i])
+                                else:
+                                    kept = place * (head_dim + 2) + column
+                                    for j in range(columns):
+                                        waiting[kept + j] = waiting[kept + j] * factors[i] + sums[i * columns + j]
+
+                if stop >= context and not alone:
+                    for row in range(num_queries):
+                        for head in range(kv_head * group, (kv_head + 1) * group):
+                            place = (first_query + row) * num_heads + head
+                            kept = place * (head_dim + 2)
+                            for i in range(head_dim):
+                                store(out, place * head_dim + i, waiting[kept + i] / waiting[kept + head_dim + 1])
 
     return paged_prefill_attention

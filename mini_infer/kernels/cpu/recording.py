@@ -12,6 +12,8 @@ are read from the same memory each time and every intermediate result lies where
   was. Views cost nothing: they are made once.
 
 A function that looks at the value of a tensor cannot be recorded, since it might have done something else for another.
+Nor can a kernel that is not ours: what it does by way of a pointer or a NumPy array, nobody would see, and a replay
+would leave it out. So whatever `kernels` is asked for during a recording has to be of this package or the reference.
 """
 
 import ctypes
@@ -33,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from mini_infer.exceptions import NotRecordableError
 from mini_infer.kernels.cpu.jit import FIRST, Launch, kernel, observer, parallel_address, pointer
+from mini_infer.kernels.registry import recording
 
 _Item: TypeAlias = Launch | Callable[[], object]
 
@@ -48,18 +51,19 @@ def cpu_capture() -> Callable[[Callable[[], Tensor]], tuple[Callable[[], None], 
     may change between replays; the result is overwritten by each, and intermediate results by any recording.
 
     Raises:
-        NotRecordableError: by what it returns, if the recorded function looks at values.
+        NotRecordableError: by what it returns, if the recorded function looks at values or calls a foreign kernel.
     """
     arena = _Arena()
 
     def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         items: list[_Item] = []
-        token = observer.set(items.append)
+        tokens = observer.set(items.append), recording.set(True)
         try:
             with _NoLooking(), _Recorder(items, arena):
                 result = run()
         finally:
-            observer.reset(token)
+            observer.reset(tokens[0])
+            recording.reset(tokens[1])
         calls: list[Callable[[], object]] = []
         for kind, group in groupby(items, key=type):
             some: list[Any] = list(group)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mini_infer.kernels.attention import compose
+from mini_infer.kernels.reference.kv_cache import write_kv
 from mini_infer.kernels.registry import REFERENCE, register
 
 
@@ -43,6 +45,7 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     sliding_window: int | None,
+    span: int,
 ) -> Tensor:
     block_size = key_cache.shape[1]
     output = torch.zeros_like(query)
@@ -52,7 +55,7 @@ def paged_prefill_attention(
     for block_table, length, start, end in zip(block_tables, context_lens.tolist(), starts, starts[1:], strict=False):
         keys_at = torch.arange(length, device=query.device)
         queries_at = keys_at[length - (end - start) :, None]  # the queries are the last tokens of the context
-        visible = keys_at <= queries_at
+        visible = keys_at < (queries_at // span + 1) * span
         if sliding_window is not None:
             visible &= keys_at > queries_at - sliding_window
         block_ids = block_table[keys_at // block_size]
@@ -82,3 +85,6 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale:
     scores = scores.masked_fill(~visible.unsqueeze(-3), torch.finfo(wide).min)
     attended = torch.einsum("h...gqk,h...kd->...qhgd", scores.softmax(-1), values.to(wide))
     return attended.reshape(query.shape).to(query.dtype)
+
+
+register("attention", backend=REFERENCE)(compose(write_kv, paged_attention, paged_prefill_attention))

@@ -17,12 +17,7 @@ of H elements of b bytes:
     bytes = 4 N H b          FLOPs = 5 N H          floor time = bytes / copy bandwidth
 
 Apart, it would be 3 N H b for the addition and 2 N H b for the norm: fusion saves a fifth of the bytes and one launch.
-
-A row beyond 16384 elements is walked over twice. The second walk adds x and residual again instead of reading total
-back: both lie in the L2 cache by then, and no thread has to wait for what another one wrote.
 """
-
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -30,16 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import (
-    DTYPES,
-    CompileCase,
-    Device,
-    compile_case,
-    launches,
-    models_and_dtypes,
-    rows,
-)
-from mini_infer.kernels.triton.rmsnorm import config
+from mini_infer.kernels.triton.launch import launches, rows
+from mini_infer.kernels.triton.rmsnorm import config, fits
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -64,39 +51,7 @@ def add_rmsnorm_kernel(
     tl.store(y + out, normed.to(tl.float32) * scale[None, :], inside)
 
 
-@triton.jit
-def add_rmsnorm_long_kernel(
-    x, residual, weight, y, total, hidden_size, x_stride, residual_stride, eps, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    residual += row * residual_stride
-    total += row * hidden_size
-    y += row * hidden_size
-
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, hidden_size, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = col < hidden_size
-        added = tl.load(x + col, inside, other=0.0).to(tl.float32)
-        added += tl.load(residual + col, inside, other=0.0).to(tl.float32)
-        rounded = added.to(total.dtype.element_ty)
-        tl.store(total + col, rounded, inside)
-        squares += rounded.to(tl.float32) * rounded.to(tl.float32)
-    inverse_rms = tl.rsqrt(tl.sum(squares, axis=0) / hidden_size + eps)
-
-    for start in range(0, hidden_size, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = col < hidden_size
-        added = tl.load(x + col, inside, other=0.0).to(tl.float32)
-        added += tl.load(residual + col, inside, other=0.0).to(tl.float32)
-        wide = added.to(total.dtype.element_ty).to(tl.float32)
-        scale = tl.load(weight + col, inside, other=0.0).to(tl.float32)
-        normed = (wide * inverse_rms).to(y.dtype.element_ty)
-        tl.store(y + col, normed.to(tl.float32) * scale, inside)
-
-
-@launches("add_rmsnorm", reference.norm.add_rmsnorm)
+@launches("add_rmsnorm", reference.norm.add_rmsnorm, fits)
 def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y)
@@ -105,46 +60,19 @@ def add_rmsnorm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     x, residual, weight = rows(x), rows(residual), weight.contiguous()
     num_rows, hidden_size = x.shape
     tile = config(hidden_size)
-    if tile.long:
-        add_rmsnorm_long_kernel[(num_rows,)](
-            x,
-            residual,
-            weight,
-            y,
-            total,
-            hidden_size,
-            x.stride(0),
-            residual.stride(0),
-            eps,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-        )
-    else:
-        add_rmsnorm_kernel[(triton.cdiv(num_rows, tile.rows),)](
-            x,
-            residual,
-            weight,
-            y,
-            total,
-            num_rows,
-            hidden_size,
-            x.stride(0),
-            residual.stride(0),
-            eps,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-        )
+    add_rmsnorm_kernel[(triton.cdiv(num_rows, tile.rows),)](
+        x,
+        residual,
+        weight,
+        y,
+        total,
+        num_rows,
+        hidden_size,
+        x.stride(0),
+        residual.stride(0),
+        eps,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+    )
     return y, total
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    types = dict.fromkeys(("x", "residual", "weight", "y", "total"), "*") | {"eps": "fp32"}
-    for label, shapes in models_and_dtypes():
-        tile = config(shapes.hidden_size)
-        constexprs = {"ROWS": tile.rows, "BLOCK": tile.block}
-        yield compile_case(f"add_rmsnorm {label}", add_rmsnorm_kernel, types, constexprs, num_warps=tile.num_warps)
-    tile = config(20480)
-    for dtype in DTYPES:
-        label = f"add_rmsnorm hidden_size 20480 {dtype}"
-        yield compile_case(label, add_rmsnorm_long_kernel, types, {"BLOCK": tile.block}, num_warps=tile.num_warps)

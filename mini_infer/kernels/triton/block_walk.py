@@ -94,15 +94,3 @@ def arguments(
         "query_stride_head": query.stride(1),
         **strides,
     }
-
-
-def types_of_arguments(dtype: str, out: str) -> dict[str, str]:
-    """What `arguments` and the outputs are to the compiler, for the compile check; what is missing is a plain size."""
-    return {
-        "out": f"*{out}",
-        "partial": "*fp32",
-        "log_sums": "*fp32",
-        **dict.fromkeys(("query", "key_cache", "value_cache"), f"*{dtype}"),
-        **dict.fromkeys(("block_tables", "context_lens", "query_start"), "*i32"),
-        "scale": "fp32",
-    }

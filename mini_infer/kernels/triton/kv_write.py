@@ -24,7 +24,6 @@ Memory. Loaded: key, value and slots. Written: as much again. With T tokens, K h
     bytes = 4 T K D b          FLOPs = 0          floor time = bytes / copy bandwidth
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import triton
@@ -32,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, Device, compile_case, launches, models_and_dtypes
+from mini_infer.kernels.triton.launch import launches
 
 
 @triton.jit
@@ -101,13 +100,3 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         DIM=tile.dim,
         num_warps=tile.num_warps,
     )
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    pointers = ("key", "value", "key_cache", "value_cache")
-    unit_strides = dict.fromkeys(("k_dim_stride", "v_dim_stride", "kc_dim_stride", "vc_dim_stride"), 1)
-    types = dict.fromkeys(pointers, "*") | {"slots": "*i64"}
-    for label, shapes in models_and_dtypes():
-        tile = config(shapes.num_kv_heads, shapes.head_dim)
-        constexprs = {"head_dim": shapes.head_dim, "HEADS": tile.heads, "DIM": tile.dim, **unit_strides}
-        yield compile_case(f"kv_write {label}", kv_write_kernel, types, constexprs, num_warps=tile.num_warps)

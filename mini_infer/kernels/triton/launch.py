@@ -1,7 +1,7 @@
-"""What the launchers share: registration, the device, tensors as rows, rounding when interpreted, compile cases."""
+"""What the launchers share: registration, the device, tensors as rows, rounding when interpreted."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,55 +91,3 @@ def round_when_interpreted() -> None:
 
 if triton.knobs.runtime.interpret:
     round_when_interpreted()
-
-
-class CompileCase(NamedTuple):
-    """A kernel as some model's launch compiles it, for the check that compiles without a GPU.
-
-    Triton compiles apart what is divisible by 16. Every pointer is, and so is taken to be every integer that the kernel
-    does not exempt with `do_not_specialize`: sizes and strides of models are.
-    """
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, int]
-
-
-class Shapes(NamedTuple):
-    """What of a model decides how the kernels are compiled for it."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-
-
-MODELS = {
-    "Llama-3-8B": Shapes(4096, 32, 8, 128, 14336),
-    "Qwen3-0.6B": Shapes(1024, 16, 8, 128, 3072),
-    "tutor": Shapes(256, 8, 4, 32, 768),
-}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""By the compiler's names."""
-
-
-def compile_case(
-    label: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], **options: int
-) -> CompileCase:
-    """`types` are those of the arguments that are no plain sizes; "*" is a pointer to the dtype at the label's end."""
-    dtype = label.rsplit(maxsplit=1)[-1]
-    signature = {}
-    for name in kernel.arg_names:
-        kind = "constexpr" if name in constexprs else types.get(name, "i32")
-        signature[name] = "*" + dtype if kind == "*" else kind
-    return CompileCase(label, kernel, signature, constexprs, options)
-
-
-def models_and_dtypes() -> Iterator[tuple[str, Shapes]]:
-    """Labels that end in a dtype, each with a model's shapes."""
-    for model, shapes in MODELS.items():
-        for dtype in DTYPES:
-            yield f"{model} {dtype}", shapes

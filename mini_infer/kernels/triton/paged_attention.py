@@ -52,7 +52,6 @@ That is H / K FLOPs per byte in bfloat16: decoding is bound by bandwidth, whatev
 tokens with K = 8, D = 128 are 537 MB per layer: 125 µs at the 4.3 TB/s that an H200 copies at.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,8 +60,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product, types_of_arguments
-from mini_infer.kernels.triton.launch import DTYPES, MODELS, CompileCase, Device, compile_case, device_of, launches
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product
+from mini_infer.kernels.triton.launch import Device, device_of, launches
 
 MAX_SPLITS: tl.constexpr = tl.constexpr(64)  # the second kernel holds so many partial results at once
 MIN_SHARE: tl.constexpr = tl.constexpr(256)  # tokens; a shorter share would cost more to combine than it saves
@@ -219,7 +218,7 @@ def paged_attention(
         log_sums = query.new_empty((num_seqs, num_heads, num_splits), dtype=torch.float32)
     shared = arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
     plan = config(head_dim, query.element_size(), device)
-    tiles = _tiles(num_heads // num_kv_heads, head_dim, block_size, plan)
+    tiles = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, plan)
     paged_attention_kernel[(num_seqs * num_kv_heads, num_splits)](
         out=partial,
         log_sums=log_sums,
@@ -248,7 +247,7 @@ def paged_attention(
     return out
 
 
-def _tiles(group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
+def tile_sizes(group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
     """The kernel's compile-time sizes; a matrix product takes powers of two from 16 on."""
     return {
         "HEAD_DIM": head_dim,
@@ -257,28 +256,3 @@ def _tiles(group: int, head_dim: int, block_size: int, plan: Config) -> dict[str
         "COLS": triton.next_power_of_2(max(head_dim, 16)),
         "TILE": plan.tile,
     }
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    unit_strides = {"key_stride_dim": 1, "value_stride_dim": 1}
-    for model, shapes in MODELS.items():
-        for name, dtype in DTYPES.items():
-            plan = config(shapes.head_dim, dtype.itemsize, device)
-            options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-            for block_size in (16, 256):
-                tiles = _tiles(shapes.num_heads // shapes.num_kv_heads, shapes.head_dim, block_size, plan)
-                for split in (False, True):
-                    yield compile_case(
-                        f"paged_attention block_size={block_size} split={split} {model} {name}",
-                        paged_attention_kernel,
-                        types_of_arguments(name, "fp32" if split else name),
-                        {**unit_strides, **tiles, "SPLIT": split},
-                        **options,
-                    )
-            yield compile_case(
-                f"combine {model} {name}",
-                combine_kernel,
-                types_of_arguments(name, name),
-                {name: tiles[name] for name in ("HEAD_DIM", "COLS", "TILE")},
-                num_warps=plan.num_warps,
-            )

@@ -1,4 +1,4 @@
-"""Prompt attention: ragged chunks of new tokens attend causally to their contexts, through their block tables.
+"""Prompt attention: ragged chunks of new tokens attend to their contexts, through their block tables.
 
 The idea is `paged_attention`'s online softmax, with many queries at once. A program keeps a tile of queries and walks
 along the keys that any of them sees; each key that it loads serves the whole tile, so that the matrix units, not the
@@ -26,6 +26,9 @@ programs start. Sequence s is given the tiles from query_start[s] // QUERIES + s
 over exit. The host never waits to learn the lengths. Late tokens see the most keys, so the last tiles start first: the
 shortest work comes at the end and fills the gaps.
 
+Spans. A row sees the tokens before `seen`, where the span ends that it stands in. With a span of 1 that is just after
+its own position, and Triton compiles a 1 into the kernel, which then is the causal one.
+
 Masks. Only edge tiles need one: those that the window's or the causal edge crosses. A row that sees nothing of such a
 tile has a top score of -inf, and the correction of -inf by -inf is avoided. Between the edges lies the clear part,
 where a tile is nothing but two matrix products and an exponential; there the scaling is folded into the exponent
@@ -40,7 +43,6 @@ with H heads of dimension D, bytes of b per element, and K KV heads:
 T = 8192, H = 32, D = 128 are 550 GFLOPs: 0.7 ms at an H200's measured 790 TFLOP/s, against 0.04 ms for its 168 MB.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,13 +51,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product, types_of_arguments
-from mini_infer.kernels.triton.launch import DTYPES, MODELS, CompileCase, Device, compile_case, device_of, launches
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product
+from mini_infer.kernels.triton.launch import Device, device_of, launches
 
 
 @triton.jit
 def walk(
-    top, total, weighted, queries, keys_at, values_at, table, begin, end, first, last, position, window, scale,
+    top, total, weighted, queries, keys_at, values_at, table, begin, end, first, last, position, seen, window, scale,
     key_stride_block, key_stride_token, value_stride_block, value_stride_token,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -78,8 +80,8 @@ def walk(
 
         scores = product(queries, tl.trans(keys))
         if EDGE:
-            distance = position[:, None] - tokens[None, :]
-            scores = tl.where((distance >= 0) & (distance < window), scores * scale, float("-inf"))
+            visible = (tokens[None, :] < seen[:, None]) & (position[:, None] - tokens[None, :] < window)
+            scores = tl.where(visible, scores * scale, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
             weights = tl.exp2(scores - pivot[:, None])
@@ -96,8 +98,9 @@ def walk(
 
 @triton.jit(do_not_specialize=["window", "num_seqs", "table_stride"])
 def paged_prefill_attention_kernel(
-    out, query, key_cache, value_cache, block_tables, context_lens, query_start, scale, window, num_seqs, table_stride,
-    query_stride_token, query_stride_head, key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
+    out, query, key_cache, value_cache, block_tables, context_lens, query_start, scale, window, span, num_seqs,
+    table_stride, query_stride_token, query_stride_head,
+    key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
     value_stride_block, value_stride_token, value_stride_head, value_stride_dim,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
@@ -127,14 +130,18 @@ def paged_prefill_attention_kernel(
         query + (token * query_stride_token + head * query_stride_head)[:, None] + dim[None, :], stored, other=0.0
     )
 
-    before = tl.load(context_lens + seq).to(tl.int32) - chunk_len
+    context_len = tl.load(context_lens + seq).to(tl.int32)
+    before = context_len - chunk_len
     position = before + chunk_row
+    seen = tl.minimum((position // span + 1) * span, context_len)  # how many tokens, from the first on, a row sees
     lowest = before + tile_start
     highest = before + tl.minimum(tile_start + QUERIES, chunk_len) - 1
+    all_see = tl.minimum((lowest // span + 1) * span, context_len)
+    last = tl.minimum((highest // span + 1) * span, context_len) - 1
     first = tl.maximum(lowest - window + 1, 0)
     begin = first // TILE * TILE
     clear_begin = tl.cdiv(tl.maximum(highest - window + 1, 0), TILE) * TILE
-    clear_end = tl.maximum((lowest + 1) // TILE * TILE, clear_begin)
+    clear_end = tl.maximum(all_see // TILE * TILE, clear_begin)
 
     table = block_tables + tl.cast(seq, tl.int64) * table_stride
     keys_at = key_cache + kv_head * key_stride_head + dim[None, :] * key_stride_dim
@@ -143,20 +150,20 @@ def paged_prefill_attention_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS, COLS), tl.float32)
     top, total, weighted = walk(
-        top, total, weighted, queries, keys_at, values_at, table, begin, tl.minimum(clear_begin, highest + 1),
-        first, highest, position, window, scale,
+        top, total, weighted, queries, keys_at, values_at, table, begin, tl.minimum(clear_begin, last + 1),
+        first, last, position, seen, window, scale,
         key_stride_block, key_stride_token, value_stride_block, value_stride_token,
         HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
     )  # fmt: skip
     top, total, weighted = walk(
         top, total, weighted, queries, keys_at, values_at, table, clear_begin, clear_end,
-        first, highest, position, window, scale,
+        first, last, position, seen, window, scale,
         key_stride_block, key_stride_token, value_stride_block, value_stride_token,
         HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=False,
     )  # fmt: skip
     top, total, weighted = walk(
-        top, total, weighted, queries, keys_at, values_at, table, clear_end, highest + 1,
-        first, highest, position, window, scale,
+        top, total, weighted, queries, keys_at, values_at, table, clear_end, last + 1,
+        first, last, position, seen, window, scale,
         key_stride_block, key_stride_token, value_stride_block, value_stride_token,
         HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
     )  # fmt: skip
@@ -214,6 +221,7 @@ def paged_prefill_attention(
     query_start: Tensor,
     scale: float,
     sliding_window: int | None,
+    span: int,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
@@ -225,12 +233,13 @@ def paged_prefill_attention(
         query, scale = -query, -scale
     group = num_heads // num_kv_heads
     plan = config(group, head_dim, query.element_size(), device_of(query))
-    tiles = _tiles(num_kv_heads, group, head_dim, block_size, plan)
+    tiles = tile_sizes(num_kv_heads, group, head_dim, block_size, plan)
     most_tiles = num_tokens // tiles["QUERIES"] + num_seqs
     paged_prefill_attention_kernel[(most_tiles * num_kv_heads,)](
         out=out,
         query_start=query_start.contiguous(),
         num_seqs=num_seqs,
+        span=max(1, min(span, block_tables.shape[1] * block_size)),  # no context is longer, and it fits 32 bits
         **arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window),
         **tiles,
         num_warps=plan.num_warps,
@@ -239,7 +248,7 @@ def paged_prefill_attention(
     return out
 
 
-def _tiles(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
+def tile_sizes(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: Config) -> dict[str, int]:
     """The kernel's compile-time sizes: a tile holds all the heads of a group for as many tokens as there is room."""
     return {
         "NUM_KV_HEADS": num_kv_heads,
@@ -251,21 +260,3 @@ def _tiles(num_kv_heads: int, group: int, head_dim: int, block_size: int, plan: 
         "COLS": triton.next_power_of_2(max(head_dim, 16)),
         "TILE": plan.tile,
     }
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    unit_strides = {"key_stride_dim": 1, "value_stride_dim": 1}
-    for model, shapes in MODELS.items():
-        group = shapes.num_heads // shapes.num_kv_heads
-        for name, dtype in DTYPES.items():
-            plan = config(group, shapes.head_dim, dtype.itemsize, device)
-            for block_size in (16, 256):
-                tiles = _tiles(shapes.num_kv_heads, group, shapes.head_dim, block_size, plan)
-                yield compile_case(
-                    f"paged_prefill_attention block_size={block_size} {model} {name}",
-                    paged_prefill_attention_kernel,
-                    types_of_arguments(name, name),
-                    {**unit_strides, **tiles},
-                    num_warps=plan.num_warps,
-                    num_stages=plan.num_stages,
-                )

@@ -20,15 +20,13 @@ key heads of D features of b bytes:
     bytes = 2 T (H + K) D b + 8 T half          FLOPs = 7 T (H + K) D          floor time = bytes / copy bandwidth
 """
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, Device, launches
-from mini_infer.kernels.triton.rope import cases_of, fits, launch, load_angles, load_pairs, turn_and_store
+from mini_infer.kernels.triton.launch import launches
+from mini_infer.kernels.triton.rope import fits, launch, load_angles, load_pairs, turn_and_store
 
 
 @triton.jit
@@ -108,7 +106,3 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     norm = {"q_weight": q_weight.contiguous(), "k_weight": k_weight.contiguous(), "eps": eps}
     return launch(qk_norm_rope_kernel, q, k, cos, sin, position_ids, interleaved, **norm)
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    yield from cases_of(qk_norm_rope_kernel, "qk_norm_rope", q_weight="*", k_weight="*", eps="fp32")

@@ -28,12 +28,10 @@ Memory. Loaded: x once, weight once per program (from the L2 cache, as all progr
 One FLOP per byte in bfloat16, where a GPU could do hundreds: only bytes matter. 64 MB of x on an H200 (4.8 TB/s on
 paper) cannot take less than 27 µs.
 
-Rows beyond 16384 elements would not fit the registers. The second kernel walks over such a row twice in blocks. The
-second walk finds the row in the L2 cache, unless the rows that are in flight together outgrow it.
+A row of more than 16384 elements would not fit the registers. No model has one, so it is left to the reference.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,15 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import (
-    DTYPES,
-    CompileCase,
-    Device,
-    compile_case,
-    launches,
-    models_and_dtypes,
-    rows,
-)
+from mini_infer.kernels.triton.launch import launches, rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # else a batch of 16 would be compiled apart from a batch of 17
@@ -66,46 +56,27 @@ def rmsnorm_kernel(x, weight, y, num_rows, hidden_size, x_stride, eps, ROWS: tl.
     tl.store(y + row[:, None] * hidden_size + col[None, :], normed.to(tl.float32) * scale[None, :], inside)
 
 
-@triton.jit
-def rmsnorm_long_kernel(x, weight, y, hidden_size, x_stride, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    y += row * hidden_size
-
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, hidden_size, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        wide = tl.load(x + col, col < hidden_size, other=0.0).to(tl.float32)
-        squares += wide * wide  # summed across threads only once, at the end
-    inverse_rms = tl.rsqrt(tl.sum(squares, axis=0) / hidden_size + eps)
-
-    for start in range(0, hidden_size, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        wide = tl.load(x + col, col < hidden_size, other=0.0).to(tl.float32)
-        scale = tl.load(weight + col, col < hidden_size, other=0.0).to(tl.float32)
-        normed = (wide * inverse_rms).to(y.dtype.element_ty)
-        tl.store(y + col, normed.to(tl.float32) * scale, col < hidden_size)
-
-
 class Config(NamedTuple):
-    """The tile of one program, `rows` x `block`; `long` if a row takes several blocks."""
+    """The tile of one program, `rows` x `block`."""
 
     rows: int
     block: int
     num_warps: int
-    long: bool
 
 
 def config(hidden_size: int) -> Config:
     """16 elements per thread: two 16-byte loads of bfloat16 under way at once, four of float32, and nothing spilled."""
-    if hidden_size > 16384:
-        return Config(rows=1, block=4096, num_warps=8, long=True)
     block = triton.next_power_of_2(hidden_size)
     tile_rows = max(1, 4096 // block)
-    return Config(tile_rows, block, num_warps=tile_rows * block // (16 * 32), long=False)
+    return Config(tile_rows, block, num_warps=tile_rows * block // (16 * 32))
 
 
-@launches("rmsnorm", reference.norm.rmsnorm)
+def fits(x: Tensor, *_: Any) -> bool:
+    """Whether a row fits the registers of a program."""
+    return x.shape[-1] <= 16384
+
+
+@launches("rmsnorm", reference.norm.rmsnorm, fits)
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -113,33 +84,16 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = rows(x), weight.contiguous()
     num_rows, hidden_size = x.shape
     tile = config(hidden_size)
-    if tile.long:
-        rmsnorm_long_kernel[(num_rows,)](
-            x, weight, y, hidden_size, x.stride(0), eps, BLOCK=tile.block, num_warps=tile.num_warps
-        )
-    else:
-        rmsnorm_kernel[(triton.cdiv(num_rows, tile.rows),)](
-            x,
-            weight,
-            y,
-            num_rows,
-            hidden_size,
-            x.stride(0),
-            eps,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.num_warps,
-        )
+    rmsnorm_kernel[(triton.cdiv(num_rows, tile.rows),)](
+        x,
+        weight,
+        y,
+        num_rows,
+        hidden_size,
+        x.stride(0),
+        eps,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+    )
     return y
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    types = dict.fromkeys(("x", "weight", "y"), "*") | {"eps": "fp32"}
-    for label, shapes in models_and_dtypes():
-        tile = config(shapes.hidden_size)
-        constexprs = {"ROWS": tile.rows, "BLOCK": tile.block}
-        yield compile_case(f"rmsnorm {label}", rmsnorm_kernel, types, constexprs, num_warps=tile.num_warps)
-    tile = config(20480)
-    for dtype in DTYPES:
-        label = f"rmsnorm hidden_size 20480 {dtype}"
-        yield compile_case(label, rmsnorm_long_kernel, types, {"BLOCK": tile.block}, num_warps=tile.num_warps)

@@ -31,7 +31,6 @@ bytes, and tables in float32:
     bytes = 2 T (H + K) D b + 8 T half          FLOPs = 3 T (H + K) D          floor time = bytes / copy bandwidth
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, Device, compile_case, launches, models_and_dtypes, rows
+from mini_infer.kernels.triton.launch import launches, rows
 
 
 @triton.jit
@@ -171,13 +170,13 @@ def launch(
         cos_stride=cos.stride(0),
         sin_stride=sin.stride(0),
         **norm,
-        **_constexprs(head_dim, half, interleaved, tile),
+        **constexprs(head_dim, half, interleaved, tile),
         num_warps=tile.num_warps,
     )
     return q_out, k_out
 
 
-def _constexprs(head_dim: int, half: int, interleaved: bool, tile: Config) -> dict[str, int]:
+def constexprs(head_dim: int, half: int, interleaved: bool, tile: Config) -> dict[str, int]:
     return {
         "head_dim": head_dim,
         "half": half,
@@ -199,18 +198,3 @@ def apply_rotary_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     return launch(rope_kernel, q, k, cos, sin, position_ids, interleaved)
-
-
-def cases_of(kernel: Any, name: str, **norm: str) -> Iterator[CompileCase]:
-    """The compile cases of this file's kernel, or of the one that has the arguments `norm` as well."""
-    types = dict.fromkeys(("q", "k", "q_out", "k_out"), "*") | {"cos": "*fp32", "sin": "*fp32", "positions": "*i64"}
-    for label, shapes in models_and_dtypes():
-        half = shapes.head_dim // 2
-        tile = config(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, half)
-        for order, interleaved in (("half-split", False), ("interleaved", True)):
-            constexprs = _constexprs(shapes.head_dim, half, interleaved, tile)
-            yield compile_case(f"{name} {order} {label}", kernel, types | norm, constexprs, num_warps=tile.num_warps)
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    yield from cases_of(rope_kernel, "rope")

@@ -22,7 +22,6 @@ elements of b bytes:
     bytes = 3 N I b          FLOPs ≈ 5 N I          floor time = bytes / copy bandwidth
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.launch import CompileCase, Device, compile_case, launches, models_and_dtypes, rows
+from mini_infer.kernels.triton.launch import launches, rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -77,12 +76,3 @@ def silu_and_mul(x: Tensor) -> Tensor:
         x, y, len(x), size, x.stride(0), ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.num_warps
     )
     return y
-
-
-def compile_cases(device: Device) -> Iterator[CompileCase]:
-    for label, shapes in models_and_dtypes():
-        tile = config(shapes.intermediate_size)
-        constexprs = {"ROWS": tile.rows, "BLOCK": tile.block}
-        yield compile_case(
-            f"silu_and_mul {label}", silu_and_mul_kernel, {"x": "*", "y": "*"}, constexprs, num_warps=tile.num_warps
-        )

@@ -1,0 +1,212 @@
+"""From a plan to a step: integers in lists become arrays, complete and independent of the sequences they came from."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from mini_infer.engine.rules import Edits, Rule
+from mini_infer.sampling import SamplingParams
+from mini_infer.scheduler import BlockCopy, ScheduledSequence, SchedulerOutputs, SequenceStatus
+from mini_infer.scheduler import Sequence as TokenSequence
+from mini_infer.scheduler.sequence import PLACEHOLDER
+from mini_infer.step import NO_COPIES, Draws, Ints, Scores, StepInput, StepOutput, TokenScore
+from mini_infer.typing import BlockTable
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a step gives to one scheduled sequence.
+
+    Attributes:
+        token_ids, logprobs: for each of its draws, the tokens and their log probabilities.
+        token_scores: for each of its draws, one for each token; empty lists if none were asked for.
+        scores: of the rows that it wanted scored.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    token_scores: list[list[TokenScore]]
+    scores: list[TokenScore]
+
+
+class Wanted:
+    """What the sequences of one step want of its logits, gathered in the order of the plan."""
+
+    def __init__(self) -> None:
+        self._sequences: list[TokenSequence] = []
+        self._rows: list[int] = []
+        self._keys: list[tuple[int, int, int]] = []
+        self._params: list[SamplingParams] = []
+        self._edits = Edits()
+        self._scores: list[tuple[int, int, int]] = []
+        self._ends: list[tuple[int, int]] = []
+
+    def draw(
+        self,
+        row: int,
+        sequence: TokenSequence,
+        key: tuple[int, int, int],
+        params: SamplingParams,
+        rules: Iterable[Rule],
+    ) -> None:
+        """Draw a sequence's next token from the logits after a row.
+
+        Args:
+            row: which of the step's tokens.
+            sequence: whose token it is.
+            key: the random number's: seed, index among ``n``, position of the token.
+            params: how it is drawn.
+            rules: what they change in the logits.
+        """
+        for rule in rules:
+            rule.apply(len(self._rows), key[2], self._edits)
+        self._sequences.append(sequence)
+        self._rows.append(row)
+        self._keys.append(key)
+        self._params.append(params)
+
+    def score(self, row: int, target: int, num_top: int) -> None:
+        """Report the log probability of a token after a row (-1: of none), and of the likeliest ones."""
+        self._scores.append((row, target, num_top))
+
+    def end_sequence(self) -> None:
+        """All that the next sequence of the plan wants was said."""
+        self._ends.append((len(self._rows), len(self._scores)))
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """Whose tokens are drawn, in the order of the draws."""
+        return self._sequences
+
+    def draws(self, table_rows: Sequence[int]) -> Draws:
+        """As arrays, with the table's row of each sequence."""
+        seeds, indices, positions = zip(*self._keys, strict=True) if self._keys else ((), (), ())
+        params = self._params
+        return Draws(
+            rows=np.array(self._rows, dtype=np.int64),
+            table_rows=np.array(table_rows, dtype=np.int64),
+            seeds=np.array([seed % 2**64 for seed in seeds], dtype=np.uint64),
+            indices=np.array(indices, dtype=np.int64),
+            positions=np.array(positions, dtype=np.int64),
+            temperature=np.array([p.temperature for p in params], dtype=np.float64),
+            top_k=np.array([min(p.top_k, 2**31) for p in params], dtype=np.int64),
+            top_p=np.array([p.top_p for p in params], dtype=np.float64),
+            min_p=np.array([p.min_p for p in params], dtype=np.float64),
+            num_logprobs=np.array([-1 if p.logprobs is None else min(p.logprobs, 2**31) for p in params], np.int64),
+            edits=self._edits.finish(),
+        )
+
+    def scores(self) -> Scores:
+        """As arrays."""
+        columns = np.array(self._scores, dtype=np.int64).reshape(-1, 3).T
+        return Scores(*(np.ascontiguousarray(column) for column in columns))
+
+    def answers(self, output: StepOutput) -> Iterator[Answer]:
+        """What the step gave, for each sequence of the plan."""
+        token_scores = iter(output.token_scores)
+        asked = [next(token_scores) if params.logprobs is not None else [] for params in self._params]
+        draw, score = 0, 0
+        for draw_end, score_end in self._ends:
+            draws, scores = slice(draw, draw_end), slice(score, score_end)
+            yield Answer(output.token_ids[draws], output.logprobs[draws], asked[draws], output.scores[scores])
+            draw, score = draw_end, score_end
+
+
+class Describer:
+    """Makes steps of plans, and remembers which block tables the executor has, so that a step sends what is new.
+
+    A sequence that runs has a row of the executor's table; a decode adds a block to it once in ``block_size`` steps.
+
+    Args:
+        num_rows: most sequences that run at once.
+        width: most blocks of one sequence.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_rows: int, width: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._host = np.zeros((num_rows, width), dtype=np.int32)  # what lies beyond a sequence's own blocks is old
+        self._rows: dict[TokenSequence, int] = {}
+        self._known: list[BlockTable] = [[] for _ in range(num_rows)]
+        self._free = list(range(num_rows - 1, -1, -1))
+
+    def describe(self, plan: SchedulerOutputs, wanted: Wanted) -> StepInput:
+        """A step, from a plan that was made just now.
+
+        Everything is computed in numpy, a handful of vector operations for the whole step.
+        """
+        draw_rows = [self._row_of(sequence) for sequence in wanted.sequences]
+        copies = (_pairs(plan.swap_out), _pairs(plan.copy), _pairs(plan.swap_in))
+        scheduled = plan.scheduled
+        starts = np.array([item.start for item in scheduled], dtype=np.int32)
+        counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
+        query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start_loc[1:])
+        token_ids = np.fromiter(
+            chain.from_iterable(item.sequence.token_ids[item.start : item.end] for item in scheduled),
+            dtype=np.int64,
+            count=plan.num_tokens,
+        )
+        owners = np.repeat(np.arange(len(scheduled)), counts)
+        positions = np.arange(plan.num_tokens) - query_start_loc[owners] + starts[owners]
+        table_rows = np.array([self._row_of(item.sequence) for item in scheduled], dtype=np.int64)
+        changed = self._update(scheduled, table_rows)
+        token_rows = table_rows[owners]
+        blocks = self._host[token_rows, positions // self._block_size].astype(np.int64)
+        sampled_at = np.flatnonzero(token_ids == PLACEHOLDER)
+        token_ids[sampled_at] = 0
+        return StepInput(
+            *copies,
+            token_ids=token_ids,
+            sampled_at=sampled_at,
+            sampled_from=token_rows[sampled_at],
+            positions=positions,
+            slot_mapping=blocks * self._block_size + positions % self._block_size,
+            query_start_loc=query_start_loc,
+            context_lens=starts + counts,
+            table_rows=table_rows,
+            changed=changed,
+            changed_blocks=self._host.ravel()[changed],
+            width=max((len(item.sequence.block_table) for item in scheduled), default=0),
+            num_decodes=int((counts == 1).sum()),
+            draws=wanted.draws(draw_rows),
+            scores=wanted.scores(),
+        )
+
+    def forget(self) -> None:
+        """A step failed, so that it is not known what the executor has: all tables are sent again."""
+        self._known = [[] for _ in self._known]
+
+    def _update(self, scheduled: Sequence[ScheduledSequence], table_rows: Ints) -> Ints:
+        """Bring the tables up to date; the places in the flattened table that changed."""
+        places: list[int] = []
+        for row, item in zip(table_rows.tolist(), scheduled, strict=True):
+            table, known = item.sequence.block_table, self._known[row]
+            if table != known:
+                first = _first_difference(table, known)
+                self._host[row, first : len(table)] = table[first:]
+                start = row * self._host.shape[1]
+                places.extend(range(start + first, start + len(table)))
+                known[first:] = table[first:]
+        return np.array(places, dtype=np.int64)
+
+    def _row_of(self, sequence: TokenSequence) -> int:
+        row = self._rows.get(sequence)
+        if row is None:
+            if not self._free:  # there are as many rows as sequences can run, so some have stopped
+                for other in [other for other in self._rows if other.status is not SequenceStatus.RUNNING]:
+                    self._free.append(self._rows.pop(other))
+            row = self._rows[sequence] = self._free.pop()
+        return row
+
+
+def _pairs(copies: Sequence[BlockCopy]) -> Ints:
+    return np.array(copies, dtype=np.int64) if copies else NO_COPIES
+
+
+def _first_difference(table: BlockTable, known: BlockTable) -> int:
+    if table[: len(known)] == known:
+        return len(known)
+    return next((i for i, (new, old) in enumerate(zip(table, known, strict=False)) if new != old), len(table))

@@ -1,0 +1,1 @@
+"""What turns a step into tokens. Importing this alone does not import torch; ``executor.build`` makes the real one."""

@@ -1,0 +1,246 @@
+"""From a checkpoint to an executor: device, model, KV memory, recordings of decodes."""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mini_infer import kernels
+from mini_infer.config import EngineConfig
+from mini_infer.exceptions import OutOfMemoryError
+from mini_infer.executor.device import on, resolve_device, resolve_dtype
+from mini_infer.executor.graphs import DecodeGraphs, cuda_capture, graph_sizes
+from mini_infer.executor.queue import make_executor
+from mini_infer.executor.runner import ModelRunner
+from mini_infer.kernels import Kernels
+from mini_infer.kernels.registry import broken_backends
+from mini_infer.memory.kv_cache import KVCache
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, plan_memory
+from mini_infer.models import Decoder, ModelConfig, load_model
+from mini_infer.step import NO_COPIES, NO_INTS, Draws, Executor, LogitEdits, Scores, StepInput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Local:
+    """An executor in this process, and what the host must know of it.
+
+    Attributes:
+        executor: computes steps.
+        device: where the model is.
+        max_model_len: most tokens of one sequence.
+        num_gpu_blocks: KV blocks on the device.
+        block_bytes: bytes of one of them.
+        num_parameters: of the model.
+    """
+
+    executor: Executor
+    device: torch.device
+    max_model_len: int
+    num_gpu_blocks: int
+    block_bytes: int
+    num_parameters: int
+
+
+def build(config: EngineConfig, directory: Path, model_config: ModelConfig) -> Local:
+    """Load the checkpoint in a directory, whose config was read, and lay out the KV memory.
+
+    Raises:
+        InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
+        OutOfMemoryError: weights or KV memory do not fit.
+        InvalidConfigError, KernelError: the device or the kernel backend is not there.
+    """
+    device = resolve_device(config.device)
+    resolved = kernels.resolve(device, config.kernel_backend)
+    with on(device):
+        return _build(config, directory, model_config, device, resolved)
+
+
+def _build(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, device: torch.device, kernels: Kernels
+) -> Local:
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    _mention_what_means_nothing_here(config, device)
+    plan = partial(
+        plan_memory,
+        model_config.cache_specs(dtype),
+        block_size=config.block_size,
+        num_blocks=config.num_gpu_blocks,
+        num_cpu_blocks=config.num_cpu_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        model_limit=model_config.max_position_embeddings,
+    )
+    # A GPU's plan is made again once the model is there; until then it is an upper bound, which rotary tables go by.
+    on_gpu = device.type != "cpu"
+    memory = plan(torch.cuda.mem_get_info(device)[1] if on_gpu else CPU_KV_CACHE_BYTES)
+    memory.check(str(device))
+    shortened = replace(model_config, max_position_embeddings=memory.max_model_len)
+    model = load_model(directory, shortened, dtype, device, kernels)
+    if on_gpu and config.num_gpu_blocks is None:
+        memory = plan(_free_gpu_bytes(config, model, device))
+        memory.check(str(device))
+    if memory.warning is not None:
+        logger.warning(memory.warning)
+
+    num_blocks, width = memory.num_blocks, memory.blocks_per_sequence
+    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
+    if not config.enforce_eager:
+        runner = _with_graphs(runner, config.max_num_seqs, width)
+    _warm_up(runner, config.block_size, min(num_blocks, width) * config.block_size)
+    return Local(
+        executor=make_executor(runner.run, device, config.depth),
+        device=device,
+        max_model_len=memory.max_model_len,
+        num_gpu_blocks=num_blocks,
+        block_bytes=memory.bytes_per_block,
+        num_parameters=model.num_parameters,
+    )
+
+
+def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
+    if device.type == "cpu" and "cpu" in broken_backends():
+        logger.warning("the fast CPU kernels need numba, and it is not here: pip install 'mini-infer[cpu]'")
+    if device.type == "cpu" and config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
+        logger.info("gpu_memory_utilization means nothing on a CPU: set num_gpu_blocks for more KV memory")
+
+
+def _runner(
+    config: EngineConfig, model: Decoder, num_blocks: int, num_cpu_blocks: int, width: int, device: torch.device
+) -> ModelRunner:
+    """A runner with a cache of ``num_blocks`` blocks on the device and ``num_cpu_blocks`` in CPU memory, for sequences
+    of up to ``width`` blocks.
+
+    Raises:
+        OutOfMemoryError: the device cannot hold that many.
+    """
+    try:
+        layers = [
+            model.kernels.allocate_kv_cache(
+                num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, device
+            )
+            for spec in model.config.cache_specs(model.dtype)
+        ]
+        kv_cache = KVCache(layers, num_cpu_blocks)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"{num_blocks} KV blocks of {config.block_size} tokens do not fit on {device}, or {num_cpu_blocks} in CPU "
+            "memory; lower num_gpu_blocks or num_cpu_blocks"
+        ) from error
+    tables = torch.zeros((config.max_num_seqs, width), dtype=torch.int32, device=device)
+    sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+    return ModelRunner(model, kv_cache, device, tables, sampled, graphs=None)
+
+
+def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
+    """The runner with graphs for its decodes, where launches can be recorded."""
+    forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
+    if runner.device.type == "cuda":
+        graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, runner.device, cuda_capture(runner.device))
+        try:
+            with torch.inference_mode():
+                graphs.record_all()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
+                "or max_num_seqs, or set enforce_eager=True"
+            ) from error
+    elif runner.model.kernels.backend_of("paged_attention") == "cpu":
+        from mini_infer.kernels.cpu.recording import cpu_capture
+
+        graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())
+    else:
+        return runner
+    return replace(runner, graphs=graphs)
+
+
+def _step(num_seqs: int, start: int, num_tokens: int, blocks: list[int], block_size: int) -> StepInput:
+    """A step that nobody asked for: each sequence computes some tokens, and draws one. All share the same blocks."""
+    positions = np.tile(np.arange(start, start + num_tokens), num_seqs)
+    table = np.array(blocks, dtype=np.int32)
+    slots = table[positions // block_size].astype(np.int64) * block_size + positions % block_size
+    ends = np.arange(1, num_seqs + 1) * num_tokens
+    ones = np.ones(num_seqs)
+    rows = np.arange(num_seqs)
+    return StepInput(
+        swap_out=NO_COPIES,
+        copy=NO_COPIES,
+        swap_in=NO_COPIES,
+        token_ids=np.zeros(len(positions), dtype=np.int64),
+        sampled_at=NO_INTS,
+        sampled_from=NO_INTS,
+        positions=positions,
+        slot_mapping=slots,
+        query_start_loc=np.append(0, ends).astype(np.int32),
+        context_lens=np.full(num_seqs, start + num_tokens, dtype=np.int32),
+        table_rows=np.zeros(num_seqs, dtype=np.int64),
+        changed=np.arange(len(table)),
+        changed_blocks=table,
+        width=len(table),
+        num_decodes=num_seqs if num_tokens == 1 else 0,
+        draws=Draws(
+            rows=ends - 1,
+            table_rows=rows,
+            seeds=rows.astype(np.uint64),
+            indices=rows,
+            positions=rows,
+            temperature=ones,
+            top_k=np.zeros(num_seqs, dtype=np.int64),
+            top_p=0.9 * ones,
+            min_p=0 * ones,
+            num_logprobs=np.full(num_seqs, -1),
+            edits=LogitEdits(),
+        ),
+        scores=Scores(NO_INTS, NO_INTS, NO_INTS),
+    )
+
+
+def _warm_up(runner: ModelRunner, block_size: int, num_slots: int) -> None:
+    """Run a prompt and a decode, so that no request waits for the kernels to be compiled and loaded; the decode twice,
+    since the first time it may be recorded and the second time replayed.
+
+    Their keys and values go to blocks that nobody owns yet.
+    """
+    num_tokens = min(2, num_slots, runner.model.config.max_position_embeddings)
+    blocks = list(range(-(-num_tokens // block_size)))
+    for num_computed in (0, num_tokens - 1, num_tokens - 1):  # all tokens at once, then the last one
+        runner.run(_step(1, num_computed, num_tokens - num_computed, blocks, block_size))
+
+
+def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) -> int:
+    """Bytes left for KV blocks on a GPU, measured: run the largest step there can be and see what it takes."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    blocks_per_sequence = -(-model.config.max_position_embeddings // config.block_size)
+    num_sequences = min(config.max_num_seqs, config.token_budget)
+    each = min(config.token_budget // num_sequences, model.config.max_position_embeddings)
+    blocks_each = min(-(-each // config.block_size), blocks_per_sequence)
+    try:
+        runner = _runner(config, model, blocks_each, 0, blocks_each, device)
+        # All share the same blocks: only the size of the step matters. What is drawn with top_p takes most.
+        computed = runner.run(_step(num_sequences, 0, each, list(range(blocks_each)), config.block_size))
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a step of {config.token_budget} tokens does not fit on {device} beside the model; lower "
+            "max_num_batched_tokens or max_num_seqs"
+        ) from error
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    del runner, computed
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization) - (total - free) - step_bytes
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed. On a CPU PyTorch has no class for this, only the allocator's words, and others for
+    more bytes than an integer can count."""
+    words = ("allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)

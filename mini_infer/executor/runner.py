@@ -1,0 +1,164 @@
+"""The runner: a step's arrays become tensors, the model runs on them, tokens are drawn."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mini_infer.executor.device import send, send_arrays
+from mini_infer.executor.graphs import DecodeGraphs
+from mini_infer.executor.logprobs import ScoreTensors, score_tokens
+from mini_infer.executor.sampler import sample
+from mini_infer.kernels import AttentionMetadata
+from mini_infer.memory.kv_cache import KVCache
+from mini_infer.models import Batch, Decoder
+from mini_infer.step import Draws, Scores, StepInput, StepOutput
+
+_SCORED_ROWS = 64
+"""Rows of the vocabulary that are scored at once, to bound their memory."""
+
+
+class Computed(NamedTuple):
+    """What a step gives, as tensors: on the model's device, or copied to CPU memory.
+
+    Attributes:
+        token_ids, logprobs: ``[D]``, of the draws.
+        token_scores: of those draws that asked for them; None where none did.
+        scores: of the rows to score; None where there are none.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    token_scores: ScoreTensors | None
+    scores: ScoreTensors | None
+
+    def to_output(self, step: StepInput) -> StepOutput:
+        """As plain numbers. The tensors must be in CPU memory."""
+        asked = [num for num in step.draws.num_logprobs.tolist() if num >= 0]
+        return StepOutput(
+            token_ids=[[token_id] for token_id in self.token_ids.tolist()],
+            logprobs=[[logprob] for logprob in self.logprobs.tolist()],
+            token_scores=[[s] for s in self.token_scores.to_scores(asked)] if self.token_scores else [],
+            scores=self.scores.to_scores(step.scores.num_top.tolist()) if self.scores else [],
+        )
+
+
+@dataclass(frozen=True)
+class ModelRunner:
+    """Runs the model over the paged cache.
+
+    Attributes:
+        model: the decoder.
+        kv_cache: keys and values of each layer, in whatever layout their kernels made them, and the CPU's blocks.
+        device: where all of it lives.
+        tables: int32 ``[num_rows, width]``, the block ids of the sequences that run.
+        sampled: int64 ``[num_rows]``, the token that was drawn last for each of them.
+        graphs: how to run decodes; None runs them like everything else.
+    """
+
+    model: Decoder
+    kv_cache: KVCache
+    device: torch.device
+    tables: Tensor
+    sampled: Tensor
+    graphs: DecodeGraphs | None
+
+    @torch.inference_mode()
+    def run(self, step: StepInput) -> Computed:
+        """Carry out a step. On a GPU everything is launched, and nothing waited for."""
+        if len(step.swap_out):
+            self.kv_cache.swap_out(step.swap_out)
+        if len(step.copy):
+            self.kv_cache.copy_blocks(step.copy)
+        if len(step.swap_in):
+            self.kv_cache.swap_in(step.swap_in)
+        if not len(step.token_ids):
+            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, None)
+        hidden = self._forward(self._batch(step))
+        scores = self._score(hidden, step.scores) if len(step.scores) else None
+        if not len(step.draws):
+            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, scores)
+        return Computed(*self._draw(hidden, step.draws), scores)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if self.graphs is not None and self.graphs.fits(batch):
+            return self.graphs.run(batch)
+        return self.model.forward(batch, self.kv_cache.layers)
+
+    def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:
+        rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
+        logits = self.model.compute_logits(hidden[rows])
+        token_ids, logprobs = sample(logits, draws, self.model.kernels)
+        self.sampled[table_rows] = token_ids
+        asking = np.flatnonzero(draws.num_logprobs >= 0)
+        if not len(asking):
+            return token_ids, logprobs, None
+        wanted = send(torch.from_numpy(asking), self.device)
+        return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], int(draws.num_logprobs.max()))
+
+    def _score(self, hidden: Tensor, scores: Scores) -> ScoreTensors:
+        rows, targets = send_arrays([scores.rows, scores.targets], self.device)
+        most = int(scores.num_top.max())
+        parts = [
+            score_tokens(self.model.compute_logits(hidden[some]), tokens, most)
+            for some, tokens in zip(rows.split(_SCORED_ROWS), targets.split(_SCORED_ROWS), strict=True)
+        ]
+        return ScoreTensors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _batch(self, step: StepInput) -> Batch:
+        """The step's tokens and where they stand; decodes are padded to the size of a graph.
+
+        A row of padding has slot -1, which writes nowhere, and a context of 0 tokens, which reads nothing.
+        """
+        num_seqs, num_decodes = len(step.context_lens), step.num_decodes
+        token_ids, positions, slot_mapping = step.token_ids, step.positions, step.slot_mapping
+        query_start_loc, context_lens, table_rows = step.query_start_loc, step.context_lens, step.table_rows
+        if self.graphs is not None and num_decodes == num_seqs:
+            num_rows = self.graphs.size_for(num_seqs)
+            if num_rows is not None and num_rows > num_seqs:
+                spare = num_rows - num_seqs
+                token_ids, positions, table_rows = (
+                    np.append(array, np.zeros(spare, np.int64)) for array in (token_ids, positions, table_rows)
+                )
+                context_lens = np.append(context_lens, np.zeros(spare, np.int32))
+                slot_mapping = np.append(slot_mapping, np.full(spare, -1))
+                query_start_loc = np.arange(num_rows + 1, dtype=np.int32)
+                num_decodes = num_rows
+        prefill_start_loc = query_start_loc[num_decodes:] - query_start_loc[num_decodes]
+        sent = send_arrays(
+            [
+                token_ids,
+                positions,
+                slot_mapping,
+                query_start_loc,
+                prefill_start_loc,
+                context_lens,
+                table_rows,
+                step.changed,
+                step.changed_blocks,
+                step.sampled_at,
+                step.sampled_from,
+            ],
+            self.device,
+        )
+        if len(step.changed):
+            self.tables.view(-1)[sent[7]] = sent[8]
+        if len(step.sampled_at):
+            ids = sent[0].clone() if self.device.type == "cpu" else sent[0]  # a CPU's tensor is the step's own array
+            ids[sent[9]] = self.sampled[sent[10]]
+        else:
+            ids = sent[0]
+        return Batch(
+            token_ids=ids,
+            positions=sent[1],
+            attention=AttentionMetadata(
+                slot_mapping=sent[2],
+                query_start_loc=sent[3],
+                prefill_start_loc=sent[4],
+                context_lens=sent[5],
+                block_tables=self.tables[:, : step.width].index_select(0, sent[6]),
+                num_decodes=num_decodes,
+            ),
+        )

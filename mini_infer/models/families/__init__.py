@@ -1,0 +1,73 @@
+"""The families of models: one module for each, and nothing else about it anywhere.
+
+A family's module has
+
+- ``ARCHITECTURE``: its name in config.json, and ``MODEL_TYPE``, transformers' name for its config;
+- ``read(hf)``: its config as a `ModelConfig`;
+- ``NAMES``: for each module of the decoder, what checkpoints call the tensors that it is made of; ``*`` is a layer's
+  number.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Protocol, cast
+
+from transformers import PretrainedConfig
+
+from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
+from mini_infer.models.config import ModelConfig
+from mini_infer.models.hf_config import hf_config, read_json, shorten
+
+Names = Mapping[str, tuple[str, ...]]
+
+
+class Family(Protocol):
+    """What a module of this package offers."""
+
+    ARCHITECTURE: str
+    MODEL_TYPE: str
+    NAMES: Names
+    read: Callable[[PretrainedConfig], ModelConfig]
+
+
+_modules = (cast(Family, import_module(f"{__name__}.{module.name}")) for module in iter_modules(__path__))
+FAMILIES: Mapping[str, Family] = {family.ARCHITECTURE: family for family in _modules}
+"""The architectures that there are."""
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """Read ``directory/config.json``, as written by transformers 4 or 5. No code in the directory is run.
+
+    Raises:
+        ModelNotFoundError: there is no such directory, or no config.json in it.
+        InvalidCheckpointError: the file is malformed or contradicts itself.
+        UnsupportedModelError: it describes a model that Mini-Infer does not implement.
+    """
+    path = Path(directory) / "config.json"
+    fields = read_json(path)
+    try:
+        family = _family(fields.get("architectures"))
+        if fields.get("model_type", family.MODEL_TYPE) != family.MODEL_TYPE:
+            raise UnsupportedModelError(
+                f"model_type {shorten(repr(fields['model_type']))} does not go with architectures "
+                f"{fields['architectures']}"
+            )
+        return family.read(hf_config(family.MODEL_TYPE, fields))
+    except (InvalidCheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}: {error}") from error.__cause__
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise InvalidCheckpointError(f"{path} cannot be used: {type(error).__name__}: {shorten(str(error))}") from error
+
+
+def _family(architectures: object) -> Family:
+    supported = f"supported are {', '.join(FAMILIES)}"
+    match architectures:
+        case [str(name)] if name in FAMILIES:
+            return FAMILIES[name]
+        case [str(name)]:
+            raise UnsupportedModelError(f"architecture {shorten(name)} is not supported; {supported}")
+        case _:
+            got = shorten(repr(architectures))
+            raise UnsupportedModelError(f"architectures must name one model; got {got}; {supported}")

@@ -1,0 +1,88 @@
+"""The plan of a step, and what becomes of it: plain data, complete and frozen when made."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mini_infer.outputs import FinishReason
+from mini_infer.scheduler.sequence import Sequence
+
+
+class BlockCopy(NamedTuple):
+    """Copy one block's keys and values, in every layer."""
+
+    source: int
+    target: int
+
+
+class ScheduledSequence(NamedTuple):
+    """What a step computes of one sequence.
+
+    Attributes:
+        sequence: whose tokens; it moves on while the step is under way, so what is true of the step stands here.
+        start: position of the first token that is computed.
+        num_tokens: how many are.
+        num_logits: of how many of them, the last ones, logits are wanted: 1 to sample the next token, one more for each
+            draft, 0 for a chunk that does not reach the end.
+        is_decode: it computes the token that was sampled last, and drafts behind it, and nothing else.
+        forks: sequences that start with this step, drawing from the same logits.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    num_logits: int
+    is_decode: bool
+    forks: tuple[Sequence, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutputs:
+    """The plan of one step. The copies come first, in the order of the fields; then the forward pass.
+
+    Attributes:
+        scheduled: who runs; sequences with one token first, those with several after them.
+        num_tokens: how many tokens are computed in all.
+        preempted: sequences whose blocks were taken away to make room.
+        swap_out: from GPU blocks to CPU blocks.
+        copy: from shared GPU blocks to the ones that their writers get for themselves.
+        swap_in: from CPU blocks to GPU blocks.
+        remembered: blocks that this step fills and that the prefix cache knows from now on.
+    """
+
+    scheduled: tuple[ScheduledSequence, ...] = ()
+    num_tokens: int = 0
+    preempted: tuple[Sequence, ...] = ()
+    swap_out: tuple[BlockCopy, ...] = ()
+    copy: tuple[BlockCopy, ...] = ()
+    swap_in: tuple[BlockCopy, ...] = ()
+    remembered: tuple[int, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do, not even copies of preempted sequences."""
+        return not self.scheduled and not self.preempted
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every sequence computes just what it sampled last; of an empty plan that is true."""
+        return all(item.is_decode for item in self.scheduled)
+
+
+class Outcome(NamedTuple):
+    """What a step brought to one sequence.
+
+    Attributes:
+        sequence: whose outcome it is.
+        token_ids: tokens that are known from now on, in place of provisional ones.
+        num_valid: positions, from the first token on, whose keys and values are valid; those before the step stay so.
+        finish_reason: why it ends with them; None if it goes on, or ends by its length, which the scheduler sees.
+    """
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    num_valid: int
+    finish_reason: FinishReason | None = None

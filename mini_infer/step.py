@@ -1,0 +1,178 @@
+"""One step as data: what the host hands to an executor, and what comes back. Arrays and numbers, nothing that lives.
+
+So a step can be sent to another process, written to a file, replayed, or computed by a stand-in; and it means the same
+however the sequences that it came from have moved on. S sequences compute T tokens in it, D tokens are drawn.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+NO_INTS: Ints = np.zeros(0, dtype=np.int64)
+NO_FLOATS: Floats = np.zeros(0, dtype=np.float64)
+NO_COPIES: Ints = np.zeros((0, 2), dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitEdits:
+    """What requests change in the logits that their tokens are drawn from, before anything else: first the factors,
+    then the terms. Entries for the same place add up.
+
+    Attributes:
+        scaled_draws, scaled_ids, factors: ``[F]``; a positive logit is divided by its factor, a negative one multiplied
+            (the repetition penalty of Keskar et al., "CTRL", 2019). No place occurs twice.
+        added_draws, added_ids, terms: ``[E]``; -inf bans a token.
+    """
+
+    scaled_draws: Ints = field(default_factory=lambda: NO_INTS)
+    scaled_ids: Ints = field(default_factory=lambda: NO_INTS)
+    factors: Floats = field(default_factory=lambda: NO_FLOATS)
+    added_draws: Ints = field(default_factory=lambda: NO_INTS)
+    added_ids: Ints = field(default_factory=lambda: NO_INTS)
+    terms: Floats = field(default_factory=lambda: NO_FLOATS)
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What decides each token that is drawn, beside its logits.
+
+    Attributes:
+        rows: int64 ``[D]``, which of the step's tokens the logits follow; several draws may share a row.
+        table_rows: int64 ``[D]``, the sequence's row, under which the token is kept for the next step.
+        seeds, indices, positions: ``[D]``, the key of the random number: the request's seed (uint64), which of its
+            completions this is, and which token of the sequence is drawn.
+        temperature: ``[D]``; 0 takes the likeliest token.
+        top_k: int64 ``[D]``; below 1 keeps all.
+        top_p, min_p: ``[D]``.
+        num_logprobs: int64 ``[D]``, how many of the likeliest tokens to report beside the drawn one; -1 reports none.
+        edits: of the logits.
+    """
+
+    rows: Ints
+    table_rows: Ints
+    seeds: npt.NDArray[np.uint64]
+    indices: Ints
+    positions: Ints
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    min_p: Floats
+    num_logprobs: Ints
+    edits: LogitEdits
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Rows whose log probabilities are wanted, without drawing from them: prompt tokens, and beams.
+
+    Attributes:
+        rows: int64 ``[P]``, which of the step's tokens the logits follow.
+        targets: int64 ``[P]``, the token to report; -1 where there is none.
+        num_top: int64 ``[P]``, how many of the likeliest tokens to report.
+    """
+
+    rows: Ints
+    targets: Ints
+    num_top: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What an executor computes: copies of blocks first, in the order of the fields, then one forward pass, then draws.
+
+    A plan may hold copies alone; then T and S are 0.
+
+    Attributes:
+        swap_out, copy, swap_in: int64 ``[N, 2]``, (source, target) blocks: GPU to CPU, within the GPU, CPU to GPU.
+        token_ids: int64 ``[T]``.
+        sampled_at, sampled_from: int64 ``[M]``; ``token_ids[sampled_at]`` are what was drawn last under the table rows
+            ``sampled_from``, which the host may not know yet.
+        positions: int64 ``[T]``, each token's index in its own sequence.
+        slot_mapping: int64 ``[T]``, where its key and value go: ``block_id * block_size + offset``.
+        query_start_loc: int32 ``[S + 1]``; sequence ``s`` owns tokens ``query_start_loc[s]:query_start_loc[s + 1]``.
+        context_lens: int32 ``[S]``, tokens of each sequence in the cache once this step's are written.
+        table_rows: int64 ``[S]``, the row of each sequence in the executor's table of blocks.
+        changed, changed_blocks: int64 and int32 ``[C]``; places in the flattened table, and the block ids that are to
+            be written there before the step.
+        width: blocks of the longest table in the step.
+        num_decodes: leading sequences that compute exactly one token.
+        draws: the tokens to draw.
+        scores: the log probabilities to report.
+    """
+
+    swap_out: Ints
+    copy: Ints
+    swap_in: Ints
+    token_ids: Ints
+    sampled_at: Ints
+    sampled_from: Ints
+    positions: Ints
+    slot_mapping: Ints
+    query_start_loc: npt.NDArray[np.int32]
+    context_lens: npt.NDArray[np.int32]
+    table_rows: Ints
+    changed: Ints
+    changed_blocks: npt.NDArray[np.int32]
+    width: int
+    num_decodes: int
+    draws: Draws
+    scores: Scores
+
+
+class TokenScore(NamedTuple):
+    """The log probability of one token under the model itself, before edits, temperature and filters.
+
+    Attributes:
+        logprob: natural logarithm; meaningless where no token was asked for.
+        rank: 1 for the likeliest of the vocabulary.
+        top: the likeliest tokens and their log probabilities, best first.
+    """
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gives.
+
+    Attributes:
+        token_ids: for each draw, in its order, a list of tokens.
+        logprobs: the log probability of each of them; NaN where the logits are not finite.
+        token_scores: for each draw that asked for log probabilities, in its order, one for each token.
+        scores: one for each of ``StepInput.scores``.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    token_scores: list[list[TokenScore]]
+    scores: list[TokenScore]
+
+
+class StepFuture(Protocol):
+    """A step that is computed now, or will be."""
+
+    def result(self) -> StepOutput:
+        """Wait for it; raises what the step raised. May be called again, and says the same."""
+
+
+class Executor(Protocol):
+    """What turns a step into tokens: this process, several ranks, a simulation. Steps run in the order they came."""
+
+    def submit(self, step: StepInput, /) -> StepFuture:
+        """Have a step computed after those that were submitted before. Does not wait for it."""
+
+    def close(self) -> None:
+        """Free everything; nothing may be submitted any more."""

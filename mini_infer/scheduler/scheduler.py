@@ -260,9 +260,9 @@ class Scheduler:
                 fits = length <= known + (1 + sequence.num_drafts if sequence.is_undecided else 0)
             if not fits or not 0 <= num_valid <= length:
                 raise ValueError(
-                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens with {num_valid} positions "
-                    f"valid: {known} of at most {sequence.max_length} are known, {sequence.num_placeholders} are to be "
-                    f"sampled{' or accepted' if sequence.is_undecided else ''}, {sequence.num_drafts} are drafts"
+                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens with {num_valid} "
+                    f"positions valid; it has {known} known tokens of at most {sequence.max_length}, and under way are "
+                    f"{sequence.num_placeholders} to sample and {sequence.num_drafts} drafts"
                 )
             wanted.append((sequence, known, token_ids, num_valid, finish_reason))
         if len(set(map(itemgetter(0), wanted))) < len(wanted):

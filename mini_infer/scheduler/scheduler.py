@@ -261,9 +261,8 @@ class Scheduler:
             if not fits or not 0 <= num_valid <= length:
                 raise ValueError(
                     f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens with {num_valid} "
-                    f"positions valid: {known} of at most {sequence.max_length} are known, "
-                    f"{sequence.num_placeholders} are to be sampled{' or accepted' if sequence.is_undecided else ''}, "
-                    f"{sequence.num_drafts} are drafts"
+                    f"positions valid; it has {known} known tokens of at most {sequence.max_length}, and under way are "
+                    f"{sequence.num_placeholders} to sample and {sequence.num_drafts} drafts"
                 )
             wanted.append((sequence, known, token_ids, num_valid, finish_reason))
         if len(set(map(itemgetter(0), wanted))) < len(wanted):

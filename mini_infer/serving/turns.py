@@ -103,6 +103,7 @@ class Turns:
         finally:
             self._preparing[caller] -= len(prompts)
             self._preparing += Counter()  # without those who have none left
+        self._make_room(caller, len(prompts))
         num_tokens = params.n * sum(len(request.prompt_token_ids) for request in increments.requests)
         self._prompt_tokens.take(num_tokens)
         increments.on_close(partial(self._prompt_tokens.give_back, num_tokens))
@@ -127,17 +128,23 @@ class Turns:
         self._engine.abort(request_id)
 
     def _make_room(self, caller: Hashable, num_new: int) -> None:
+        """Raise ``QueueFullError`` if too many wait, unless somebody holds more of the queue than this caller: then the
+        last of that one's requests make room. Those that are still being prepared are refused once they are."""
         with self._lock:
             num_ahead = len(self._ahead)
         while (num_waiting := self.num_waiting + num_ahead) + num_new > self._max_waiting:
-            lengths = {who: sum(len(ticket.waiting) for ticket in line) for who, line in self._lines.items()}
-            longest = max(lengths, key=lengths.__getitem__, default=caller)
-            num_own = lengths.get(caller, 0) + self._preparing[caller] + num_new
+            lengths = Counter(self._preparing)
+            for who, line in self._lines.items():
+                lengths[who] += sum(len(ticket.waiting) for ticket in line)
+            num_own = lengths.pop(caller, 0) + num_new
+            longest, length = max(lengths.items(), key=lambda item: item[1], default=(caller, 0))
             error = QueueFullError(
                 f"{num_waiting} requests wait already and max_waiting is {self._max_waiting}; try again later"
             )
-            if longest == caller or lengths[longest] <= num_own:
+            if length <= num_own:
                 raise error
+            if longest not in self._lines:
+                return
             last = self._lines[longest][-1]
             self._withdraw(longest, last)
             last.increments.fail(error)

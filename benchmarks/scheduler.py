@@ -15,13 +15,18 @@ from rich.table import Table
 
 from benchmarks.report import save
 from mini_infer.memory import BlockManager
-from mini_infer.scheduler import Scheduler, Sequence
+from mini_infer.scheduler import Outcome, Scheduler, SchedulerOutputs, Sequence
 
 BLOCK_SIZE = 16
 
 
+def outcomes(plan: SchedulerOutputs, token_id: int) -> list[Outcome]:
+    """The same token for everyone who samples."""
+    return [Outcome(item.sequence, (token_id,), item.end) for item in plan.scheduled if item.num_logits]
+
+
 def time_step(prefix_caching: bool, num_sequences: int = 256, num_tokens: int = 8000, steps: int = 200) -> float:
-    """Median milliseconds of ``schedule`` and ``update`` when every sequence decodes."""
+    """Median milliseconds of ``schedule`` and ``commit`` when every sequence decodes."""
     blocks = num_sequences * -(-(num_tokens + steps + 1) // BLOCK_SIZE)
     scheduler = Scheduler(
         num_sequences,
@@ -34,14 +39,16 @@ def time_step(prefix_caching: bool, num_sequences: int = 256, num_tokens: int = 
     )
     for number in range(num_sequences):
         scheduler.add(Sequence(str(number), [number] * num_tokens, num_tokens, num_tokens + steps + 5))
-    tokens = [7] * num_sequences
-    scheduler.update(scheduler.schedule(), tokens)
+    scheduler.commit(outcomes(scheduler.schedule(), 7))
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         plan = scheduler.schedule()
-        scheduler.update(plan, tokens)
-        times.append(time.perf_counter() - start)
+        planned = time.perf_counter()
+        came = outcomes(plan, 7)
+        committing = time.perf_counter()
+        scheduler.commit(came)
+        times.append(time.perf_counter() - committing + planned - start)
         assert len(plan.scheduled) == num_sequences
     return statistics.median(times) * 1e3
 
@@ -66,7 +73,7 @@ def run_requests(num_requests: int, num_prompt: int, num_output: int, num_fittin
             scheduler.add(Sequence(str(number), prompt, num_prompt, num_prompt + num_output))
         while len(scheduler.waiting) > 300 or (done + 1000 >= num_requests and not scheduler.is_finished()):
             plan = scheduler.schedule()
-            scheduler.update(plan, [len(item.sequence) % 50_000 for item in plan.scheduled if item.samples])
+            scheduler.commit(outcomes(plan, steps % 50_000))
             steps += 1
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     seconds = time.perf_counter() - start

@@ -12,8 +12,8 @@ from torch import Tensor
 from mini_infer.kernels import register
 
 
-# Step 1: give the backend a name and say which operation it does. Arguments come by position, already checked, with
-# defaults filled in, exactly as the public function documents them (mini_infer/kernels/ops.py).
+# Step 1: give the backend a name and say which operation it does. Arguments come by position, with defaults filled in,
+# exactly as the public function documents them (mini_infer/kernels/contract.py).
 @register("rmsnorm", backend="mine", devices=("cpu", "cuda"))
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # Step 2: keep the promises. Any leading shape, any strides, and arithmetic in float32 or wider: the squares of
@@ -28,10 +28,11 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 # Step 3: use it.
 #
-#     import my_rmsnorm                             # importing registers
-#     with kernels.use_backend("mine"): ...         # or LLM(kernel_backend="mine"), or MINI_INFER_KERNELS=mine
+#     LLM(kernel_backend="examples/my_rmsnorm.py:mine")     # in an engine
+#     mini-infer serve --kernel-backend examples/my_rmsnorm.py:mine
+#     with kernels.use_backend("examples/my_rmsnorm.py:mine"): ...     # for calls by hand
 #
-# What "mine" does not have runs on the reference. An installed package is found without an import if its pyproject.toml
+# What "mine" does not have runs on the reference. An installed package is found by the name alone if its pyproject.toml
 # says:
 #
 #     [project.entry-points."mini_infer.kernels"]

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
@@ -24,6 +25,8 @@ def named_options(
 ) -> Callable[[type[T]], type[T]]:
     """Make a dataclass accept other names for its fields and refuse every further one with ``error``.
 
+    Scalars of NumPy and the like become Python's own (see ``plain``).
+
     Args:
         error: raised for a name that is unknown, unsupported, or given twice under two spellings.
         aliases: other names, each with the field's own.
@@ -36,7 +39,7 @@ def named_options(
 
         @functools.wraps(plain_init)
         def init(self: T, *args: Any, **options: Any) -> None:
-            given = dict(zip(names, args, strict=False))
+            given = dict(zip(names, map(plain, args), strict=False))
             for name, value in options.items():
                 known = aliases.get(name, name)
                 if name in unsupported:
@@ -47,7 +50,7 @@ def named_options(
                     raise error(f"{cls.__name__} has no option {name!r} (given: {value!r}); {hint}")
                 if known in given:
                     raise error(f"{known!r} is given twice: {given[known]!r} and {value!r} (as {name!r}); give it once")
-                given[known] = value
+                given[known] = plain(value)
             plain_init(self, *args[len(names) :], **given)
 
         setattr(cls, "__init__", init)  # noqa: B010  (mypy refuses the plain assignment)
@@ -56,29 +59,54 @@ def named_options(
     return decorate
 
 
-def check_int(error: type[Exception], name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """Raise ``error`` unless ``value`` is an integer (and no bool) within the bounds, both inclusive."""
-    within = isinstance(value, int) and value >= minimum and (maximum is None or value <= maximum)
-    if isinstance(value, bool) or not within:
+def plain(value: Any) -> Any:
+    """Another library's scalar as Python's own: whatever has ``__index__`` or ``__float__`` becomes an int or a float,
+    NumPy's booleans become bool, and all else stays as it is."""
+    if isinstance(value, bool | str) or type(value) in (int, float):
+        return value
+    if hasattr(value, "shape"):  # of NumPy, torch, JAX; an array with a dimension is no scalar
+        return value.item() if value.shape == () else value
+    if hasattr(type(value), "__index__"):
+        return operator.index(value)
+    return float(value) if hasattr(type(value), "__float__") else value
+
+
+def plain_ids(values: Any) -> Any:
+    """A list of ids, a tuple or an array of them as a list of Python's own integers; anything else as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [plain(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def check_int(error: type[Exception], name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """The value as an int; raise ``error`` unless it is an integer (and no bool) within the bounds, both inclusive."""
+    number = plain(value)
+    within = isinstance(number, int) and number >= minimum and (maximum is None or number <= maximum)
+    if isinstance(number, bool) or not within:
         bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise error(f"{name} must be an integer {bounds}, got {value!r}")
+    return int(number)
 
 
 def check_number(
-    error: type[Exception], name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
-) -> None:
-    """Raise ``error`` unless ``value`` is a finite number in ``[low, high]``, or ``(low, high]`` with ``open_low``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not number or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+    error: type[Exception], name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """The value as Python's own number; raise ``error`` unless it is finite and in ``[low, high]``, or ``(low, high]``
+    with ``open_low``."""
+    number = plain(value)
+    is_finite = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
+    if not is_finite or not low <= number <= high or (open_low and number == low):
         below = f"more than {low:g}" if open_low else f"at least {low:g}"
         above = "" if high == math.inf else f" and at most {high:g}"
         raise error(f"{name} must be a finite number of {below}{above}, got {value!r}")
+    return number  # type: ignore[no-any-return]
 
 
-def check_bool(error: type[Exception], name: str, value: object) -> None:
-    """Raise ``error`` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+def check_bool(error: type[Exception], name: str, value: Any) -> bool:
+    """The value as a bool; raise ``error`` unless it is True or False."""
+    if not isinstance(plain(value), bool):
         raise error(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_choice(error: type[Exception], name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 from mini_infer.compat.options import SAMPLING_ALIASES, SAMPLING_REFUSED
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.fields import check_bool, check_int, check_number, named_options, option
+from mini_infer.fields import check_bool, check_int, check_number, named_options, option, plain, plain_ids
+
+MAX_STOP_STRINGS = 64
+"""Most stop strings of a request."""
+
+MAX_STOP_STRING_LENGTH = 512
+"""Most characters of each; that much text may have to be held back."""
+
+MAX_STOP_TOKEN_IDS = 1024
+"""Most stop tokens of a request, beside the model's."""
 
 
 @named_options(InvalidRequestError, SAMPLING_ALIASES, SAMPLING_REFUSED)
@@ -23,7 +32,7 @@ class SamplingParams:
 
     n: int = option(1, "How many completions to generate for the prompt, 1 to 1024")
     temperature: float = option(1.0, "Divides the logits; 0 takes the most likely token")
-    top_p: float = option(1.0, "Keep the fewest most likely tokens whose probabilities reach this sum, in (0, 1]")
+    top_p: float = option(1.0, "Keep the fewest most likely tokens whose probabilities reach this sum, 0 to 1")
     top_k: int = option(-1, "Keep this many of the most likely tokens; -1 or 0 keeps all")
     min_p: float = option(0.0, "Drop tokens less likely than this fraction of the most likely one's probability")
     repetition_penalty: float = option(1.0, "Divide positive, multiply negative logits of tokens seen (CTRL, 2019)")
@@ -35,8 +44,12 @@ class SamplingParams:
     seed: int | None = option(None, "Makes the tokens reproducible; None takes one from the engine's seed")
     max_tokens: int | None = option(16, "Most tokens to generate; None for as many as the context holds")
     min_tokens: int = option(0, "Generate this many tokens before any that may stop, by token or by string")
-    stop: str | list[str] | tuple[str, ...] | None = option(None, "Strings that end the text; they are not part of it")
-    stop_token_ids: list[int] | tuple[int, ...] | None = option(None, "Token ids that end the text, beside the model's")
+    stop: str | list[str] | tuple[str, ...] | None = option(
+        None, "Strings that end the text and are not part of it; at most 64 of 512 characters"
+    )
+    stop_token_ids: list[int] | tuple[int, ...] | None = option(
+        None, "Token ids that end the text, beside the model's; at most 1024"
+    )
     ignore_eos: bool = option(False, "Go on after the model's end-of-sequence token")
     logprobs: int | None = option(None, "Report each token's log probability and those of this many likeliest")
     prompt_logprobs: int | None = option(None, "The same for the prompt's tokens; max_tokens may then be 0")
@@ -47,7 +60,7 @@ class SamplingParams:
         error = InvalidRequestError
         check_int(error, "n", self.n, 1, 1024)
         check_number(error, "temperature", self.temperature, 0)
-        check_number(error, "top_p", self.top_p, 0, 1, open_low=True)
+        check_number(error, "top_p", self.top_p, 0, 1)
         check_int(error, "top_k", self.top_k, -1)
         check_number(error, "min_p", self.min_p, 0, 1)
         check_number(error, "repetition_penalty", self.repetition_penalty, 0, open_low=True)
@@ -73,20 +86,32 @@ class SamplingParams:
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise error(f"stop must be a non-empty string or a list of them, got {self.stop!r}")
-        ids = () if self.stop_token_ids is None else self.stop_token_ids
-        if not isinstance(ids, list | tuple | set | frozenset):
+        if len(stop) > MAX_STOP_STRINGS:
+            raise error(f"stop has {len(stop)} strings, but at most {MAX_STOP_STRINGS} are taken")
+        for string in stop:
+            if len(string) > MAX_STOP_STRING_LENGTH:
+                raise error(
+                    f"a stop string has {len(string)} characters, but at most {MAX_STOP_STRING_LENGTH} are taken "
+                    f"(it begins {string[:40]!r}); shorten it"
+                )
+        ids = [] if self.stop_token_ids is None else self.stop_token_ids
+        ids = plain_ids(list(ids) if isinstance(ids, set | frozenset) else ids)
+        if not isinstance(ids, list):
             raise error(f"stop_token_ids must be a list of token ids, got {ids!r}")
+        if len(ids) > MAX_STOP_TOKEN_IDS:
+            raise error(f"stop_token_ids has {len(ids)} ids, but at most {MAX_STOP_TOKEN_IDS} are taken")
         for token_id in ids:
             check_int(error, "each of stop_token_ids", token_id, 0)
         bias = {} if self.logit_bias is None else self.logit_bias
         if not isinstance(bias, Mapping):
             raise error(f"logit_bias must map token ids to numbers, got {bias!r}")
+        bias = {plain(token_id): plain(value) for token_id, value in bias.items()}
         for token_id, value in bias.items():
             check_int(error, "each key of logit_bias", token_id, 0)
             check_number(error, f"logit_bias[{token_id}]", value, -100, 100)
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
-        object.__setattr__(self, "logit_bias", dict(bias))
+        object.__setattr__(self, "logit_bias", bias)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

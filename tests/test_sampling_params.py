@@ -31,7 +31,7 @@ DEFAULTS = {
 
 ACCEPTED: list[dict[str, Any]] = [
     *[{"temperature": value} for value in (0, 0.0, 1, 2.5, 1e300)],
-    *[{"top_p": value} for value in (1e-300, 0.5, 1)],
+    *[{"top_p": value} for value in (0, 0.0, 1e-300, 0.5, 1)],
     *[{"top_k": value} for value in (-1, 0, 1, 10**30)],
     *[{"min_p": value} for value in (0, 0.5, 1)],
     *[{"repetition_penalty": value} for value in (0.1, 1, 5)],
@@ -47,7 +47,7 @@ ACCEPTED: list[dict[str, Any]] = [
 
 REFUSED: list[tuple[str, Any]] = [
     *[("temperature", value) for value in (-1, -1e-9, math.nan, math.inf, -math.inf, "1", None, True, 1j, 10**400)],
-    *[("top_p", value) for value in (0, 0.0, -0.5, 1.0001, 2, math.nan, None, "1", True)],
+    *[("top_p", value) for value in (-0.5, -1e-9, 1.0001, 2, math.nan, None, "1", True)],
     *[("top_k", value) for value in (-2, 1.5, 1.0, None, "3", True, math.nan)],
     *[("min_p", value) for value in (-0.1, 1.1, math.nan, None)],
     *[("repetition_penalty", value) for value in (0, -1, math.nan, math.inf, None)],

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -52,7 +52,7 @@ def run_generate(
     settings = sorted(sampling.items()), config.model, config.revision, config.seed
     keys = {item.index: item.key(*settings) for item in items}
     done, good_bytes = set[int](), 0
-    if output is not None and output != STANDARD and output.exists():
+    if output is not None and output != STANDARD and output.is_file():
         done, good_bytes = _read_results(output, keys)
         if done:
             notes.print(f"{output} has {len(done)} of {len(items)} results already", style="dim")
@@ -62,11 +62,17 @@ def run_generate(
 
     finished: list[tuple[Item, FinishReason]] = []
     with _open(output, good_bytes) as stream:
+        told: deque[tuple[Item, Increment]] = deque()
 
         def listen(item: Item, increment: Increment) -> None:
-            sink(item, increment)
-            if increment.output is not None:
-                finished.append((item, increment.output.finish_reason))
+            told.append((item, increment))
+
+        def deliver() -> None:
+            while told:
+                item, increment = told.popleft()
+                sink(item, increment)
+                if increment.output is not None:
+                    finished.append((item, increment.output.finish_reason))
 
         llm = LLMEngine(config)
         usable, requests, unusable = _make_requests(llm, config, sampling, missing, listen)
@@ -75,8 +81,10 @@ def run_generate(
         sink = TextPrinter(usable, num_completions) if stream is None else _line_writer(stream, keys)
         in_sight = output is None and sys.stdout.isatty()  # then the texts themselves show how far it is
         try:
-            _run(llm, requests, finished, sys.stderr.isatty() and not in_sight)
+            with _naming(output):
+                _run(llm, requests, deliver, finished, sys.stderr.isatty() and not in_sight)
         except KeyboardInterrupt:
+            deliver()
             notes.print(f"interrupted; {len(finished)} of {len(requests)} are done", style="dim")
             raise
     if output is None and "max_tokens" not in sampling:
@@ -137,7 +145,10 @@ def _make_requests(
     return usable, requests, unusable
 
 
-def _run(llm: LLMEngine, requests: list[Request], finished: Sized, show_progress: bool) -> None:
+def _run(
+    llm: LLMEngine, requests: list[Request], deliver: Callable[[], None], finished: Sized, show_progress: bool
+) -> None:
+    """Run them all. What comes is delivered between steps, so that a full disk is no failure of the engine's."""
     waiting = deque(requests)
     with generation_progress(len(requests), show_progress) as report:
         while waiting or not llm.is_finished():
@@ -148,6 +159,7 @@ def _run(llm: LLMEngine, requests: list[Request], finished: Sized, show_progress
             except QueueFullError:
                 pass  # max_waiting holds here too: the rest comes when these have begun
             llm.step()
+            deliver()
             report(len(finished), llm.stats().num_generated_tokens)
 
 
@@ -155,25 +167,45 @@ def _run(llm: LLMEngine, requests: list[Request], finished: Sized, show_progress
 
 
 @contextmanager
-def _open(output: Path | None, good_bytes: int) -> Iterator[BinaryIO | None]:
-    """Where result objects go, cut back to ``good_bytes`` if it is a file; None where texts are printed instead."""
+def _open(output: Path | None, good_bytes: int) -> Iterator[IO[bytes] | None]:
+    """Where result objects go, cut back to ``good_bytes`` if it is a file; None where texts are printed instead.
+
+    A pipe or a device is neither read nor cut.
+    """
     if output is None:
         yield None
     elif output == STANDARD:
         yield sys.stdout.buffer
+    elif output.exists() and not output.is_file():
+        with output.open("wb", buffering=0) as stream:
+            yield stream
     else:
-        with output.open("ab") as stream:
+        with output.open("ab", buffering=0) as stream:
             stream.truncate(good_bytes)
             yield stream
 
 
-def _line_writer(stream: BinaryIO, keys: Mapping[int, str]) -> Sink:
+@contextmanager
+def _naming(output: Path | None) -> Iterator[None]:
+    """Errors of the system say where they happened."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads has had enough
+        raise
+    except OSError as error:
+        place = "standard output" if output in (None, STANDARD) else str(output)
+        raise OSError(error.errno, error.strerror, error.filename or place) from error
+
+
+def _line_writer(stream: IO[bytes], keys: Mapping[int, str]) -> Sink:
     """Writes an object per prompt, once it has finished."""
 
     def write(item: Item, increment: Increment) -> None:
         if increment.output is not None:
             result = _result(item, keys[item.index], increment.output)
-            stream.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            line = memoryview(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            while line:  # a system need not take all at once
+                line = line[stream.write(line) :]
             stream.flush()
 
     return write

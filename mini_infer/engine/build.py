@@ -59,25 +59,26 @@ def build(config: EngineConfig) -> Parts:
     # Only here does an engine need torch; with an executor of another kind it does without.
     from mini_infer.engine.tokenizer import Tokenizer
     from mini_infer.executor.build import build as build_local
-    from mini_infer.models import resolve_model, resolve_tokenizer
+    from mini_infer.models import read_config, resolve_model, resolve_tokenizer
 
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     directory = resolve_model(str(config.model), config.revision, cache_dir)
     tokenizer_directory = (
         directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
     )
-    tokenizer = Tokenizer(tokenizer_directory, config)
-    local = build_local(config, directory)
-    defaults = GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, local.model_config.vocab_size)
+    model_config = read_config(directory)
+    tokenizer = Tokenizer(tokenizer_directory, config, model_config.vocab_size)
+    local = build_local(config, directory, model_config)
+    defaults = GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, model_config.vocab_size)
     scheduler = make_scheduler(config, local.max_model_len, local.num_gpu_blocks, _preemption_costs(local))
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
-        intake=Intake(tokenizer, defaults, local.model_config.vocab_size, local.max_model_len, config),
+        intake=Intake(tokenizer, defaults, model_config.vocab_size, local.max_model_len, config),
         loop=make_loop(config, scheduler, local.executor),
         executor=local.executor,
         max_model_len=local.max_model_len,
-        model_config=local.model_config,
+        model_config=model_config,
         device=local.device,
     )
 

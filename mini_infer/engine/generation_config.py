@@ -1,6 +1,7 @@
 """What a checkpoint's ``generation_config.json`` says about stopping and sampling."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class GenerationDefaults:
     """How a model wants to be sampled.
 
     Attributes:
-        eos_token_ids: tokens that end a sequence.
+        eos_token_ids: tokens that end a sequence, all that are named anywhere.
         sampling: used for requests that bring no ``SamplingParams``; 100 tokens at most.
     """
 
@@ -25,27 +26,42 @@ class GenerationDefaults:
 
     @classmethod
     def from_directory(cls, directory: Path, tokenizer_eos: int | None, vocab_size: int) -> "GenerationDefaults":
-        """Read them; ``config.json`` and then the tokenizer are asked where the file does not say.
+        """Read them.
 
-        End-of-sequence ids that the vocabulary does not have, such as -1 for "none", can never be generated and are
-        left out.
+        Every token that any of three places names as the end of a sequence is one: ``generation_config.json``,
+        ``config.json`` and the tokenizer. They often differ, a base model's config beside a chat's tokenizer for
+        example, and a model that is not stopped goes on to play both sides. Ids that the vocabulary does not have, such
+        as -1 for "none", can never be generated and are left out.
 
         Raises:
-            InvalidCheckpointError: a value in the file is malformed.
+            InvalidCheckpointError: a value in a file is malformed.
         """
-        generation = _read_json(directory / "generation_config.json")
-        eos = generation.get("eos_token_id", _read_json(directory / "config.json").get("eos_token_id", tokenizer_eos))
-        given = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
+        path = directory / "generation_config.json"
+        generation = _read_json(path)
+        given = {key: generation[key] for key in _SAMPLING_KEYS if key in generation}
+        top_k = given.get("top_k")
+        if isinstance(top_k, float) and top_k.is_integer():
+            given["top_k"] = int(top_k)
         if generation.get("do_sample") is False:
             given["temperature"] = 0.0
         try:
             sampling = SamplingParams(max_tokens=100, **given)
         except InvalidRequestError as error:
-            raise InvalidCheckpointError(f"{directory / 'generation_config.json'}: {error}") from error
-        eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in eos_ids):
-            raise InvalidCheckpointError(f"eos_token_id in {str(directory)!r} must be an id or a list, got {eos!r}")
-        return cls(frozenset(token_id for token_id in eos_ids if 0 <= token_id < vocab_size), sampling)
+            raise InvalidCheckpointError(f"{path}: {error}") from error
+        ends = {
+            *_eos_token_ids(path, generation),
+            *_eos_token_ids(directory / "config.json", _read_json(directory / "config.json")),
+            *([] if tokenizer_eos is None else [tokenizer_eos]),
+        }
+        return cls(frozenset(token_id for token_id in ends if 0 <= token_id < vocab_size), sampling)
+
+
+def _eos_token_ids(path: Path, content: Mapping[str, Any]) -> list[int]:
+    value = content.get("eos_token_id", [])
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        raise InvalidCheckpointError(f"{path}: eos_token_id must be an id or a list of ids, got {value!r}")
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:

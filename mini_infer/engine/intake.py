@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mini_infer.config import EngineConfig
 from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream
 from mini_infer.engine.decoding.beams import BeamOptions, BeamSearch
-from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import make_rules
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.fields import check_int
+from mini_infer.fields import check_int, plain_ids
 from mini_infer.outputs import Increment
 from mini_infer.random import derived_seed
 from mini_infer.sampling import SamplingParams
@@ -85,7 +85,7 @@ class Intake:
             request_id = f"request-{number}-{secrets.token_hex(4)}"
         elif not isinstance(request_id, str) or not request_id:
             raise InvalidRequestError(f"request_id must be a non-empty string, got {shown(request_id)}")
-        check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
+        priority = check_int(InvalidRequestError, "priority", priority, -(2**31), 2**31)
         token_ids = self._token_ids(prompt)
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         stop_token_ids = self._stop_token_ids(params)
@@ -97,8 +97,8 @@ class Intake:
                 sequences, completions, make_rules(params, token_ids, stop_token_ids), strict=True
             )
         }
-        decoding = Autoregressive(streams, stop_token_ids, seed, self._tokenizer.decode_token)
-        text = prompt if isinstance(prompt, str) else None
+        decoding = Autoregressive(streams, stop_token_ids, seed, self._tokenizer.token_text)
+        text = str(prompt) if isinstance(prompt, str) else None
         return Request(request_id, text, token_ids, params, completions, decoding, listener)
 
     def make_beam_search(
@@ -118,17 +118,12 @@ class Intake:
             max_length=self._max_length(len(token_ids), params),
         )
         decoding = BeamSearch(request_id, token_ids, params.n, options)
-        text = prompt if isinstance(prompt, str) else None
+        text = str(prompt) if isinstance(prompt, str) else None
         return Request(request_id, text, token_ids, params, self._completions(params, token_ids), decoding, None)
 
     def _completions(self, params: SamplingParams, token_ids: TokenIds) -> list[Completion]:
-        def decode(ids: Seq[int]) -> str:
-            return self._tokenizer.decode(ids, params.skip_special_tokens)
-
-        return [
-            Completion(place, params.min_tokens, Detokenizer(decode, token_ids), StopStringMatcher(params.stop_strings))
-            for place in range(params.n)
-        ]
+        make_stream = self._stream_maker(token_ids, params)
+        return [Completion(place, params.min_tokens, make_stream()) for place in range(params.n)]
 
     def _sequences(self, request_id: str, token_ids: TokenIds, params: SamplingParams, priority: int) -> list[Sequence]:
         """One for each completion; as many as there can be seats for fork from the first."""
@@ -173,28 +168,44 @@ class Intake:
                 )
         return params
 
+    def _stream_maker(self, prompt_token_ids: TokenIds, params: SamplingParams) -> Callable[[], TextStream]:
+        """Makes the text stream of each completion of a request."""
+        matcher = StopStringMatcher(params.stop_strings)
+        hides = params.skip_special_tokens and params.stop_strings
+        hidden = self._tokenizer.special_tokens if hides else {}
+
+        def make() -> TextStream:
+            detokenizer = self._tokenizer.detokenizer(prompt_token_ids, params.skip_special_tokens)
+            return TextStream(detokenizer, matcher.fresh(), hidden)
+
+        return make
+
     def _token_ids(self, prompt: Prompt) -> TokenIds:
-        prompt = _plain(prompt)
-        if not isinstance(prompt, str | list | tuple):
-            raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {shown(prompt)}")
-        if not prompt:
-            raise InvalidRequestError(f"prompt {prompt!r} is empty; give at least one token")
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, self._max_model_len)
-        self._check_room(len(prompt), least=0)
-        token_ids = [_plain(token_id) for token_id in prompt]
-        self.check_token_ids(token_ids)
-        return token_ids
+        token_ids = plain_ids(prompt)
+        if not isinstance(token_ids, list):
+            raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {shown(prompt)}")
+        if not token_ids:
+            raise InvalidRequestError(f"prompt {prompt!r} is empty; give at least one token")
+        self._check_room(len(token_ids), least=0)
+        return self.check_token_ids(token_ids)
 
-    def check_token_ids(self, token_ids: Seq[int]) -> None:
-        """Raise ``InvalidRequestError`` unless all of them are in the vocabulary."""
-        for place, token_id in enumerate(token_ids):
+    def check_token_ids(self, token_ids: Seq[int]) -> TokenIds:
+        """The ids as a list of Python's own integers.
+
+        Raises:
+            InvalidRequestError: there is another thing among them, or one that the vocabulary does not have.
+        """
+        known: TokenIds = plain_ids(token_ids)
+        for place, token_id in enumerate(known):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(f"token {place} of the prompt must be an integer, got {shown(token_id)}")
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     f"token {place} of the prompt is {token_id}, but the vocabulary is 0 to {self._vocab_size - 1}"
                 )
+        return known
 
     def _max_length(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """Length at which a sequence ends; refuses a prompt that leaves no room."""
@@ -214,13 +225,12 @@ class Intake:
 
 def list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """One prompt becomes a list of one; so does a list of integers, which is one prompt's token ids."""
-    prompts = _plain(prompts)
+    prompts = plain_ids(prompts)
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, list | tuple):
+    if not isinstance(prompts, list):
         raise InvalidRequestError(f"prompts must be a string, token ids, or a list of those, got {shown(prompts)}")
-    items = [_plain(item) for item in prompts]
-    return [items] if items and all(isinstance(item, int) for item in items) else items
+    return [prompts] if prompts and all(isinstance(item, int) for item in prompts) else prompts
 
 
 def list_params(
@@ -248,8 +258,3 @@ def shown(value: object) -> str:
     """A value as an error message shows it: its beginning, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
-
-
-def _plain(prompt: Any) -> Any:
-    """Arrays and tensors of token ids as lists."""
-    return prompt.tolist() if hasattr(prompt, "tolist") else prompt

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
+from mini_infer.engine.fork import OwnLock
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
 from mini_infer.engine.loop import CLOSED, StepResult
+from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
@@ -27,6 +28,7 @@ from mini_infer.typing import TokenIds
 if TYPE_CHECKING:
     import torch
 
+    from mini_infer.engine.tokenizer import RenderedChat, Tokenizer
     from mini_infer.models import ModelConfig
 
 
@@ -79,7 +81,7 @@ class LLMEngine:
         self._loop = parts.loop
         self._finished = parts.loop.finished  # whose output nobody has fetched
         self._handed_over: OrderedDict[str, GenerateOutput] = OrderedDict()  # the last ones that `step` gave
-        self._lock = threading.RLock()
+        self._lock = OwnLock()
 
     @property
     def model_config(self) -> "ModelConfig":
@@ -178,10 +180,10 @@ class LLMEngine:
         Raises:
             InvalidRequestError: a prompt or argument is unusable; nothing has run then.
         """
-        check_int(InvalidRequestError, "beam_width", beam_width, 1, self.config.max_num_seqs)
+        beam_width = check_int(InvalidRequestError, "beam_width", beam_width, 1, self.config.max_num_seqs)
         check_int(InvalidRequestError, "max_tokens", max_tokens, 1)
-        check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
-        check_bool(InvalidRequestError, "early_stopping", early_stopping)
+        length_penalty = check_number(InvalidRequestError, "length_penalty", length_penalty, -10, 10)
+        early_stopping = check_bool(InvalidRequestError, "early_stopping", early_stopping)
         params = SamplingParams(n=beam_width, max_tokens=max_tokens, temperature=0.0)
         searches = self._each(
             list_prompts(prompts),
@@ -204,7 +206,7 @@ class LLMEngine:
         """Answer a conversation, or each of several, in the model's own chat format.
 
         Args:
-            messages: dicts with "role" and "content"; or a list of such conversations.
+            messages: dicts with "role" and "content", a text or a list of text parts; or a list of such conversations.
             chat_template_kwargs: further variables of the chat template.
 
         The other arguments, the result and the errors are those of ``generate``.
@@ -221,8 +223,22 @@ class LLMEngine:
             top_k=top_k,
         )
 
-    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
-        """The prompt that the model's chat template makes of a conversation; for ``generate`` or ``stream``."""
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """What turns text into token ids and back, and knows what each token stands for.
+
+        Raises:
+            EngineError: this engine has none.
+        """
+        if isinstance(self._tokenizer, NoTokenizer):
+            raise EngineError("this engine has no tokenizer")
+        return self._tokenizer
+
+    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> "RenderedChat":
+        """The prompt that the model's chat template makes of a conversation; for ``generate``, ``stream`` or
+        ``tokenize``, which add no special token to it. It is a string like any other; put together with more text it is
+        plain text again, which the tokenizer may begin with a token of its own.
+        """
         return self._tokenizer.render_chat(messages, **template_kwargs)
 
     def tokenize(self, text: str) -> TokenIds:
@@ -239,8 +255,7 @@ class LLMEngine:
         Raises:
             InvalidRequestError: an id is not in the vocabulary.
         """
-        self._intake.check_token_ids(token_ids)
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return self._tokenizer.decode(self._intake.check_token_ids(token_ids), skip_special_tokens=False)
 
     def stream(
         self,

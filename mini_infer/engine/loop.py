@@ -109,6 +109,9 @@ class StepObserver(Protocol):
     def ended(self, request: Request) -> None:
         """A request has finished, or was ended; perhaps in the middle of publishing a step."""
 
+    def closed(self) -> None:
+        """The engine was closed."""
+
 
 class _Closed:
     """What is left of an executor."""
@@ -192,6 +195,8 @@ class EngineLoop:
         self._flights.clear()
         self._executor.close()
         self._executor = CLOSED
+        for observer in self._observers:
+            observer.closed()
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mini_infer.engine.decoding import Decoding
-from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
+from mini_infer.engine.detokenizer import TextStream
 from mini_infer.exceptions import MiniInferError
 from mini_infer.outputs import (
     CompletionOutput,
@@ -25,7 +25,7 @@ class Completion:
     Attributes:
         index: which of the ``n``.
         min_tokens: stop strings count only behind so many tokens.
-        detokenizer, stop_strings: turn tokens into text that can be shown.
+        stream: turns tokens into text that can be shown.
         text: released so far.
         token_ids: generated so far.
         logprobs: for each of them, if asked for.
@@ -35,8 +35,7 @@ class Completion:
 
     index: int
     min_tokens: int
-    detokenizer: Detokenizer
-    stop_strings: StopStringMatcher
+    stream: TextStream
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -59,16 +58,20 @@ class Completion:
             self.logprobs.append(place)
         if not is_text:
             return ""
-        piece = self.detokenizer.append([token_id])
-        if len(self.token_ids) > self.min_tokens:
-            piece, self.stop_reason = self.stop_strings.append(piece)
+        piece = self.stream.append(token_id, len(self.token_ids) > self.min_tokens)
+        self.stop_reason = self.stream.stop_string
         self.text += piece
         return piece
 
     def end(self, reason: FinishReason) -> str:
-        """No more tokens come: release what was held back as the possible beginning of a stop string."""
+        """No more tokens come: release what was held back as the beginning of a character or of a stop string.
+
+        If that completes a stop string, it is why the text ends.
+        """
+        piece = self.stream.end()
+        if self.stream.stop_string is not None:
+            self.stop_reason, reason = self.stream.stop_string, "stop"
         self.finish_reason = reason
-        piece = "" if isinstance(self.stop_reason, str) else self.stop_strings.flush()
         self.text += piece
         return piece
 

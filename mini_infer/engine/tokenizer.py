@@ -1,14 +1,20 @@
-"""Text to token ids, with the checks that keep bad text from going any further."""
+"""Text to token ids, with the checks that keep bad text from going any further, and what each token stands for."""
 
+import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_infer.config import EngineConfig
-from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError
+from mini_infer.engine.detokenizer import Detokenizer
+from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError, MiniInferError
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE_OPTIONS = {
     "messages",
@@ -16,37 +22,74 @@ _TEMPLATE_OPTIONS = {
 } - {"tools", "documents"}
 """Names that are no variables of a chat template, but say what is rendered and how."""
 
+Renderer: TypeAlias = Callable[[str, Mapping[str, Any]], str]
+"""Makes text of a chat template and its variables, among them ``messages``."""
+
+
+class RenderedChat(str):
+    """A prompt that a chat template made: it holds every special token that it should, so that none is added to it."""
+
 
 class Tokenizer:
     """A transformers tokenizer and what the engine needs of it.
 
+    Args:
+        directory: where its files are.
+        config: how to read them.
+        vocab_size: the model's; ids from there on exist for the tokenizer alone, and never leave this class.
+
     Attributes:
         hf: the tokenizer itself.
+        special_tokens: id and text of each token that can be left out of a text.
+        byte_tokens: ids of SentencePiece's byte tokens, such as ``<0xF0>``, several of which spell a character. A
+            byte-level vocabulary, every token of which is made of bytes, has none.
+        unused_ids: ids of the model that stand for no token.
+        renderer: makes text of a chat template and its variables, in the tokenizer's place. For servers, which must
+            not wait for a template that has no end.
     """
 
-    def __init__(self, directory: Path, config: EngineConfig) -> None:
+    renderer: Renderer | None = None
+
+    def __init__(self, directory: Path, config: EngineConfig, vocab_size: int) -> None:
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(
                 directory, use_fast=config.tokenizer_mode == "auto", trust_remote_code=config.trust_remote_code
             )
         except Exception as error:  # transformers raises almost anything for a damaged or missing tokenizer
-            raise InvalidCheckpointError(
-                f"no usable tokenizer in {str(directory)!r} ({type(error).__name__}: {error}); "
-                "give EngineConfig(tokenizer=...) a directory or Hub name that has one"
-            ) from error
-        self._longest_token = max(map(len, self.hf.get_vocab()), default=1)
+            raise InvalidCheckpointError(_why_unusable(directory, error)) from error
+        self._vocab_size = vocab_size
+        vocab: dict[str, int] = self.hf.get_vocab()
+        self._longest_token = max(map(len, vocab), default=1)
+        self._warn_of_tokens_beyond(vocab)
+        self.special_tokens = self._find_special_tokens()
+        self.byte_tokens = self._find_byte_tokens(vocab)
+        self.unused_ids = frozenset(range(vocab_size)) - frozenset(vocab.values())
+        self._is_byte_level = any(
+            self.decode([vocab[name]], skip_special_tokens=False) == text
+            for name, text in (("Ġ", " "), ("Ċ", "\n"))
+            if name in vocab
+        )
+        self._adds_bos = bool(self.hf.bos_token) and self.hf.encode("")[:1] == [self.hf.bos_token_id]
+        self._left_out = {False: self.unused_ids, True: self.unused_ids | self.special_tokens.keys()}
+        self._token_bytes: dict[int, bytes] = {}  # of those that were asked for
+
+    # ---- text to ids ---------------------------------------------------------------------------------------------
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
-        """The token ids of a prompt, with the model's beginning-of-sequence token if it has one.
+        """The token ids of a prompt, with the special tokens that the tokenizer puts around a text.
 
-        A prompt that already starts with that token, such as a rendered chat, does not get a second one.
+        A text that already begins with the beginning-of-sequence token does not get a second one. To a chat that
+        ``render_chat`` made nothing is added.
 
         Args:
             max_tokens: most tokens a prompt can have. A text that must have more is refused before the work.
 
         Raises:
-            InvalidRequestError: the text is no valid Unicode, is far too long, or has no tokens at all.
+            InvalidRequestError: the text is no valid Unicode, is far too long, has no tokens at all, or has one that
+                the model does not know.
         """
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"a text must be a string, got {repr(text)[:40]} ({type(text).__name__})")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -60,28 +103,31 @@ class Tokenizer:
                 f"prompt has {len(text)} characters, so at least {at_least} tokens, but only {max_tokens} fit; "
                 f"shorten it or raise max_model_len (it begins {text[:40]!r})"
             )
-        bos = self.hf.bos_token
-        token_ids: list[int] = self.hf.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        token_ids: list[int] = self.hf.encode(str(text), add_special_tokens=not isinstance(text, RenderedChat))
+        if self._adds_bos and text.startswith(self.hf.bos_token) and not isinstance(text, RenderedChat):
+            del token_ids[0]
         if not token_ids:
-            raise InvalidRequestError(f"prompt {text[:40]!r} has no tokens; give at least one")
+            raise InvalidRequestError(f"prompt {text[:40]!r} is empty, it has no tokens; give at least one token")
+        self._check_known(token_ids)
         return token_ids
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """The text of token ids, exactly: nothing is tidied up."""
-        text: str = self.hf.decode(
-            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
+    def _check_known(self, token_ids: Sequence[int]) -> None:
+        largest = max(token_ids)
+        if largest >= self._vocab_size:
+            raise InvalidRequestError(
+                f"token {token_ids.index(largest)} of the prompt is {largest} "
+                f"({self.hf.convert_ids_to_tokens(largest)!r}), which the tokenizer has but the model does not: its "
+                f"vocabulary is 0 to {self._vocab_size - 1}; leave it out"
+            )
 
-    def decode_token(self, token_id: int) -> str:
-        """The text of one token by itself; a token that is part of a character shows as a replacement character."""
-        return self.decode([token_id], skip_special_tokens=False)
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> RenderedChat:
         """The prompt that the model's own chat template makes of a conversation, ready for its next answer.
 
+        ``encode`` makes of it exactly the ids that ``apply_chat_template(tokenize=True)`` of transformers gives.
+
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content", which is a text or a list of parts ``{"type": "text", "text":
+                ...}``, put on lines of their own. The template sees further keys as well.
             template_kwargs: further variables of the template, for example ``enable_thinking=False``.
 
         Raises:
@@ -93,14 +139,163 @@ class Tokenizer:
             raise InvalidRequestError(f"chat template variables must not be called {', '.join(reserved)}")
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
             raise InvalidRequestError(f"messages must be a non-empty list of dicts, got {messages!r}")
+        conversation = []
         for message in messages:
-            well_formed = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-            if not well_formed or not isinstance(message.get("content"), str):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
+            content = whole_text(message.get("content"))
+            if not isinstance(content, str):
+                raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
+            conversation.append({**message, "content": content})
         try:
-            text: str = self.hf.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
-            )
+            text = self._apply_template(conversation, template_kwargs)
+        except MiniInferError:
+            raise
         except Exception as error:  # a missing template, or whatever the template itself raises
             raise InvalidRequestError(f"the chat template cannot render these messages: {error}") from error
+        return RenderedChat(text)
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        has_own_way = type(self.hf).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        if self.renderer is None or has_own_way:
+            text: str = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+            return text
+        special = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        template: str = self.hf.get_chat_template(None, variables.get("tools"))
+        return self.renderer(template, {"messages": messages, **special, **variables})
+
+    # ---- ids to text ---------------------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of token ids, exactly: nothing is tidied up."""
+        text: str = self.hf.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
+
+    def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
+        """What makes text of the tokens that follow a prompt, while they come."""
+        return Detokenizer(
+            partial(self.decode, skip_special_tokens=skip_special_tokens),
+            prompt_token_ids,
+            byte_tokens=self.byte_tokens,
+            skipped=self._left_out[skip_special_tokens],
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, wherever it stands: with its leading space, and where it is a part of
+        a character, that part. Joined, those of a text's tokens are the text's own."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._find_token_bytes(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """``token_bytes`` as text; parts of a character show as U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def _find_token_bytes(self, token_id: int) -> bytes:
+        if token_id in self.byte_tokens:
+            return bytes([self.byte_tokens[token_id]])
+        if token_id in self.unused_ids:
+            return b""
+        name = self.hf.convert_ids_to_tokens(token_id)
+        if self._is_byte_level:
+            known = all(character in _BYTES for character in name)
+            return bytes(_BYTES[character] for character in name) if known else name.encode()
+        # Some decoders drop the space in front of a text, so a token is looked at behind itself.
+        once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        return (twice[len(once) :] if twice.startswith(once) else once).encode()
+
+    # ---- what there is -------------------------------------------------------------------------------------------
+
+    def _warn_of_tokens_beyond(self, vocab: Mapping[str, int]) -> None:
+        largest = max(vocab, key=vocab.__getitem__, default=None)
+        if largest is not None and vocab[largest] >= self._vocab_size:
+            logger.warning(
+                "the tokenizer has tokens up to %d (%r) but the model's vocabulary ends at %d; prompts with a token "
+                "beyond that are refused",
+                vocab[largest],
+                largest,
+                self._vocab_size - 1,
+            )
+
+    def _find_special_tokens(self) -> dict[int, str]:
+        candidates = {*self.hf.added_tokens_decoder, *self.hf.all_special_ids}
+        texts = {token_id: self.decode([token_id], skip_special_tokens=False) for token_id in candidates}
+        return {
+            token_id: text
+            for token_id, text in texts.items()
+            if text and not self.decode([token_id], skip_special_tokens=True)
+        }
+
+    def _find_byte_tokens(self, vocab: Mapping[str, int]) -> dict[int, int]:
+        """Ids of the tokens that are bytes, and which ones; none if the decoder takes such names literally."""
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        byte_tokens = {vocab[name]: byte for name, byte in names.items() if name in vocab}
+        letter = next((token_id for token_id, byte in byte_tokens.items() if chr(byte).isalpha() and byte < 128), None)
+        if letter is None or self.decode([letter], skip_special_tokens=False) != chr(byte_tokens[letter]):
+            return {}
+        return byte_tokens
+
+
+def whole_text(content: Any) -> Any:
+    """The text of a message whose content comes in parts, all of them texts; content of any other kind as it is.
+
+    Raises:
+        InvalidRequestError: a part is no text, or there is none.
+    """
+    if not isinstance(content, list | tuple):
+        return content
+    if not content:
+        raise InvalidRequestError("a message's content has no parts; give a text, or a list of text parts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequestError(
+                f'only text parts, {{"type": "text", "text": ...}}, are supported, got type {repr(kind)[:40]}'
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _byte_characters() -> dict[str, int]:
+    """How byte-level vocabularies write each byte (GPT-2): as itself where that prints, else as one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
+def _why_unusable(directory: Path, error: Exception) -> str:
+    models = sorted(path.name for path in directory.glob("*.model"))
+    missing = [package for module, package in _SENTENCEPIECE.items() if not _is_installed(module)]
+    if models and missing and not (directory / "tokenizer.json").is_file() and _is_sentencepiece(directory / models[0]):
+        return (
+            f"the tokenizer in {str(directory)!r} is a SentencePiece file, {models[0]}, and reading it takes packages "
+            f"that are not here: pip install {' '.join(missing)}"
+        )
+    return (
+        f"no usable tokenizer in {str(directory)!r} ({type(error).__name__}: {error}); "
+        "give EngineConfig(tokenizer=...) a directory or Hub name that has one"
+    )
+
+
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+"""Modules that SentencePiece files are read with, and the packages that have them."""
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
+
+
+def _is_sentencepiece(path: Path) -> bool:
+    """Whether a file is a SentencePiece model, a protocol buffer that begins with a piece, rather than tiktoken's."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x0a"

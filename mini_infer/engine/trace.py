@@ -74,6 +74,8 @@ class TraceFile:
 
     def flush(self) -> None:
         """Write what was added. Should that fail, the trace ends there; the engine goes on."""
+        if not self.close.alive:
+            return
         try:
             self._file.write("".join(self._events).encode())
         except (OSError, ValueError) as error:  # the disk is full; or the process is ending, and the file is closed
@@ -262,6 +264,9 @@ class StepTrace:
             self._end(first, now, request.completions[0].finish_reason, 0)
         if not self._steps:
             self._count(now)
+
+    def closed(self) -> None:
+        self._file.close()
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 

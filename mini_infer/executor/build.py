@@ -19,7 +19,7 @@ from mini_infer.kernels import Kernels
 from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, plan_memory
-from mini_infer.models import Decoder, ModelConfig, load_model, read_config
+from mini_infer.models import Decoder, ModelConfig, load_model
 from mini_infer.step import NO_COPIES, NO_INTS, Draws, Executor, LogitEdits, Scores, StepInput
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ class Local:
 
     Attributes:
         executor: computes steps.
-        model_config: what the checkpoint says of itself.
         device: where the model is.
         max_model_len: most tokens of one sequence.
         num_gpu_blocks: KV blocks on the device.
@@ -40,7 +39,6 @@ class Local:
     """
 
     executor: Executor
-    model_config: ModelConfig
     device: torch.device
     max_model_len: int
     num_gpu_blocks: int
@@ -48,8 +46,8 @@ class Local:
     num_parameters: int
 
 
-def build(config: EngineConfig, directory: Path) -> Local:
-    """Load the checkpoint in a directory and lay out the KV memory.
+def build(config: EngineConfig, directory: Path, model_config: ModelConfig) -> Local:
+    """Load the checkpoint in a directory, whose config was read, and lay out the KV memory.
 
     Raises:
         InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
@@ -59,11 +57,12 @@ def build(config: EngineConfig, directory: Path) -> Local:
     device = resolve_device(config.device)
     resolved = kernels.resolve(device, config.kernel_backend)
     with on(device):
-        return _build(config, directory, device, resolved)
+        return _build(config, directory, model_config, device, resolved)
 
 
-def _build(config: EngineConfig, directory: Path, device: torch.device, kernels: Kernels) -> Local:
-    model_config = read_config(directory)
+def _build(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, device: torch.device, kernels: Kernels
+) -> Local:
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
     plan = partial(
@@ -95,7 +94,6 @@ def _build(config: EngineConfig, directory: Path, device: torch.device, kernels:
     _warm_up(runner, config.block_size, min(num_blocks, width) * config.block_size)
     return Local(
         executor=make_executor(runner.run, device, config.depth),
-        model_config=model_config,
         device=device,
         max_model_len=memory.max_model_len,
         num_gpu_blocks=num_blocks,

@@ -186,7 +186,7 @@ def _weights(logits: Tensor, filters: _Filters) -> Tensor:
         weights.masked_fill_(logits < threshold, 0)
         ranked = ranked.masked_fill(ranked < threshold, -torch.inf)
     if has_top_p:
-        top_p = filters.column("top_p", logits)
+        top_p = filters.column("top_p", logits).clamp(min=torch.finfo(logits.dtype).tiny)  # 0: the likeliest token
         weights = _keep_top_p_unasked(weights, top_p) if logits.is_cuda else _keep_top_p(weights, top_p, ranked.exp())
     if (columns["min_p"] > 0).any():
         threshold = weights.amax(dim=-1, keepdim=True) * filters.column("min_p", logits)

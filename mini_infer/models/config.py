@@ -23,22 +23,22 @@ class AttentionConfig:
         num_heads: query heads.
         num_kv_heads: key and value heads; each serves num_heads / num_kv_heads query heads.
         head_dim: features per head; num_heads * head_dim need not be hidden_size.
+        rope: how queries and keys are rotated; None leaves them as they are, and the layer blind to positions.
         qkv_bias: the query, key and value projections have biases.
         output_bias: the output projection has one.
         qk_norm: what is normalised of queries and keys before their rotation: every head by itself, all heads of a
             projection together, or nothing.
-        rope: how queries and keys are rotated; None leaves them as they are, and the layer blind to positions.
         sliding_window: how many of the latest tokens a token sees, itself included; None is all.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: Literal["head", "projection"] | None
     rope: Rope | None
-    sliding_window: int | None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
@@ -68,7 +68,7 @@ class FeedForwardConfig:
     """
 
     intermediate_size: int
-    bias: bool
+    bias: bool = False
 
     def __post_init__(self) -> None:
         _check_sizes(self, "intermediate_size")
@@ -80,7 +80,7 @@ class LayerConfig:
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
-    norms: Literal["pre", "post", "both"]
+    norms: Literal["pre", "post", "both"] = "pre"
 
 
 @dataclass(frozen=True)

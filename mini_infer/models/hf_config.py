@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from mini_infer.exceptions import InvalidCheckpointError, ModelNotFoundError, UnsupportedModelError
-from mini_infer.models.config import DTYPES, LARGEST_SIZE, FeedForwardConfig, LayerConfig, ModelConfig
+from mini_infer.models.config import DTYPES, LARGEST_SIZE, AttentionConfig, LayerConfig, ModelConfig
 from mini_infer.models.rope import (
     LinearRope,
     Llama3Rope,
@@ -106,17 +106,10 @@ def model_config(hf: PretrainedConfig, architecture: str, layers: tuple[LayerCon
     )
 
 
-def heads(hf: PretrainedConfig) -> dict[str, int]:
-    """The counts of an `AttentionConfig`."""
-    return {
-        "num_heads": hf.num_attention_heads,
-        "num_kv_heads": hf.num_key_value_heads,
-        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-    }
-
-
-def feed_forward(hf: PretrainedConfig, bias: bool = False) -> FeedForwardConfig:
-    return FeedForwardConfig(hf.intermediate_size, bias)
+def attention(hf: PretrainedConfig, **options: Any) -> AttentionConfig:
+    """Attention with the heads and the RoPE of a config, and whatever else its family says."""
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return AttentionConfig(hf.num_attention_heads, hf.num_key_value_heads, head_dim, rope(hf), **options)
 
 
 def sliding_windows(hf: PretrainedConfig) -> tuple[int | None, ...]:
@@ -234,9 +227,10 @@ _ROPE_READERS: Mapping[str, Callable[[Mapping[str, Any], int], Rope]] = {
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    if not math.isfinite(number) or (isinstance(value, int) and abs(value) >= 2**63):  # which no tensor can hold
         raise ValueError(f"{_short(value)} is not a finite number")
-    return float(value)
+    return number
 
 
 def _dtype(hf: PretrainedConfig) -> torch.dtype | None:

@@ -9,13 +9,13 @@ one layer's.
 
 import json
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,20 +39,19 @@ _ROWS_AT_ONCE = 4096
 """Of two large matrices that are compared."""
 
 
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """A tensor of the checkpoint, as the header of its file has it."""
 
+    name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str
 
 
-@dataclass(frozen=True)
-class _Fill:
-    """A module, where it is in the model, and the tensors that it is made of."""
+class _Fill(NamedTuple):
+    """A module, the number of its layer ("" for the ends of the model), and the tensors that it is made of."""
 
-    path: str
+    layer: str
     module: Weighted
     parts: Sequence[Part]
 
@@ -91,14 +90,12 @@ def load_model(
     with _explaining_memory(directory, config, dtype, device, kernels):
         model = Decoder(config, dtype, device, kernels)
         fills = [
-            _Fill(path, module, module.parts(_names_of(path, names)))
-            for path, module in model.named_modules()
-            if isinstance(module, Weighted)
+            _fill_of(path, module, names) for path, module in model.named_modules() if isinstance(module, Weighted)
         ]
         _check(stored, [part for fill in fills for part in fill.parts], config, directory)
-        for _, group in groupby(fills, key=lambda fill: _layer_of(fill.path)):
+        for _, layer in groupby(fills, key=lambda fill: fill.layer):
+            together = list(layer)
             with ExitStack() as stack:
-                together = list(group)
                 needed = {stored[part.name].path for fill in together for part in fill.parts}
                 readers = {path: stack.enter_context(_reading(path)) for path in needed}
                 for fill in together:
@@ -165,7 +162,7 @@ def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
     for path in files:
         with _reading(path) as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (it is no mapping)
-            found = {name: _Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            found = {name: _Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         twice = stored.keys() & found.keys()
         if twice:
             raise InvalidCheckpointError(f"{path} repeats {_few(twice)} of another file; keep one copy of each tensor")
@@ -173,18 +170,11 @@ def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
     return stored
 
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
-
-
-def _layer_of(path: str) -> str:
-    """The number of the layer that a module is in; empty for the ends of the model."""
-    layer = _LAYER.match(path)
-    return layer[1] if layer else ""
-
-
-def _names_of(path: str, names: Names) -> tuple[str, ...]:
-    """What the checkpoint calls the module at ``path`` of the model."""
-    return tuple(name.replace("*", _layer_of(path)) for name in names[_LAYER.sub("layers.*.", path)])
+def _fill_of(path: str, module: Weighted, names: Names) -> _Fill:
+    """What to do for the module at ``path`` of the model, given what the checkpoint calls it."""
+    layer = path.split(".")[1] if path.startswith("layers.") else ""
+    patterns = names[path.replace(f".{layer}.", ".*.", 1)]
+    return _Fill(layer, module, module.parts([pattern.replace("*", layer) for pattern in patterns]))
 
 
 def _untangle_embeddings(
@@ -200,7 +190,7 @@ def _untangle_embeddings(
     embedding, output = (f"{names[path][0]}.weight" for path in ("embedding", "output"))
     if embedding not in stored:
         return config, names  # what there is serves as both
-    if output in stored and not _equal(stored[embedding], embedding, stored[output], output, dtype):
+    if output in stored and not _equal(stored[embedding], stored[output], dtype):
         logger.warning(
             "config.json says that %s is %s, but %s holds another one: using both, as transformers does; set "
             "tie_word_embeddings to false, or remove %s",
@@ -213,18 +203,14 @@ def _untangle_embeddings(
     return config, {**names, "output": names["embedding"]}
 
 
-def _equal(one: _Stored, one_name: str, other: _Stored, other_name: str, dtype: torch.dtype) -> bool:
-    """Whether two tensors hold the same numbers once they are of this dtype."""
-    if one.shape != other.shape:
+def _equal(one: _Stored, other: _Stored, dtype: torch.dtype) -> bool:
+    """Whether two matrices hold the same numbers once they are of this dtype."""
+    if one.shape != other.shape or len(one.shape) != 2:
         return False
     with _reading(one.path) as one_reader, _reading(other.path) as other_reader:
-        one_slice, other_slice = one_reader.get_slice(one_name), other_reader.get_slice(other_name)
-        return all(
-            torch.equal(
-                one_slice[start : start + _ROWS_AT_ONCE].to(dtype), other_slice[start : start + _ROWS_AT_ONCE].to(dtype)
-            )
-            for start in range(0, one.shape[0] if one.shape else 1, _ROWS_AT_ONCE)
-        )
+        slices = one_reader.get_slice(one.name), other_reader.get_slice(other.name)
+        rows = (slice(start, start + _ROWS_AT_ONCE) for start in range(0, one.shape[0], _ROWS_AT_ONCE))
+        return all(torch.equal(*(matrix[some].to(dtype) for matrix in slices)) for some in rows)
 
 
 def _mention_longrope(config: ModelConfig) -> None:
@@ -240,12 +226,9 @@ def _mention_longrope(config: ModelConfig) -> None:
 def _fill(fill: _Fill, stored: Mapping[str, _Stored], readers: Mapping[Path, Any], device: torch.device) -> None:
     """Give a module's parameters memory and values."""
     module = fill.module
+    empty = large_memory.empty if device.type == "cpu" else partial(torch.empty, device=device)
     for name, parameter in list(module.named_parameters(recurse=False)):
-        shape, dtype = parameter.shape, parameter.dtype
-        memory = (
-            large_memory.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-        )
-        setattr(module, name, nn.Parameter(memory, requires_grad=False))
+        setattr(module, name, nn.Parameter(empty(parameter.shape, dtype=parameter.dtype), requires_grad=False))
     for part in fill.parts:
         place = getattr(module, part.parameter).narrow(part.dim, part.start, part.shape[part.dim])
         _copy(readers[stored[part.name].path], part.name, place)

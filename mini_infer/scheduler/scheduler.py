@@ -14,6 +14,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from operator import itemgetter
 
 from mini_infer.config import PreemptionMode
 from mini_infer.exceptions import InvalidConfigError
@@ -25,6 +26,14 @@ from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
 from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence, SequenceStatus
+
+# Looked up some times for each sequence and step.
+WAITING, RUNNING, RESTING, FINISHED = (
+    SequenceStatus.WAITING,
+    SequenceStatus.RUNNING,
+    SequenceStatus.RESTING,
+    SequenceStatus.FINISHED,
+)
 
 
 @dataclass(slots=True)
@@ -54,10 +63,13 @@ class _Draft:
     swap_in: list[BlockCopy] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)
 
-    def finish(self) -> SchedulerOutputs:
+    def finish(self, num_tokens: int) -> SchedulerOutputs:
+        single = [item for item in self.scheduled if item.num_tokens == 1]
+        if len(single) < len(self.scheduled):
+            single += [item for item in self.scheduled if item.num_tokens > 1]
         return SchedulerOutputs(
-            scheduled=tuple(sorted(self.scheduled, key=lambda item: item.num_tokens > 1)),
-            num_tokens=sum(item.num_tokens for item in self.scheduled),
+            scheduled=tuple(single),
+            num_tokens=num_tokens,
             preempted=tuple(self.preempted),
             swap_out=tuple(self.swap_out),
             copy=tuple(self.copy),
@@ -161,33 +173,37 @@ class Scheduler:
         for sequence in ready:
             if draft.budget == 0:
                 break
-            if sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is not RUNNING:
                 continue
             if sequence.num_drafts:
-                self._shorten(sequence, num_guesses)
-            elif sequence.num_uncomputed_tokens > 1 and not any(self._find_missing(sequence)):
+                self._shorten(sequence, min(num_guesses, draft.budget - 1))
+            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(self._find_missing(sequence)):
                 chunks.append(sequence)
                 continue
-            while sequence.status is SequenceStatus.RUNNING and not self._grow(sequence, draft):
+            while not self._grow(sequence, draft):
                 if sequence.num_drafts:  # nobody is preempted for a guess
                     self._shorten(sequence, 0)
-                else:
-                    self._preempt(self.running[-1], draft)
-            if sequence.status is SequenceStatus.RUNNING:
+                    continue
+                if self._withdraw_drafts(draft):
+                    continue
+                self._preempt(self.running[-1], draft)
+                if sequence.status is not RUNNING:
+                    break
+            else:
                 num_guesses -= sequence.num_drafts
                 self._schedule(sequence, draft)
 
         for sequence in chunks:
             if draft.budget == 0:
                 break
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is RUNNING:
                 self._schedule(sequence, draft)
 
         while self.waiting and draft.budget and not (draft.scheduled and draft.preempted):
             sequence = self.waiting.first()
             if self._admit(sequence, draft):
                 self.waiting.remove(sequence)
-                sequence.status = SequenceStatus.RUNNING
+                sequence.status = RUNNING
                 insort(self.running, sequence, key=lambda s: s.order)
                 self._schedule(sequence, draft)
             elif draft.scheduled or not self.running:
@@ -197,7 +213,7 @@ class Scheduler:
             else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
                 self._preempt(self.running[-1], draft)
 
-        plan = draft.finish()
+        plan = draft.finish(self.max_num_batched_tokens - draft.budget)
         for item in plan.scheduled:
             self._expect(item)
         return plan
@@ -211,7 +227,7 @@ class Scheduler:
         """
         room = sequence.max_length - len(sequence) - 1
         waits_for_step = sequence.num_placeholders or sequence.num_drafts or sequence.is_undecided or sequence.forks
-        if sequence.status is SequenceStatus.RUNNING and not waits_for_step and sequence.num_uncomputed_tokens == 1:
+        if sequence.status is RUNNING and not waits_for_step and sequence.num_uncomputed_tokens == 1:
             drafts = list(draft_token_ids)[: max(room, 0)]
             sequence.token_ids += drafts
             sequence.num_drafts = len(drafts)
@@ -227,51 +243,71 @@ class Scheduler:
         Raises:
             ValueError: an outcome that does not follow from the plan; nothing has changed then.
         """
-        wanted = [outcome for outcome in outcomes if outcome.sequence.status is not SequenceStatus.FINISHED]
-        for sequence, token_ids, num_valid, _ in wanted:
-            most = sequence.num_placeholders or sequence.max_length - sequence.num_known_tokens
-            if len(token_ids) > most or not 0 <= num_valid <= sequence.num_known_tokens + len(token_ids):
+        wanted = []
+        for outcome in outcomes:
+            sequence, token_ids, num_valid, finish_reason = outcome
+            if sequence.status is FINISHED:
+                continue
+            known = sequence.num_known_tokens
+            length = known + len(token_ids)
+            if sequence.num_placeholders:
+                fits = length == known + 1 or (not token_ids and finish_reason is not None)
+            elif num_valid < len(sequence.content_ids) * self.block_manager.block_size:
+                fits = False  # others may share what this would take back
+            elif sequence.decides_late:
+                fits = length <= sequence.max_length
+            else:
+                fits = length <= known + (1 + sequence.num_drafts if sequence.is_undecided else 0)
+            if not fits or not 0 <= num_valid <= length:
                 raise ValueError(
-                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens (at most {most}) with "
-                    f"{num_valid} positions valid"
+                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens with {num_valid} "
+                    f"positions valid; it has {known} known tokens of at most {sequence.max_length}, and under way are "
+                    f"{sequence.num_placeholders} to sample and {sequence.num_drafts} drafts"
                 )
-        for outcome in wanted:
-            self._commit(*outcome)
+            wanted.append((sequence, known, token_ids, num_valid, finish_reason))
+        if len(set(map(itemgetter(0), wanted))) < len(wanted):
+            raise ValueError("a sequence cannot go on in two ways; give each one outcome")
+        for settled in wanted:
+            self._commit(*settled)
 
     def _commit(
-        self, sequence: Sequence, token_ids: tuple[int, ...], num_valid: int, finish_reason: FinishReason | None
+        self,
+        sequence: Sequence,
+        known: int,
+        token_ids: tuple[int, ...],
+        num_valid: int,
+        finish_reason: FinishReason | None,
     ) -> None:
+        length = known + len(token_ids)
         if sequence.num_placeholders:
-            first = sequence.num_known_tokens
-            sequence.token_ids[first : first + len(token_ids)] = token_ids
+            for place, token_id in enumerate(token_ids, known):
+                sequence.token_ids[place] = token_id
             sequence.num_placeholders -= len(token_ids)
         elif sequence.is_undecided or token_ids:
-            del sequence.token_ids[sequence.num_known_tokens :]
+            sequence.token_ids[known:] = token_ids
             sequence.num_drafts = 0
             sequence.is_undecided = False
-            sequence.token_ids += token_ids
             self._invalidate(sequence, num_valid)
-        length = sequence.num_known_tokens
         if finish_reason is None and length >= sequence.max_length:
             # The last token is not computed; a prompt that nothing is to follow is.
             has_ended = length > sequence.num_prompt_tokens or num_valid >= length
             finish_reason = "length" if has_ended else None
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
-        elif sequence.status is SequenceStatus.RESTING and sequence.can_step and not sequence.num_placeholders:
-            self._queue(sequence)
+        elif sequence.status is RESTING and num_valid < length and not sequence.num_placeholders:
+            self._queue(sequence)  # otherwise all is computed, and it rests on until it gets a token
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
         text of its last token may hold a stop string."""
         sequence.finish_reason = reason
-        if sequence.status is SequenceStatus.FINISHED:
+        if sequence.status is FINISHED:
             return
-        if sequence.status is SequenceStatus.RUNNING:
+        if sequence.status is RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
+        elif sequence.status is WAITING:
             self.waiting.remove(sequence)
-        sequence.status = SequenceStatus.FINISHED
+        sequence.status = FINISHED
         self._drop_provisional(sequence)
         self._release(sequence)
         self._drop_swapped(sequence)
@@ -285,14 +321,14 @@ class Scheduler:
         child.arrival = next(self._arrivals)
         child.order = (*parent.order[:-1], child.arrival)
         parent.num_seats = max(1, parent.num_seats - 1)
-        if parent.status is not SequenceStatus.RUNNING or self._num_taken_seats >= self.max_num_seqs:
+        if parent.status is not RUNNING or self._num_taken_seats >= self.max_num_seqs:
             self._queue(child)
             return
         child.block_table = parent.block_table[: self.block_manager.blocks_for(parent.num_computed_tokens)]
         self.block_manager.share(child.block_table)
         child.content_ids = list(parent.content_ids)
         child.num_computed_tokens = parent.num_computed_tokens
-        child.status = SequenceStatus.RUNNING
+        child.status = RUNNING
         insort(self.running, child, key=lambda s: s.order)
 
     def rewind(self, plans: Iterable[SchedulerOutputs]) -> None:
@@ -310,15 +346,15 @@ class Scheduler:
             for item in plan.scheduled:
                 touched |= dict.fromkeys((item.sequence, *item.forks), True)
         for sequence, was_under_way in touched.items():
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence.status is FINISHED:
                 continue
-            rests = sequence.status is SequenceStatus.RESTING and not was_under_way
+            rests = sequence.status is RESTING and not was_under_way
             self._drop_provisional(sequence)
             self._release(sequence)
             self._drop_swapped(sequence)
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is RUNNING:
                 self.running.remove(sequence)
-            if sequence.status is not SequenceStatus.WAITING and not rests:
+            if sequence.status is not WAITING and not rests:
                 self._queue(sequence)
 
     # ---- one sequence --------------------------------------------------------------------------------------------
@@ -329,24 +365,24 @@ class Scheduler:
         return sum(sequence.num_seats for sequence in self.running)
 
     def _queue(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.WAITING
+        sequence.status = WAITING
         self.waiting.push(sequence)
 
     def _schedule(self, sequence: Sequence, draft: _Draft) -> None:
         """Put as many of a sequence's tokens into the plan as the budget allows."""
-        start, length = sequence.num_computed_tokens, len(sequence)
+        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
         num_tokens = min(length - start, draft.budget)
         reaches_end = start + num_tokens == length
-        samples = reaches_end and length - sequence.num_drafts < sequence.max_length
+        samples = reaches_end and length - num_drafts < sequence.max_length
         draft.budget -= num_tokens
         draft.scheduled.append(
             ScheduledSequence(
                 sequence,
                 start,
                 num_tokens,
-                num_logits=1 + sequence.num_drafts if samples else 0,
-                is_decode=reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + sequence.num_drafts,
-                forks=sequence.forks if samples else (),
+                1 + num_drafts if samples else 0,
+                reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
+                sequence.forks if samples else (),
             )
         )
         if self.prefix_caching:
@@ -356,19 +392,23 @@ class Scheduler:
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""
-        sequence = item.sequence
-        sequence.num_computed_tokens = item.end
-        if not item.num_logits:
+        sequence, start, num_tokens, num_logits, _, forks = item
+        sequence.num_computed_tokens = start + num_tokens
+        if not num_logits:
             return
-        sequence.forks = ()
-        for child in item.forks:
-            self.fork(sequence, child)
+        if forks:
+            sequence.forks = ()
+            for child in forks:
+                self.fork(sequence, child)
         if sequence.decides_late or sequence.num_drafts:
-            sequence.is_undecided = True
+            for one in (sequence, *forks):
+                one.is_undecided = True
             return
-        for one in (sequence, *item.forks):
-            one.token_ids.append(PLACEHOLDER)
-            one.num_placeholders += 1
+        sequence.token_ids.append(PLACEHOLDER)
+        sequence.num_placeholders += 1
+        for child in forks:
+            child.token_ids.append(PLACEHOLDER)
+            child.num_placeholders += 1
 
     def _remember(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
         """Let others share the full blocks that hold the first ``num_tokens`` tokens once this step is computed.
@@ -392,6 +432,21 @@ class Scheduler:
             del sequence.token_ids[-surplus:]
             sequence.num_drafts -= surplus
 
+    def _withdraw_drafts(self, draft: _Draft) -> bool:
+        """Take the drafts out of the plan again, with the blocks that they alone need; False if there are none."""
+        withdrawn = 0
+        for place, item in enumerate(draft.scheduled):
+            sequence = item.sequence
+            if sequence.num_drafts:
+                withdrawn += sequence.num_drafts
+                self._shorten(sequence, 0)
+                draft.scheduled[place] = item._replace(num_tokens=1, num_logits=1)
+                num_needed = self.block_manager.blocks_for(len(sequence))
+                self.block_manager.free(sequence.block_table[num_needed:])
+                del sequence.block_table[num_needed:]
+        draft.budget += withdrawn
+        return withdrawn > 0
+
     def _find_missing(self, sequence: Sequence) -> tuple[list[int], int]:
         """What a sequence lacks to write all its tokens: own copies of blocks that others hold too, by their places in
         its table, and so many more blocks."""
@@ -404,6 +459,11 @@ class Scheduler:
     def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
         manager, table = self.block_manager, sequence.block_table
+        computed = sequence.num_computed_tokens
+        if len(sequence.token_ids) - computed == 1:  # the common case, and the hot one
+            place = computed // manager.block_size
+            if place < len(table) and not manager.is_shared(table[place]):
+                return True
         shared, num_more = self._find_missing(sequence)
         if not shared and not num_more:
             return True
@@ -492,7 +552,7 @@ class Scheduler:
         self._release(sequence)
         sequence.num_preemptions += 1
         if rests:
-            sequence.status = SequenceStatus.RESTING
+            sequence.status = RESTING
         else:
             self._drop_provisional(sequence)
             self._queue(sequence)
@@ -501,7 +561,6 @@ class Scheduler:
         """Keys and values from position ``num_valid`` on are not what they should be."""
         sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_valid)
         sequence.num_swapped_tokens = min(sequence.num_swapped_tokens, num_valid)
-        del sequence.content_ids[num_valid // self.block_manager.block_size :]
 
     def _drop_provisional(self, sequence: Sequence) -> None:
         del sequence.token_ids[sequence.num_known_tokens :]

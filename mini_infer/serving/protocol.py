@@ -7,11 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from mini_infer.engine.tokenizer import whole_text
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.sampling import SamplingParams
-
-MAX_CHOICES = 1024
-"""Most completions of one HTTP request, over all its prompts."""
+from mini_infer.sampling import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from mini_infer.serving.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_MESSAGES
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
@@ -20,10 +19,12 @@ _NOT_YET = "Not supported yet."
 
 # Lists stop at their first bad item: collecting a million complaints would hold everybody up.
 _TokenIds = Annotated[list[int], Field(fail_fast=True)]
+_SEVERAL = Field(fail_fast=True, max_length=MAX_CHOICES)
 _Prompts = Annotated[
-    str | _TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[_TokenIds], Field(fail_fast=True)],
+    str | _TokenIds | Annotated[list[str], _SEVERAL] | Annotated[list[_TokenIds], _SEVERAL],
     Field(union_mode="left_to_right"),
 ]
+_Stop = Annotated[str, Field(max_length=MAX_STOP_STRING_LENGTH)]
 
 
 def _without_nulls(body: Any) -> Any:
@@ -45,21 +46,28 @@ class SamplingBody(Body):
     temperature: float | None = Field(None, description=_HELP["temperature"])
     top_p: float | None = Field(None, description=_HELP["top_p"])
     n: int | None = Field(None, description=_HELP["n"])
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = Field(
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = Field(
         None, description=_HELP["stop"]
     )
     seed: int | None = Field(None, description=_HELP["seed"])
     presence_penalty: float | None = Field(None, description=_HELP["presence_penalty"])
     frequency_penalty: float | None = Field(None, description=_HELP["frequency_penalty"])
     logit_bias: (
-        Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})] | None
+        Annotated[
+            dict[str, Any],
+            Field(max_length=MAX_LOGIT_BIAS),
+            WithJsonSchema(
+                {"type": "object", "additionalProperties": {"type": "number"}, "maxProperties": MAX_LOGIT_BIAS}
+            ),
+        ]
+        | None
     ) = Field(None, description="Token ids, as strings, and what to add to their logits, -100 to 100 each")
 
     top_k: int | None = Field(None, description=f"Extension. {_HELP['top_k']}")
     min_p: float | None = Field(None, description=f"Extension. {_HELP['min_p']}")
     repetition_penalty: float | None = Field(None, description=f"Extension. {_HELP['repetition_penalty']}")
     min_tokens: int | None = Field(None, description=f"Extension. {_HELP['min_tokens']}")
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = Field(
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = Field(
         None, description=f"Extension. {_HELP['stop_token_ids']}"
     )
     ignore_eos: bool | None = Field(None, description=f"Extension. {_HELP['ignore_eos']}")
@@ -142,20 +150,10 @@ class CompletionBody(OpenAIBody):
 
 
 def _whole_text(content: Any) -> Any:
-    """The text of a message whose content comes in parts, all of them texts."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "content_part",
-                'only text parts, {{"type": "text", "text": ...}}, are supported, got type {kind}',
-                {"kind": repr(kind)[:40]},
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)
+    try:
+        return whole_text(content)
+    except InvalidRequestError as error:
+        raise PydanticCustomError("content_part", "{message}", {"message": str(error)}) from error
 
 
 _TEXT_PARTS = {
@@ -174,24 +172,33 @@ _TEXT_PARTS = {
 
 
 class Message(Body):
+    """Unlike anywhere else, fields that are not known are ignored: answers come back as part of a conversation with
+    whatever a server or a client put into them, such as ``annotations`` or ``reasoning_content``."""
+
+    model_config = ConfigDict(extra="ignore")
+
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system")
     content: Annotated[str, BeforeValidator(_whole_text), WithJsonSchema(_TEXT_PARTS)] = Field(
         description="Text, or a list of text parts, which are put on lines of their own"
     )
     name: str | None = Field(None, description="Handed to the chat template")
+    tool_calls: Any = Field(None, description=_NOT_YET)
+    function_call: Any = Field(None, description=_NOT_YET)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_lists(cls, message: Any) -> Any:
-        """Answers sent back as part of a conversation bring fields such as ``"annotations": []``."""
-        return {k: v for k, v in message.items() if v != []} if isinstance(message, dict) else message
+    @model_validator(mode="after")
+    def _refuse_calls(self) -> "Message":
+        for name in ("tool_calls", "function_call"):
+            if getattr(self, name):
+                message = f"{name} in a message is not supported yet; leave it out"
+                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
+        return self
 
     def for_template(self) -> dict[str, str]:
         message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         return message if self.name is None else {**message, "name": self.name}
 
 
-_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 _TemplateVariables = dict[str, Any]
 
 

@@ -283,6 +283,33 @@ def test_a_file_of_something_else_is_refused_and_kept(
     assert output.read_bytes() == content
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_an_output_that_is_no_file_is_only_written_to(checkpoint: str, tmp_path: Path) -> None:
+    """A pipe is not read, and a device is not cut; both may have things of their own in them."""
+    flags = ("one", "two", "--max-tokens", "2")
+    whole, pipe = tmp_path / "whole.jsonl", tmp_path / "pipe"
+    generate(checkpoint, *flags, "-o", whole)
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        generate(checkpoint, *flags, "-o", pipe)
+        assert reader.stdout is not None and reader.stdout.read() == whole.read_bytes()
+    assert generate(checkpoint, *flags, "-o", "/dev/null").stderr == ""
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "target.jsonl")
+    for num_there in (0, 2):  # it is made, and then continued
+        assert bool(generate(checkpoint, *flags, "-o", link).stderr) is (num_there > 0)
+        assert (tmp_path / "target.jsonl").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("output", ["/dev/full", "folder"])
+def test_what_cannot_be_written_is_one_line(checkpoint: str, tmp_path: Path, output: str) -> None:
+    output = str(tmp_path) if output == "folder" else output
+    reason = "Is a directory" if output == str(tmp_path) else "No space left on device"
+    done = generate(checkpoint, "one", "two", "--max-tokens", "2", "-o", output, status=1)
+    assert done.stderr == f"error: {output}: {reason}\n"
+
+
 # ---- as a process ------------------------------------------------------------------------------------------------
 
 

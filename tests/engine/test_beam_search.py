@@ -22,6 +22,7 @@ from mini_infer.scheduler import Outcome, Scheduler, Sequence
 from mini_infer.step import StepInput, StepOutput
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
 from tests.engine.executors import Corrupting, Failing, interpose, with_nan
+from tests.models.checkpoints import VARIED_FAMILIES
 from tests.models.test_decoder import reference_model
 
 MAX_LEN = 64
@@ -39,7 +40,7 @@ class Checkpoint:
     reference: PreTrainedModel
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen3"])
+@pytest.fixture(scope="module", params=VARIED_FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     paths = [tmp_path_factory.mktemp(f"{request.param}-{name}") for name in ("plain", "stopping")]
     options: dict[str, Any] = {"seed": 3, "num_hidden_layers": 2}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mini_infer import GenerateOutput, LLMEngine, SamplingParams
+from tests.models.checkpoints import VARIED_FAMILIES
 
 from .checkpoints import VOCAB_SIZE, make_engine_checkpoint
 
@@ -15,7 +16,7 @@ NUM_REQUESTS = 50
 MAX_TOKENS = 14
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen3"])
+@pytest.fixture(scope="module", params=VARIED_FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / request.param
     return make_engine_checkpoint(path, request.param, 11, torch.float64)

@@ -4,11 +4,12 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer, StopStringMatcher
@@ -82,7 +83,30 @@ def sentencepiece_like(directory: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-MAKERS = (byte_tokenizer, trained_bpe, sentencepiece_like)
+def unigram(directory: Path) -> PreTrainedTokenizerFast:
+    """As in T5: pieces with scores, "▁" for a space, and nothing to fall back on."""
+    return unigram_tokenizer(byte_fallback=False)
+
+
+def unigram_with_bytes(directory: Path) -> PreTrainedTokenizerFast:
+    """The same with bytes for what is not in the vocabulary."""
+    return unigram_tokenizer(byte_fallback=True)
+
+
+def unigram_tokenizer(byte_fallback: bool) -> PreTrainedTokenizerFast:
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    if byte_fallback:
+        pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    pieces += [(word, -3.0) for word in ("▁the", "▁a", "▁cat", "▁▁")]
+    pieces += [(letter, -5.0) for letter in f"▁abcdefghijklmnopqrstuvwxyz.,?{BROKEN}块的"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(replacement="▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+MAKERS = (byte_tokenizer, trained_bpe, sentencepiece_like)  # those that can spell every text
+ALL_MAKERS = (*MAKERS, unigram, unigram_with_bytes)
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)
@@ -106,7 +130,12 @@ def make_tokenizer(
     """The engine's own tokenizer, read from files as it always is."""
     directory = tmp_path_factory.mktemp(maker.__name__)
     maker(directory).save_pretrained(directory)
-    return Tokenizer(directory, EngineConfig())
+    return load(directory)
+
+
+def load(directory: Path) -> Tokenizer:
+    vocab = AutoTokenizer.from_pretrained(directory).get_vocab()
+    return Tokenizer(directory, EngineConfig(), max(vocab.values()) + 3)  # a model often has a few ids to spare
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -117,8 +146,9 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def stream(
     tokenizer: Tokenizer, chunks: Iterable[Sequence[int]], prompt: Sequence[int] = (), *, skip_special: bool = True
 ) -> list[str]:
-    detokenizer = Detokenizer(lambda ids: tokenizer.decode(ids, skip_special), prompt)
-    return [detokenizer.append(chunk) for chunk in chunks]
+    """The pieces that come, and the rest that the end releases."""
+    detokenizer = tokenizer.detokenizer(prompt, skip_special)
+    return [*map(detokenizer.append, chunks), detokenizer.end()]
 
 
 def one_by_one(token_ids: Sequence[int]) -> list[list[int]]:
@@ -174,25 +204,38 @@ class TestWholeText:
         assert "".join(stream(byte_level, one_by_one(encode(byte_level, text)))) == text
 
     @pytest.mark.parametrize("text", ["你", "😀", "é", "a你", "你好", "你😀", "👩‍👧"], ids=ascii)
-    def test_a_character_that_was_cut_is_not_shown(self, byte_level: Tokenizer, text: str) -> None:
-        """At every place where a generation can be cut, what was shown is what is complete."""
+    def test_a_character_that_was_cut_waits_for_the_end(self, byte_level: Tokenizer, text: str) -> None:
+        """At every place where a generation can be cut, what was shown is what is complete; the end shows the rest as
+        every decoder does."""
         token_ids = encode(byte_level, text)
         for size in range(len(token_ids) + 1):
-            complete = text.encode()[:size].decode(errors="ignore")
-            assert "".join(stream(byte_level, one_by_one(token_ids[:size]))) == complete
+            *pieces, rest = stream(byte_level, one_by_one(token_ids[:size]))
+            assert "".join(pieces) == text.encode()[:size].decode(errors="ignore")
+            assert "".join(pieces) + rest == text.encode()[:size].decode(errors="replace")
 
     @pytest.mark.parametrize("text", ["国", "国文", "块国", "a文", "😀"], ids=ascii)
-    def test_a_cut_run_of_byte_tokens_is_not_shown(self, sentencepiece: Tokenizer, text: str) -> None:
+    def test_a_cut_run_of_byte_tokens_waits_for_the_end(self, sentencepiece: Tokenizer, text: str) -> None:
         token_ids = encode(sentencepiece, text)
-        for size in range(len(token_ids)):
-            shown = "".join(stream(sentencepiece, one_by_one(token_ids[:size])))
-            assert text.startswith(shown) and BROKEN not in shown
+        for size in range(len(token_ids) + 1):
+            *pieces, rest = stream(sentencepiece, one_by_one(token_ids[:size]))
+            assert text.startswith("".join(pieces)) and BROKEN not in "".join(pieces)
+            assert "".join(pieces) + rest == sentencepiece.decode(token_ids[:size], True)
 
     def test_a_character_comes_with_its_last_byte(self, byte_level: Tokenizer) -> None:
-        assert stream(byte_level, one_by_one(encode(byte_level, "a你😀"))) == ["a", "", "", "你", "", "", "", "😀"]
+        assert stream(byte_level, one_by_one(encode(byte_level, "a你😀"))) == ["a", "", "", "你", "", "", "", "😀", ""]
+
+    def test_a_long_run_of_byte_tokens_does_not_wait(self, sentencepiece: Tokenizer) -> None:
+        """It comes in whole characters, and what comes is not taken back when the run is spoilt later."""
+        token_ids = encode(sentencepiece, "文国" * 30)
+        bad = sentencepiece.hf.convert_tokens_to_ids("<0xFF>")
+        *pieces, _ = stream(sentencepiece, one_by_one([*token_ids, bad]))
+        shown = "".join(pieces)
+        assert ("文国" * 30).startswith(shown) and len(shown) >= 60 - 11
+        for size in range(len(token_ids)):
+            assert 3 * len("".join(pieces[: size + 1])) > size - 35
 
     def test_no_tokens_no_text(self, tokenizer: Tokenizer) -> None:
-        assert stream(tokenizer, [[], [], []]) == ["", "", ""]
+        assert stream(tokenizer, [[], [], []]) == ["", "", "", ""]
 
     def test_the_window_stays_small(self, tokenizer: Tokenizer) -> None:
         """The work per token must not grow with the text."""
@@ -214,9 +257,26 @@ class TestInvalidBytes:
     @pytest.mark.parametrize("seed", SEEDS)
     def test_random_bytes(self, byte_level: Tokenizer, seed: int) -> None:
         token_ids = byte_tokens(byte_level, random.Random(seed).randbytes(80))
-        whole, shown = byte_level.decode(token_ids, True), "".join(stream(byte_level, one_by_one(token_ids)))
-        assert whole.startswith(shown)
-        assert set(whole[len(shown) :]) <= {BROKEN} and len(whole) - len(shown) <= 3  # a character may be open still
+        whole, (*pieces, rest) = byte_level.decode(token_ids, True), stream(byte_level, one_by_one(token_ids))
+        assert "".join(pieces) + rest == whole
+        assert rest in ("", BROKEN)  # a character may be open still
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_the_window_stays_small_whatever_comes(self, tokenizer: Tokenizer, seed: int) -> None:
+        """Also where nothing is ever a character."""
+        draw, sizes = random.Random(seed), []
+        bytes_only = [*tokenizer.byte_tokens] or byte_tokens(tokenizer, range(128, 256))
+
+        def decode(token_ids: Sequence[int]) -> str:
+            sizes.append(len(token_ids))
+            return tokenizer.decode(token_ids, True)
+
+        token_ids = draw.choices(bytes_only, k=300)
+        detokenizer = Detokenizer(decode, [], byte_tokens=tokenizer.byte_tokens)
+        text = "".join(detokenizer.append([token_id]) for token_id in token_ids) + detokenizer.end()
+        assert max(sizes) <= 64 and sum(sizes) < 40 * len(token_ids)
+        if not tokenizer.byte_tokens:
+            assert text == tokenizer.decode(token_ids, True)
 
     @pytest.mark.parametrize("start", ["", "a", "你"], ids=ascii)
     @pytest.mark.parametrize("end", ["a", "你", "😀"], ids=ascii)
@@ -230,7 +290,7 @@ class TestInvalidBytes:
         assert BROKEN in shown and shown.endswith(end)
 
 
-def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
+def byte_tokens(tokenizer: Tokenizer, data: Iterable[int]) -> list[int]:
     """The tokens of bytes that need not be text. ByteLevel writes a byte as itself or as one from 256 on, in order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -273,12 +333,92 @@ class TestPrompt:
 
     def test_a_leading_space_depends_on_the_prompt(self, sentencepiece: Tokenizer) -> None:
         the = [sentencepiece.hf.get_vocab()["▁the"]]
-        assert stream(sentencepiece, [the]) == ["the"]
-        assert stream(sentencepiece, [the], the) == [" the"]
+        assert stream(sentencepiece, [the]) == ["the", ""]
+        assert stream(sentencepiece, [the], the) == [" the", ""]
 
     def test_a_prompt_that_ends_within_a_character(self, byte_level: Tokenizer) -> None:
         first, *rest = encode(byte_level, "你")
         assert "".join(stream(byte_level, one_by_one(rest), [first])) == "你"
+        assert stream(byte_level, one_by_one(encode(byte_level, "a")), [first]) == ["a", ""]
+
+    def test_a_prompt_that_ends_within_a_byte_token_character(self, sentencepiece: Tokenizer) -> None:
+        """The character before, of the same run, is the prompt's."""
+        token_ids = encode(sentencepiece, "文国")
+        assert token_ids[-6] in sentencepiece.byte_tokens
+        for size in range(4, 6):
+            assert "".join(stream(sentencepiece, one_by_one(token_ids[size:]), token_ids[:size])) == "国"
+
+    def test_a_run_of_the_prompt_that_is_spoilt(self, sentencepiece: Tokenizer) -> None:
+        """Its characters do not come again as replacement characters."""
+        bad = sentencepiece.hf.convert_tokens_to_ids("<0xFF>")
+        assert "".join(stream(sentencepiece, [[bad, bad]], encode(sentencepiece, "文国"))) == 2 * BROKEN
+
+
+class TestExactly:
+    """The text is decode(prompt + tokens) without its beginning decode(prompt)."""
+
+    @pytest.mark.parametrize("maker", ALL_MAKERS, ids=lambda maker: maker.__name__)
+    def test_random_tokens_after_random_prompts(
+        self, maker: Callable[[Path], PreTrainedTokenizerFast], tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        tokenizer = make_tokenizer(maker, tmp_path_factory)
+        seed = random.randrange(10**9)
+        print("seed", seed)
+        draw = random.Random(seed)
+        num_ids = max(tokenizer.hf.get_vocab().values()) + 3
+        letters = ["a", "the ", "你", "😀", " ", BROKEN, "块", "é", ", ", "<|end|>", "</s>"]
+
+        def tokens() -> list[int]:
+            if draw.random() < 0.5:
+                return [draw.randrange(num_ids) for _ in range(draw.randrange(14))]
+            return encode(tokenizer, "".join(draw.choices(letters, k=draw.randrange(12))))[: draw.randrange(1, 60)]
+
+        num_plain = 0
+        for _ in range(600):
+            prompt, answer, skip_special = tokens(), tokens(), draw.random() < 0.5
+            text = "".join(stream(tokenizer, one_by_one(answer), prompt, skip_special=skip_special))
+            before, whole = (hf_decode(tokenizer, ids, skip_special) for ids in (prompt, prompt + answer))
+            if whole.startswith(before):
+                num_plain += 1
+                assert text == whole[len(before) :], (prompt, answer, skip_special)
+            else:  # the tokens complete a character of the prompt's, or spoil it
+                assert before.endswith(BROKEN) or set(tokenizer.byte_tokens) & set(answer[:4])
+                alone = hf_decode(tokenizer, answer, skip_special)
+                assert whole.endswith(text) or text in (alone, " " + alone), (prompt, answer, skip_special)
+        assert num_plain > 500
+
+
+def hf_decode(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special: bool) -> str:
+    text: str = tokenizer.hf.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+    return text
+
+
+class TestTokenBytes:
+    """What each token adds to a text, by itself."""
+
+    @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+    @pytest.mark.parametrize("seed", SEEDS[:3])
+    def test_joined_they_are_the_text(
+        self, maker: Callable[[Path], PreTrainedTokenizerFast], tmp_path_factory: pytest.TempPathFactory, seed: int
+    ) -> None:
+        tokenizer, text = make_tokenizer(maker, tmp_path_factory), "x " + random_text(seed)
+        joined = b"".join(map(tokenizer.token_bytes, encode(tokenizer, text)))
+        assert joined.decode().removeprefix(" ") == text
+
+    def test_of_sentencepiece(self, sentencepiece: Tokenizer) -> None:
+        vocab = sentencepiece.hf.get_vocab()
+        expected = {"▁the": b" the", "he": b"he", "▁": b" ", "<0xF0>": b"\xf0", "块": "块".encode(), "</s>": b"</s>"}
+        assert {name: sentencepiece.token_bytes(vocab[name]) for name in expected} == expected
+        assert sentencepiece.token_text(vocab["<0xF0>"]) == BROKEN and sentencepiece.token_text(vocab["▁t"]) == " t"
+
+    def test_of_a_byte_level_vocabulary(self, byte_level: Tokenizer) -> None:
+        """Every token is a byte here, so the truth is the byte."""
+        token_ids = byte_tokens(byte_level, range(256))
+        assert [byte_level.token_bytes(token_id) for token_id in token_ids] == [bytes([byte]) for byte in range(256)]
+        assert byte_level.token_text(byte_level.hf.eos_token_id) == "<|eos|>"
+
+    def test_an_id_without_a_token_has_none(self, tokenizer: Tokenizer) -> None:
+        assert tokenizer.token_bytes(max(tokenizer.hf.get_vocab().values()) + 1) == b""
 
 
 STOP_SETS = [
@@ -324,6 +464,24 @@ def splits(text: str, draw: random.Random) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
+def matches(pieces: Sequence[tuple[str, bool]], stop_strings: Sequence[str]) -> set[tuple[int, str]]:
+    """How much of the shown text is before each stop string, with any of the hidden pieces left out."""
+    found = set()
+    for kept in itertools.product([True, False], repeat=len(pieces)):
+        if all(keeps or not is_shown for keeps, (_, is_shown) in zip(kept, pieces, strict=True)):
+            view = [
+                (character, is_shown)
+                for keeps, (piece, is_shown) in zip(kept, pieces, strict=True)
+                for character in piece
+                if keeps
+            ]
+            text = "".join(character for character, _ in view)
+            for stop in stop_strings:
+                if stop in text:
+                    found.add((sum(is_shown for _, is_shown in view[: text.index(stop)]), stop))
+    return found
+
+
 class TestStopStrings:
     @pytest.mark.parametrize("stop_strings", STOP_SETS, ids=",".join)
     def test_every_short_text_letter_by_letter(self, stop_strings: list[str]) -> None:
@@ -358,6 +516,42 @@ class TestStopStrings:
                 seen, shown = seen + letter, shown + text
                 ends = [seen[i:] for i in range(len(seen)) if any(s.startswith(seen[i:]) for s in stop_strings)]
                 assert seen == shown + max(ends, key=len, default=""), (seen, stop_strings)
+
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_hidden_text_is_searched_and_not_shown(self, seed: int) -> None:
+        """By brute force: with every choice of the hidden pieces left out."""
+        draw = random.Random(seed)
+        for _ in range(150):
+            stop_strings = ["".join(draw.choices("abc", k=draw.randrange(1, 5))) for _ in range(draw.randrange(1, 4))]
+            pieces = [(piece, draw.random() < 0.5) for piece in splits("".join(draw.choices("abc", k=14)), draw)]
+            matcher, released = StopStringMatcher(stop_strings).fresh(), ""
+            for size, (piece, is_shown) in enumerate(pieces, 1):
+                text, stop = matcher.append(piece, shown=is_shown)
+                released += text
+                found = matches(pieces[:size], stop_strings)
+                assert (stop is not None) == bool(found), (pieces, stop_strings)
+                shown = "".join(piece for piece, is_shown in pieces[:size] if is_shown)
+                if stop is not None:
+                    first = min(place for place, _ in found)
+                    assert released == shown[:first] and (first, stop) in found, (pieces, stop_strings)
+                    break
+                assert shown.startswith(released)
+            else:
+                assert released + matcher.flush() == shown
+
+    def test_the_work_does_not_grow_with_what_is_held(self) -> None:
+        """Long stop strings that agree for long with the text and with each other, counted in steps of the matcher."""
+        steps = 0
+
+        class Counting(StopStringMatcher):
+            def _step(self, view: Any, character: str, shown: bool) -> Any:
+                nonlocal steps
+                steps += 1
+                return super()._step(view, character, shown)
+
+        matcher = Counting(["a" * 500 + "!", *("b" + "a" * 500 + chr(99 + place) for place in range(63))])
+        text = "".join(matcher.append("a" * 7)[0] for _ in range(2000))
+        assert steps == 14000 and len(text) == 14000 - 500
 
     def test_a_stop_string_over_several_pieces(self) -> None:
         assert match(["x<", "/", "s", ">y"], ["</s>"]) == (["x", "", "", ""], "</s>")

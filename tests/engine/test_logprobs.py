@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mini_infer import GenerateOutput, LLMEngine, SamplingParams
 from mini_infer.outputs import Logprob
-from tests.models.checkpoints import FAMILIES
+from tests.models.checkpoints import VARIED_FAMILIES
 from tests.models.test_decoder import reference_model
 
 from .checkpoints import VOCAB_SIZE, make_engine_checkpoint
@@ -46,7 +46,7 @@ def assert_place(
         assert entry.logprob == pytest.approx(value, abs=tolerance)
         # Tokens nearer to each other than the tolerance may have changed places.
         assert (expected > value + 2 * tolerance).sum() + 1 <= entry.rank <= (expected > value - 2 * tolerance).sum()
-        assert entry.decoded_token == engine._tokenizer.hf.decode([entry_id])
+        assert entry.decoded_token == engine.tokenizer.hf.decode([entry_id])
     others = [entry.logprob for entry_id, entry in place.items() if entry_id != token_id]
     assert others == sorted(others, reverse=True)
     # With the first put in its place among them, the likeliest are all there.
@@ -90,7 +90,7 @@ def assert_prompt_logprobs(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("pressure", ["roomy", "tight"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED_FAMILIES)
 def test_token_logprobs(tmp_path: Path, family: str, pressure: str, dtype: torch.dtype) -> None:
     """Of the model itself: temperature, filters, penalties and biases change the tokens but not what is reported."""
     make_engine_checkpoint(tmp_path, family, 1, dtype)
@@ -153,7 +153,7 @@ LENGTHS = [1, 2, 9, 40, 64, 65, 66, 150]  # also around the 64 rows of the vocab
 
 @pytest.mark.parametrize("num_top", [0, 3])
 @pytest.mark.parametrize("budget", [1, 5, 64, 100, 2048])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED_FAMILIES)
 def test_prompt_logprobs_in_chunks_of_any_size(tmp_path: Path, family: str, budget: int, num_top: int) -> None:
     """max_tokens is 0 for every other request."""
     make_engine_checkpoint(tmp_path, family, 4, torch.float64)
@@ -175,7 +175,7 @@ def test_prompt_logprobs_in_chunks_of_any_size(tmp_path: Path, family: str, budg
     assert engine.stats().num_used_blocks == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIED_FAMILIES)
 def test_prompt_logprobs_in_float32(tmp_path: Path, family: str) -> None:
     make_engine_checkpoint(tmp_path, family, 5)
     engine = make_engine(tmp_path, torch.float32, max_num_batched_tokens=30)

@@ -8,11 +8,12 @@ import pytest
 from mini_infer import LLM, SamplingParams
 from mini_infer.engine import EngineStats
 from tests.engine.checkpoints import EOS, make_engine_checkpoint
+from tests.models.checkpoints import VARIED_FAMILIES
 
 MAX_LEN = 96
 
 
-@pytest.fixture(scope="module", params=["mistral", "qwen3"])
+@pytest.fixture(scope="module", params=VARIED_FAMILIES)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     return make_engine_checkpoint(path, request.param, seed=3, num_hidden_layers=2)

@@ -2,15 +2,19 @@
 
 import itertools
 import json
+import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, StopStringCriteria
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
-from mini_infer.exceptions import InvalidCheckpointError
+from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError
 from mini_infer.random import derived_seed
 from tests.engine.checkpoints import EOS, VOCAB_SIZE, make_engine_checkpoint
 
@@ -150,6 +154,25 @@ class TestStopStrings:
         assert stop not in text
         assert only(llm.generate(prompt, sampled(letters, temperature=0, stop=stop))).text == text
 
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_one_that_only_the_end_completes(self, llm: LLM, size: int) -> None:
+        """Where the last token leaves a character unfinished, the end shows it, and it can be what stops."""
+        first = llm.generate("中", max_tokens=1)[0].prompt_token_ids[0]
+        params = sampled({first: 100.0}, temperature=0, max_tokens=size)
+        assert run(llm, params).text == "\ufffd" * size
+        output = run(llm, replace(params, stop="\ufffd" * size))
+        assert (output.text, output.finish_reason, output.outputs[0].stop_reason) == ("", "stop", "\ufffd" * size)
+
+    def test_there_are_limits(self) -> None:
+        for options, limit in (
+            ({"stop": ["a"] * 65}, "64"),
+            ({"stop": "a" * 513}, "512"),
+            ({"stop_token_ids": [1] * 1025}, "1024"),
+        ):
+            with pytest.raises(InvalidRequestError, match=limit):
+                SamplingParams(**options)
+        SamplingParams(stop=["a" * 512] * 64, stop_token_ids=[1] * 1024)
+
     def test_a_chinese_one(self, llm: LLM) -> None:
         """Only the three bytes of one character to choose from: sometimes they come in the right order."""
         bias = dict.fromkeys(llm.generate("中", max_tokens=1)[0].prompt_token_ids, 100.0)
@@ -237,21 +260,18 @@ class TestEndOfSequence:
         assert output.text == plain.text[:place]
         assert run(listed, sampled(letters, ignore_eos=True)).token_ids == plain.token_ids
 
-    @pytest.mark.parametrize("source", ["config.json", "tokenizer"])
-    def test_elsewhere_when_generation_config_does_not_say(
-        self, make_llm: MakeLLM, letters: dict[int, float], source: str
-    ) -> None:
-        end = next(iter(letters))
-        llm = make_llm(None, eos_token_id=[end] if source == "config.json" else None)
-        bias = {end: 100.0} if source == "config.json" else {EOS: 100.0}
-        output = run(llm, sampled(bias, temperature=0))
-        assert (len(output.token_ids), output.finish_reason) == (1, "stop")
-
-    def test_generation_config_goes_before_config(self, make_llm: MakeLLM, letters: dict[int, float]) -> None:
-        first, second = list(letters)[:2]
-        llm = make_llm({"eos_token_id": first}, eos_token_id=second)
-        assert run(llm, sampled({first: 100.0}, temperature=0)).finish_reason == "stop"
-        assert run(llm, sampled({second: 100.0}, temperature=0)).finish_reason == "length"
+    @pytest.mark.parametrize("seed", range(3))
+    def test_every_place_that_names_one_counts(self, make_llm: MakeLLM, letters: dict[int, float], seed: int) -> None:
+        """Each of the files may name none, one or several; the tokenizer names its own."""
+        draw = random.Random(seed)
+        named = [draw.sample(list(letters), draw.randrange(3)) for _ in range(2)]
+        values = [ids[0] if len(ids) == 1 else ids or None for ids in named]
+        llm = make_llm({"eos_token_id": values[0]}, eos_token_id=values[1])
+        for token_id in [*letters, EOS]:
+            ends = token_id in {*named[0], *named[1], EOS}
+            output = run(llm, sampled({token_id: 100.0}, temperature=0, max_tokens=2))
+            assert output.finish_reason == ("stop" if ends else "length"), (token_id, named)
+            assert run(llm, sampled({token_id: 100.0}, temperature=0, ignore_eos=True)).finish_reason == "length"
 
     def test_an_id_beyond_the_vocabulary_does_no_harm(self, make_llm: MakeLLM, letters: dict[int, float]) -> None:
         """Some checkpoints list ids of tokens that their embedding does not have."""
@@ -310,6 +330,15 @@ class TestSamplingDefaults:
         assert run(llm, max_tokens=9).token_ids == expected
         assert run(llm, max_tokens=9, temperature=0.0).token_ids == expected
 
+    @pytest.mark.parametrize("value", [0, 0.0])
+    def test_top_p_of_zero_is_the_likeliest_token(self, make_llm: MakeLLM, value: float) -> None:
+        llm = make_llm({"top_p": value, "temperature": 1.5, "top_k": 50.0})
+        assert (llm.default_sampling_params.top_k, llm.default_sampling_params.top_p) == (50, 0)
+        for options in ({"top_k": -1}, {"top_k": 20}, {}):  # each is another way through the sampler
+            expected = run(llm, SamplingParams(temperature=0, max_tokens=12)).token_ids
+            assert run(llm, SamplingParams(top_p=value, max_tokens=12, **options)).token_ids == expected
+        assert run(llm, max_tokens=12).token_ids == expected
+
     def test_nothing_said(self, make_llm: MakeLLM) -> None:
         assert make_llm({"temperature": None, "top_p": None}).default_sampling_params == SamplingParams(max_tokens=100)
 
@@ -341,10 +370,48 @@ class TestSpecialTokens:
         assert "<|start|>" in shown.text and "<|end|>" in shown.text
         assert skipped.text == shown.text.replace("<|start|>", "").replace("<|end|>", "")
 
-    def test_one_can_be_a_stop_string_where_it_is_shown(self, llm: LLM, letters: dict[int, float]) -> None:
-        bias = letters | {EOS + 2: 100.0}
-        params = {"max_tokens": 200, "stop": "<|end|>"}
-        output = run(llm, sampled(bias, skip_special_tokens=False, **params))
-        assert (output.finish_reason, output.token_ids[-1]) == ("stop", EOS + 2)
-        assert "<" not in output.text
-        assert run(llm, sampled(bias, **params)).finish_reason == "length"
+    @pytest.mark.parametrize("skip_special_tokens", [True, False], ids=["skipped", "shown"])
+    def test_stop_strings_that_hold_one(
+        self, llm: LLM, checkpoint: Path, letters: dict[int, float], skip_special_tokens: bool
+    ) -> None:
+        """They stop where transformers' ``stop_strings`` stop. Where special tokens are left out of the text, they also
+        stop if they are in it, or in the text with some special tokens."""
+        seed = random.randrange(10**9)
+        print("seed", seed)
+        draw = random.Random(seed)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        few = dict.fromkeys([*list(letters)[:3], EOS + 1, EOS + 2], 100.0)
+        options = {"max_tokens": 60, "skip_special_tokens": skip_special_tokens}
+        plain = run(llm, sampled(few, seed, **options))
+        for _ in range(25):
+            start = draw.randrange(58)
+            stops = [tokenizer.decode(plain.token_ids[start : start + draw.randrange(1, 5)]) for start in (start, 3)]
+            stops = [stop[draw.randrange(2) : len(stop) - draw.randrange(2)] or stop for stop in stops]
+            criterion = StopStringCriteria(tokenizer, stops)
+
+            def stops_at(token_ids: list[int], criterion: Any = criterion) -> bool:
+                """Only the last tokens can matter."""
+                views = [[]] if skip_special_tokens else [token_ids]
+                for token_id in token_ids[-8:] if skip_special_tokens else []:
+                    views = [[*view, token_id] for view in views] + (views if token_id > EOS else [])
+                return any(criterion(torch.tensor([view]), None).all() for view in views if view)
+
+            size = next(n for n in range(1, 62) if n > 60 or stops_at(plain.token_ids[:n]))
+            output = run(llm, sampled(few, seed, stop=stops, **options))
+            assert output.token_ids == plain.token_ids[:size], stops
+            assert output.finish_reason == ("length" if size > 60 else "stop")
+            assert plain.text.startswith(output.text) and not any(stop in output.text for stop in stops)
+            if not skip_special_tokens:
+                shown = tokenizer.decode(plain.token_ids[:size])
+                cut = min((shown.index(stop) for stop in stops if stop in shown), default=len(shown))
+                assert output.text == shown[:cut]
+
+    def test_a_mixed_one(self, llm: LLM) -> None:
+        """Whoever looks at the text may not know of the special token in its middle."""
+        prompt = llm.tokenize("<|end|>\n<|start|>user")
+        assert len(prompt) == 7
+        stream = llm.make_request("x", SamplingParams(stop=["<|end|>\nuser"])).completions[0].stream
+        for token_id in [*llm.tokenize("Hi"), *prompt]:
+            assert stream.stop_string is None
+            stream.append(token_id)
+        assert stream.stop_string == "<|end|>\nuser" and stream.end() == ""

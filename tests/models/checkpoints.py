@@ -9,6 +9,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2")
 
+VARIED_FAMILIES = ("mistral", "qwen3", "smollm3", "olmo2")
+"""Those whose layers differ in more than biases: enough for what an engine does around a model."""
+
 ROPE_SCALINGS: dict[str, dict[str, Any] | None] = {
     "default": None,
     "linear": {"rope_type": "linear", "factor": 3.0},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mini_infer.exceptions import ModelNotFoundError
-from mini_infer.models import ModelConfig, resolve_model, resolve_tokenizer
+from mini_infer.models import read_config, resolve_model, resolve_tokenizer
 
 from .checkpoints import make_checkpoint
 from .hub_server import COMMIT, Hub
@@ -136,7 +136,7 @@ def test_the_hub_from_download_to_offline_use(tmp_path: Path, checkpoint: Path) 
     snapshot = Path(downloaded["path"])
     assert snapshot.is_relative_to(tmp_path / "cache")
     assert snapshot == Path(branch["path"]) == Path(pinned["path"])
-    assert ModelConfig.from_directory(snapshot) == ModelConfig.from_directory(checkpoint)
+    assert read_config(snapshot) == read_config(checkpoint)
     tokenizer_files = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     tokenizer_files |= {"merges.txt", "vocab.json"}
     assert {file.name for file in snapshot.iterdir()} == {

@@ -249,10 +249,16 @@ class TestChat:
     def test_conversations_as_clients_write_them(self, client: openai.OpenAI, offline: LLM) -> None:
         """Text parts, developer messages, and an answer sent back with all its empty fields."""
         first = client.chat.completions.create(model="tutor", messages=QUESTION, max_tokens=8)
+        of_other_servers = {
+            "reasoning_content": "hm",
+            "cache_control": {"type": "ephemeral"},
+            "id": "m1",
+            "type": "text",
+        }
         messages: Any = [
             {"role": "developer", "content": "Answer briefly."},
             {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "a KV cache?"}]},
-            first.choices[0].message.model_dump() | {"annotations": [], "tool_calls": None},
+            first.choices[0].message.model_dump() | {"annotations": [], "tool_calls": None} | of_other_servers,
             {"role": "user", "content": "And a block?"},
         ]
         answer = client.chat.completions.create(model="tutor", messages=messages, max_tokens=8, user="me", store=False)
@@ -263,6 +269,16 @@ class TestChat:
             {"role": "user", "content": "And a block?"},
         ]
         assert answer.choices[0].message.content == offline.chat(plain, greedy(8))[0].text
+
+    @pytest.mark.parametrize("name", ["tool_calls", "function_call"])
+    def test_a_message_that_calls_a_tool_is_not_supported_yet(self, client: openai.OpenAI, name: str) -> None:
+        calls: Any = [QUESTION[0], {"role": "assistant", "content": "", name: [{"id": "1"}]}, QUESTION[0]]
+        with pytest.raises(openai.BadRequestError, match=f"{name} in a message is not supported"):
+            client.chat.completions.create(model="tutor", messages=calls)
+
+    def test_top_p_of_zero(self, client: openai.OpenAI, offline: LLM) -> None:
+        answer = client.chat.completions.create(model="tutor", messages=QUESTION, top_p=0, max_tokens=8)
+        assert answer.choices[0].message.content == offline.chat(QUESTION, greedy(8))[0].text
 
     def test_what_asks_for_nothing_is_accepted(self, client: openai.OpenAI) -> None:
         client.chat.completions.create(

@@ -5,6 +5,7 @@ from itertools import product
 
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import BlockCopy, Scheduler, Sequence
+from tutorials import harness
 
 
 def scattered(block_size):
@@ -228,9 +229,8 @@ def test_every_small_fork(answer, explain):
 
 def test_beside_the_engine(answer, explain):
     """beside the engine's scheduler · 与引擎的调度器并排"""
-    from mini_infer.engine.block_tables import BlockTables
-    from mini_infer.engine.model_runner import build_batch
-    from torch import device
+    from mini_infer.engine.describe import Describer, Wanted
+    from mini_infer.scheduler import ScheduledSequence, SchedulerOutputs
 
     for seed in range(20):
         draw = random.Random(seed)
@@ -247,13 +247,14 @@ def test_beside_the_engine(answer, explain):
         tables = {}
         for name in range(6):
             num_prompt = draw.randint(1, 20)
-            scheduler.add(Sequence(str(name), [0] * num_prompt, num_prompt, num_prompt + draw.randint(2, 20)))
+            max_length = num_prompt + draw.randint(2, 20)
+            scheduler.add(Sequence(str(name), [0] * num_prompt, num_prompt, max_length, decides_late=True))
         while not scheduler.is_finished():
             plan = scheduler.schedule()
             slots, num_copies = [], 0
-            for sequence, num_new in plan.scheduled:
-                table = tables.setdefault(sequence, [])
-                new_slots, copies = answer.prepare_slots(table, sequence.num_computed_tokens, num_new, manager)
+            for item in plan.scheduled:
+                table = tables.setdefault(item.sequence, [])
+                new_slots, copies = answer.prepare_slots(table, item.start, item.num_tokens, manager)
                 slots += new_slots
                 num_copies += len(copies)
             num_used, num_wanted = manager.num_used_blocks, scheduler.block_manager.num_used_blocks
@@ -265,24 +266,27 @@ def test_beside_the_engine(answer, explain):
                 f"{num_copies} copies, the engine makes {len(plan.copy)} · "
                 f"复制了 {num_copies} 次，引擎复制 {len(plan.copy)} 次"
             )
-            mine = [
-                (Sequence("", s.token_ids, 0, 0, num_computed_tokens=s.num_computed_tokens, block_table=tables[s]), n)
-                for s, n in plan.scheduled
-            ]
-            longest = max(len(sequence.block_table) for sequence, _ in mine)
-            batch = build_batch(mine, BlockTables(len(mine), longest, device("cpu")), block_size, device("cpu"))
-            wanted = batch.attention.slot_mapping.tolist()
+            mine = []
+            for item in plan.scheduled:
+                with_my_blocks = Sequence("", item.sequence.token_ids, 0, 0, block_table=tables[item.sequence])
+                mine.append(ScheduledSequence(with_my_blocks, item.start, item.num_tokens, 0, False))
+            longest = max(len(tables[item.sequence]) for item in plan.scheduled)
+            step = Describer(len(mine), longest, block_size).describe(
+                SchedulerOutputs(scheduled=tuple(mine), num_tokens=plan.num_tokens), Wanted()
+            )
+            wanted = step.slot_mapping.tolist()
             assert slots == wanted, f"slots {slots}, the engine's are {wanted} · 槽位是 {slots}，引擎的是 {wanted}"
-            parents = [item.sequence for item in plan.scheduled if item.samples]
-            scheduler.advance(plan)
+            parents = [item.sequence for item in plan.scheduled if item.num_logits]
             if draw.random() < 0.3 and len(scheduler.running) < scheduler.max_num_seqs:
                 parent = draw.choice(parents)
-                child = Sequence("fork", list(parent.token_ids), parent.num_prompt_tokens, parent.max_length)
-                scheduler.fork(parent, child)
-                tables[child] = fork(tables[parent], manager)
-                parents.append(child)
+                if len(parent) + 1 < parent.max_length:  # the child has a token of its own from the start
+                    lengths = parent.num_prompt_tokens, parent.max_length
+                    child = Sequence("fork", [*parent.token_ids, 1], *lengths, decides_late=True)
+                    scheduler.fork(parent, child)
+                    tables[child] = fork(tables[parent], manager)
+            scheduler.commit(harness.outcomes(plan))
             for sequence in parents:
-                if scheduler.append(sequence, 0):
+                if sequence.finish_reason:
                     manager.free(tables.pop(sequence))
         num_used = manager.num_used_blocks
         assert num_used == 0, (

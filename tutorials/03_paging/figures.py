@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import Scheduler, Sequence
+from tutorials import harness
 
 Text = Callable[[str, str], str]
 
@@ -27,8 +28,7 @@ def traffic(max_num_seqs: int, num_steps: int) -> Scheduler:
         num_prompt, num_output = (min(500, max(4, round(draw.lognormvariate(math.log(80), 1)))) for _ in range(2))
         scheduler.add(Sequence(str(name), [0] * num_prompt, num_prompt, num_prompt + num_output))
     for _ in range(num_steps):
-        plan = scheduler.schedule()
-        scheduler.update(plan, [0] * len(plan.sampling_rows))
+        harness.step(scheduler)
     return scheduler
 
 
@@ -112,16 +112,12 @@ def draw_waste(text: Text) -> Figure:
 def draw_fork(text: Text) -> Figure:
     """Block tables of three sequences forked from a prompt, before and after each has written its first own token."""
     scheduler = Scheduler(8, 64, 16)
-    parent = Sequence("", [0] * 26, 26, 64)
+    children = tuple(Sequence("", [0] * 26, 26, 64) for _ in range(2))
+    parent = Sequence("", [0] * 26, 26, 64, forks=children, num_seats=3)
+    family = [parent, *children]
     scheduler.add(parent)
-    plan = scheduler.schedule()
-    scheduler.advance(plan)
-    family = [parent, *(Sequence("", [0] * 26, 26, 64) for _ in range(2))]
-    for child in family[1:]:
-        scheduler.fork(parent, child)
+    harness.step(scheduler)
     before = [list(sequence.block_table) for sequence in family]
-    for sequence in family:
-        scheduler.append(sequence, 0)
     scheduler.schedule()
     after = [list(sequence.block_table) for sequence in family]
 

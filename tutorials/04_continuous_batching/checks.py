@@ -5,6 +5,7 @@ from collections import deque
 from itertools import product
 
 from mini_infer.scheduler import Scheduler, Sequence
+from tutorials import harness
 
 
 def sequence(name, num_prompt, num_output=8, num_computed=0):
@@ -246,9 +247,9 @@ def test_beside_the_engine(answer, explain):
             for _ in range(1000 if last else draw.randint(0, 12)):
                 wanted = engine.schedule()
                 plan = answer.schedule(running, waiting, token_budget, max_num_seqs)
-                ordered = sorted(plan, key=lambda item: item.num_new_tokens > 1)
-                check(ordered, names(wanted.scheduled))
-                engine.update(wanted, [0] * len(wanted.sampling_rows))
+                ordered = sorted(plan, key=lambda item: item[1] > 1)
+                check(ordered, list(harness.computed(wanted).items()))
+                engine.commit(harness.outcomes(wanted))
                 compute(plan, running)
         assert not running, (
             f"{queue(running)} still run, expected nobody: the engine has finished · "

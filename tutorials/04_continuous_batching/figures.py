@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from mini_infer.scheduler import Scheduler, Sequence
+from tutorials import harness
 
 Text = Callable[[str, str], str]
 
@@ -23,9 +24,8 @@ def run(scheduler: Scheduler) -> list[dict[str, tuple[int, bool]]]:
     """Each step until all have ended: by name, how many tokens were computed, and whether of the prompt."""
     steps = []
     while not scheduler.is_finished():
-        plan = scheduler.schedule()
-        steps.append({s.request_id: (n, s.num_computed_tokens < s.num_prompt_tokens) for s, n in plan.scheduled})
-        scheduler.update(plan, [0] * len(plan.sampling_rows))
+        plan = harness.step(scheduler)
+        steps.append({item.sequence.request_id: (item.num_tokens, not item.is_decode) for item in plan.scheduled})
     return steps
 
 
@@ -90,11 +90,9 @@ def draw_budget(text: Text) -> Figure:
         for number in range(12):
             if number == 3:
                 scheduler.add(sequence("D", 70, 8))
-            plan = scheduler.schedule()
-            parts = [(n, s.num_computed_tokens < s.num_prompt_tokens) for s, n in plan.scheduled]
-            decodes.append(sum(n for n, is_prompt in parts if not is_prompt))
+            plan = harness.step(scheduler)
+            decodes.append(sum(item.num_tokens for item in plan.scheduled if item.is_decode))
             prompts.append(plan.num_tokens - decodes[-1])
-            scheduler.update(plan, [0] * len(plan.sampling_rows))
         numbers = range(1, len(decodes) + 1)
         ax.bar(numbers, decodes, color=DECODE, label=text("decodes", "解码"))
         ax.bar(

@@ -9,12 +9,12 @@ Fill in the body of ``schedule``. ``mini-infer learn check 4`` grades it.
 
 from collections import deque
 
-from mini_infer.scheduler import ScheduledSequence, Sequence
+from mini_infer.scheduler import Sequence
 
 
 def schedule(
     running: list[Sequence], waiting: deque[Sequence], token_budget: int, max_num_seqs: int
-) -> list[ScheduledSequence]:
+) -> list[tuple[Sequence, int]]:
     """Plan one step: which sequences compute how many tokens.
 
     ``sequence.num_uncomputed_tokens`` says how many tokens of a sequence have no keys and values yet: 1 for a sequence
@@ -36,7 +36,7 @@ def schedule(
         max_num_seqs: seats.
 
     Returns:
-        ``ScheduledSequence(sequence, num_new_tokens)`` for each sequence of the step.
+        ``(sequence, num_new_tokens)`` for each sequence of the step.
     ---
     安排一步：哪些序列各算几个词元。
 
@@ -58,7 +58,7 @@ def schedule(
         max_num_seqs: 座位数。
 
     返回：
-        这一步的每个序列对应一项 ``ScheduledSequence(序列, 新词元数)``。
+        这一步的每个序列对应一项 ``(序列, 新词元数)``。
     """
     # hole
     plan = []
@@ -68,13 +68,13 @@ def schedule(
         if token_budget == 0:
             break
         num_new_tokens = min(sequence.num_uncomputed_tokens, token_budget)
-        plan.append(ScheduledSequence(sequence, num_new_tokens))
+        plan.append((sequence, num_new_tokens))
         token_budget -= num_new_tokens
     while waiting and token_budget > 0 and len(running) < max_num_seqs:
         sequence = waiting.popleft()
         running.append(sequence)
         num_new_tokens = min(sequence.num_uncomputed_tokens, token_budget)
-        plan.append(ScheduledSequence(sequence, num_new_tokens))
+        plan.append((sequence, num_new_tokens))
         token_budget -= num_new_tokens
     return plan
     # end

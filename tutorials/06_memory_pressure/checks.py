@@ -5,6 +5,7 @@ from collections import Counter, deque
 
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import Scheduler, Sequence
+from tutorials import harness
 
 SIZE = 4
 
@@ -252,7 +253,7 @@ def test_it_agrees_with_the_engine(answer, explain):
             if engine.is_finished():
                 break
             expected, plan = engine.schedule(), loop.schedule()
-            should = {sequence.request_id: n for sequence, n in expected.scheduled}
+            should = harness.computed(expected)
             does = {sequence.request_id: n for sequence, n in plan}
             explain(
                 f"A pool of {num_blocks} blocks of {size}, step {step}. The engine computes {should} (so many tokens "
@@ -273,7 +274,7 @@ def test_it_agrees_with_the_engine(answer, explain):
                 f"{short!r} have no slot for the next token, expected one each · "
                 f"{short!r} 没有下一个词元的槽位，每个序列都应当有"
             )
-            engine.update(expected, [1] * len(expected.sampling_rows))
+            engine.commit(harness.outcomes(expected, token_id=1))
             loop.update(plan)
         explain(
             f"A pool of {num_blocks} blocks of {size}: not every sequence came to its end.",

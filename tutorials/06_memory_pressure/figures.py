@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import Scheduler, Sequence
+from tutorials import harness
 
 PROMPTS = {"A": 14, "B": 16, "C": 14, "D": 14, "E": 13, "F": 14}
 """The requests of the page, and how many tokens each question has with its chat template."""
@@ -33,7 +34,7 @@ def pressure(text: Callable[[str, str], str]) -> Figure:
         preempted += [(len(held["A"]) + 1, sequence.request_id) for sequence in plan.preempted]
         for name, counts in held.items():
             counts.append(running.get(name, 0))
-        scheduler.update(plan, [1] * len(plan.sampling_rows))
+        scheduler.commit(harness.outcomes(plan))
 
     figure, axes = plt.subplots(figsize=(7, 3.8))
     steps = range(1, len(held["A"]) + 1)
@@ -68,10 +69,9 @@ def chunks(text: Callable[[str, str], str]) -> Figure:
         while len(decodes) < (6 if budget == 1024 else 12):
             if len(decodes) == 3:
                 scheduler.add(Sequence("long", [1] * 800, 800, 900))
-            plan = scheduler.schedule()
-            decodes.append(sum(n == 1 for _, n in plan.scheduled))
-            prompt.append(sum(n for _, n in plan.scheduled if n > 1))
-            scheduler.update(plan, [1] * len(plan.sampling_rows))
+            counts = harness.computed(harness.step(scheduler)).values()
+            decodes.append(sum(n == 1 for n in counts))
+            prompt.append(sum(n for n in counts if n > 1))
         steps = range(len(decodes) - 1)  # without the first, which computed the short prompts
         axes.bar(steps, prompt[1:], color="#ffbf86", label=text("the long prompt", "长提示词"))
         axes.bar(steps, decodes[1:], bottom=prompt[1:], color="#1f77b4", label=text("decodes", "解码"))

@@ -12,10 +12,10 @@ In each pass the heads' parts of a block follow one another in memory, so it is 
 numbers. The processor guesses what is read next only along such a run, and knows nothing of block tables. We do: while
 one head's part of a block is computed, the one after the next is already fetched.
 
-Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) costs little, and leaves both
-passes to be `tile`s of few rows, so that loading, not arithmetic, is their limit. A long context is cut into chunks, so
-that scores take no more memory than `CHUNK` says: after each, the result is the attention over the tokens so far, and the
-next one's is a mean of the two, as in an online softmax.
+Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) costs little, and leaves
+both passes to be `tile`s of few rows, so that loading, not arithmetic, is their limit. A long context is cut into
+chunks, so that scores take no more memory than `CHUNK` says: after each, the result is the attention over the tokens so
+far, and with the next one it becomes a mean of the two, as in an online softmax.
 
 Bytes: every key and value once; floor: bytes / memory bandwidth.
 """

@@ -41,7 +41,6 @@ from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import COLUMNS, LANES, PAIRS, ROWS, VECTORS, tiles, widest
 from mini_infer.kernels.reference import attention as reference
 
-
 CHUNK = 4096
 """Tokens that are copied and scored at a time; a multiple of `COLUMNS`."""
 
@@ -160,9 +159,9 @@ def _kernel(element: type, head_dim: int) -> Kernel:
 
                 # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]; zeros after the end
                 for token in range(start, stop):
-                    place = token - start
-                    to = place // COLUMNS * COLUMNS * head_dim + place % COLUMNS * step
-                    to_value = place // step * step * head_dim + place % step
+                    number = token - start
+                    to = number // COLUMNS * COLUMNS * head_dim + number % COLUMNS * step
+                    to_value = number // step * step * head_dim + number % step
                     if token >= context:
                         for i in range(head_dim):
                             packed_keys[to + i // step * step * COLUMNS + i % step] = element(0)

@@ -5,8 +5,8 @@ Llama Team, The Llama 3 Herd of Models, 2024, https://arxiv.org/abs/2407.21783
 
 from transformers import PretrainedConfig
 
-from mini_infer.models.config import AttentionConfig, LayerConfig, ModelConfig
-from mini_infer.models.hf_config import feed_forward, heads, model_config, rope
+from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
+from mini_infer.models.hf_config import attention, model_config
 
 ARCHITECTURE = "LlamaForCausalLM"
 MODEL_TYPE = "llama"
@@ -29,13 +29,8 @@ NAMES = {
 
 
 def read(hf: PretrainedConfig) -> ModelConfig:
-    attention = AttentionConfig(
-        **heads(hf),
-        qkv_bias=hf.attention_bias,
-        output_bias=hf.attention_bias,
-        qk_norm=None,
-        rope=rope(hf),
-        sliding_window=None,
+    layer = LayerConfig(
+        attention(hf, qkv_bias=hf.attention_bias, output_bias=hf.attention_bias),
+        FeedForwardConfig(hf.intermediate_size, bias=hf.mlp_bias),
     )
-    layer = LayerConfig(attention, feed_forward(hf, bias=hf.mlp_bias), norms="pre")
     return model_config(hf, ARCHITECTURE, (layer,) * hf.num_hidden_layers)

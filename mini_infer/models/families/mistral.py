@@ -5,9 +5,9 @@ Jiang et al., Mistral 7B, 2023, https://arxiv.org/abs/2310.06825
 
 from transformers import PretrainedConfig
 
-from mini_infer.models.config import AttentionConfig, LayerConfig, ModelConfig
+from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
 from mini_infer.models.families import llama
-from mini_infer.models.hf_config import feed_forward, heads, model_config, rope
+from mini_infer.models.hf_config import attention, model_config
 
 ARCHITECTURE = "MistralForCausalLM"
 MODEL_TYPE = "mistral"
@@ -15,13 +15,5 @@ NAMES = llama.NAMES
 
 
 def read(hf: PretrainedConfig) -> ModelConfig:
-    attention = AttentionConfig(
-        **heads(hf),
-        qkv_bias=False,
-        output_bias=False,
-        qk_norm=None,
-        rope=rope(hf),
-        sliding_window=hf.sliding_window,
-    )
-    layer = LayerConfig(attention, feed_forward(hf), norms="pre")
+    layer = LayerConfig(attention(hf, sliding_window=hf.sliding_window), FeedForwardConfig(hf.intermediate_size))
     return model_config(hf, ARCHITECTURE, (layer,) * hf.num_hidden_layers)

@@ -8,9 +8,9 @@ OLMo Team, 2 OLMo 2 Furious, 2025, https://arxiv.org/abs/2501.00656
 
 from transformers import PretrainedConfig
 
-from mini_infer.models.config import AttentionConfig, LayerConfig, ModelConfig
+from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
 from mini_infer.models.families import llama
-from mini_infer.models.hf_config import feed_forward, heads, model_config, rope
+from mini_infer.models.hf_config import attention, model_config
 
 ARCHITECTURE = "Olmo2ForCausalLM"
 MODEL_TYPE = "olmo2"
@@ -24,13 +24,9 @@ NAMES = {
 
 
 def read(hf: PretrainedConfig) -> ModelConfig:
-    attention = AttentionConfig(
-        **heads(hf),
-        qkv_bias=hf.attention_bias,
-        output_bias=hf.attention_bias,
-        qk_norm="projection",
-        rope=rope(hf),
-        sliding_window=None,
+    layer = LayerConfig(
+        attention(hf, qkv_bias=hf.attention_bias, output_bias=hf.attention_bias, qk_norm="projection"),
+        FeedForwardConfig(hf.intermediate_size),
+        norms="post",
     )
-    layer = LayerConfig(attention, feed_forward(hf), norms="post")
     return model_config(hf, ARCHITECTURE, (layer,) * hf.num_hidden_layers)

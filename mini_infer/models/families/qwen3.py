@@ -5,9 +5,9 @@ Qwen Team, Qwen3 Technical Report, 2025, https://arxiv.org/abs/2505.09388
 
 from transformers import PretrainedConfig
 
-from mini_infer.models.config import AttentionConfig, LayerConfig, ModelConfig
+from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
 from mini_infer.models.families import llama
-from mini_infer.models.hf_config import feed_forward, heads, model_config, rope, sliding_windows
+from mini_infer.models.hf_config import attention, model_config, sliding_windows
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 MODEL_TYPE = "qwen3"
@@ -19,15 +19,10 @@ NAMES = {
 
 
 def read(hf: PretrainedConfig) -> ModelConfig:
-    def layer(window: int | None) -> LayerConfig:
-        attention = AttentionConfig(
-            **heads(hf),
-            qkv_bias=hf.attention_bias,
-            output_bias=hf.attention_bias,
-            qk_norm="head",
-            rope=rope(hf),
-            sliding_window=window,
-        )
-        return LayerConfig(attention, feed_forward(hf), norms="pre")
-
-    return model_config(hf, ARCHITECTURE, tuple(layer(window) for window in sliding_windows(hf)))
+    biases = {"qkv_bias": hf.attention_bias, "output_bias": hf.attention_bias}
+    feed_forward = FeedForwardConfig(hf.intermediate_size)
+    layers = [
+        LayerConfig(attention(hf, **biases, qk_norm="head", sliding_window=window), feed_forward)
+        for window in sliding_windows(hf)
+    ]
+    return model_config(hf, ARCHITECTURE, tuple(layers))

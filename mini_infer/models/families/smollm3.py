@@ -7,12 +7,14 @@ Bakouch et al., SmolLM3: smol, multilingual, long-context reasoner, 2025, https:
 Yang et al., RoPE to NoPE and Back Again, 2025, https://arxiv.org/abs/2501.18795
 """
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from mini_infer.exceptions import InvalidCheckpointError
-from mini_infer.models.config import AttentionConfig, LayerConfig, ModelConfig
+from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
 from mini_infer.models.families import llama
-from mini_infer.models.hf_config import feed_forward, heads, model_config, rope, sliding_windows
+from mini_infer.models.hf_config import attention, model_config, sliding_windows
 
 ARCHITECTURE = "SmolLM3ForCausalLM"
 MODEL_TYPE = "smollm3"
@@ -24,16 +26,12 @@ def read(hf: PretrainedConfig) -> ModelConfig:
         raise InvalidCheckpointError(
             f"{hf.num_hidden_layers} layers need as many no_rope_layers; got {len(hf.no_rope_layers)}"
         )
+    biases = {"qkv_bias": hf.attention_bias, "output_bias": hf.attention_bias}
+    feed_forward = FeedForwardConfig(hf.intermediate_size, bias=hf.mlp_bias)
 
     def layer(rotated: int, window: int | None) -> LayerConfig:
-        attention = AttentionConfig(
-            **heads(hf),
-            qkv_bias=hf.attention_bias,
-            output_bias=hf.attention_bias,
-            qk_norm=None,
-            rope=rope(hf) if rotated else None,  # 1 in "no_rope_layers" is a layer with RoPE
-            sliding_window=window,
-        )
-        return LayerConfig(attention, feed_forward(hf, bias=hf.mlp_bias), norms="pre")
+        slot = attention(hf, **biases, sliding_window=window)
+        return LayerConfig(slot if rotated else replace(slot, rope=None), feed_forward)
 
+    # 1 in "no_rope_layers" is a layer with RoPE.
     return model_config(hf, ARCHITECTURE, tuple(map(layer, hf.no_rope_layers, sliding_windows(hf))))

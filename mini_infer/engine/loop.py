@@ -223,6 +223,7 @@ class EngineLoop:
         flight = self._flights[0]
         try:
             output = flight.future.result()
+            answers = list(flight.wanted.answers(output))
         except BaseException as error:
             with uninterrupted():
                 self._rewind([flight.plan for flight in self._flights], error)
@@ -231,7 +232,7 @@ class EngineLoop:
                 return StepResult(SchedulerOutputs(), failed)
             raise
         with uninterrupted():
-            result = self._land(flight, output, failed)
+            result = self._land(flight, output, answers, failed)
             self._raise_held_back()
             return result
 
@@ -293,11 +294,10 @@ class EngineLoop:
 
     # ---- after a step --------------------------------------------------------------------------------------------
 
-    def _land(self, flight: Flight, output: StepOutput, finished: list[Request]) -> StepResult:
+    def _land(self, flight: Flight, output: StepOutput, answers: list[Answer], finished: list[Request]) -> StepResult:
         """Commit a step, and tell of it. ``finished`` are requests that ended before it."""
         for observer in self._observers:
             observer.computed(flight, output)
-        answers = list(flight.wanted.answers(output))
         outcomes: list[Outcome] = []
         failed: dict[Request, Exception] = {}
         for item, request, answer in zip(flight.plan.scheduled, flight.requests, answers, strict=True):

@@ -298,13 +298,19 @@ class TestRequestIds:
 
     def test_taken(self, llm: LLM) -> None:
         llm.add_request("Hello", SamplingParams(max_tokens=2), request_id="mine")
-        for _ in range(3):  # while it waits, while it runs, and while its output waits
+        for _ in range(2):  # while it waits, and while it runs
             with pytest.raises(InvalidRequestError, match="'mine' is taken"):
                 llm.add_request("Hello", request_id="mine")
             llm.step()
-        while llm.get_output("mine") is None:
+        assert llm.is_finished()
+        llm.add_request("Hello", SamplingParams(max_tokens=1), request_id="mine")  # `step` handed its output over
+        other = llm.add_request("Hello", SamplingParams(max_tokens=3))
+        while llm.get_output(other) is None:
             pass
-        llm.add_request("Hello", SamplingParams(max_tokens=1), request_id="mine")  # free again
+        with pytest.raises(InvalidRequestError, match="'mine' is taken"):  # its output waits
+            llm.add_request("Hello", request_id="mine")
+        assert llm.get_output("mine") is not None
+        llm.add_request("Hello", SamplingParams(max_tokens=1), request_id="mine")
         while llm.get_output("mine") is None:
             pass
 

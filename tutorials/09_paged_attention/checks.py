@@ -51,8 +51,8 @@ class Case:
     def truth(self, scale: float) -> tuple[Tensor, Tensor]:
         """The formula, one sequence and one query head at a time, in float64; and how far float32 may be off.
 
-        Whatever the order of its sums, float32 rounds by 2⁻²⁴ of the sizes that are added, for each addition: head_dim of
-        them make a score, an error there changes a weight by as large a share, and its total by that share again.
+        Whatever the order of its sums, float32 rounds by 2⁻²⁴ of the sizes that are added, for each addition: head_dim
+        of them make a score, an error there changes a weight by as large a share, and its total by that share again.
         """
         out = self.query.double()
         bounds = torch.empty(out.shape[:2], dtype=torch.float64)

@@ -151,7 +151,6 @@ def _decodes(device: Device) -> Iterator[CompileCase]:
 
 
 def _prefills(device: Device) -> Iterator[CompileCase]:
-    spans = {"causal": {"span": 1}, "in spans": {}}  # a 1 is compiled into the kernel
     for model, shapes in MODELS.items():
         group = shapes.num_heads // shapes.num_kv_heads
         for name, dtype in DTYPES.items():
@@ -162,7 +161,7 @@ def _prefills(device: Device) -> Iterator[CompileCase]:
                     f"paged_prefill_attention block_size={block_size} {seen} {model} {name}",
                     prefill_attention.paged_prefill_attention_kernel,
                     ATTENTION_TYPES,
-                    {**UNIT_STRIDES, **spans[seen], **sizes},
+                    {**UNIT_STRIDES, **sizes, "CAUSAL": seen == "causal"},
                     num_warps=plan.num_warps,
                     num_stages=plan.num_stages,
                 )

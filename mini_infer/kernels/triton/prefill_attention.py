@@ -26,8 +26,8 @@ programs start. Sequence s is given the tiles from query_start[s] // QUERIES + s
 over exit. The host never waits to learn the lengths. Late tokens see the most keys, so the last tiles start first: the
 shortest work comes at the end and fills the gaps.
 
-Spans. A row sees the tokens before `seen`, where the span ends that it stands in. With a span of 1 that is just after
-its own position, and Triton compiles a 1 into the kernel, which then is the causal one.
+Spans. A row that sees its whole span is computed as if it stood at the span's end. A span of 1, causality, is compiled
+apart.
 
 Masks. Only edge tiles need one: those that the window's or the causal edge crosses. A row that sees nothing of such a
 tile has a top score of -inf, and the correction of -inf by -inf is avoided. Between the edges lies the clear part,
@@ -57,7 +57,7 @@ from mini_infer.kernels.triton.launch import Device, device_of, launches
 
 @triton.jit
 def walk(
-    top, total, weighted, queries, keys_at, values_at, table, begin, end, first, last, position, seen, window, scale,
+    top, total, weighted, queries, keys_at, values_at, table, begin, end, first, last, position, window, scale,
     key_stride_block, key_stride_token, value_stride_block, value_stride_token,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +80,8 @@ def walk(
 
         scores = product(queries, tl.trans(keys))
         if EDGE:
-            visible = (tokens[None, :] < seen[:, None]) & (position[:, None] - tokens[None, :] < window)
-            scores = tl.where(visible, scores * scale, float("-inf"))
+            distance = position[:, None] - tokens[None, :]
+            scores = tl.where((distance >= 0) & (distance < window), scores * scale, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
             weights = tl.exp2(scores - pivot[:, None])
@@ -96,14 +96,14 @@ def walk(
     return top, total, weighted
 
 
-@triton.jit(do_not_specialize=["window", "num_seqs", "table_stride"])
+@triton.jit(do_not_specialize=["window", "span", "num_seqs", "table_stride"])
 def paged_prefill_attention_kernel(
     out, query, key_cache, value_cache, block_tables, context_lens, query_start, scale, window, span, num_seqs,
     table_stride, query_stride_token, query_stride_head,
     key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
     value_stride_block, value_stride_token, value_stride_head, value_stride_dim,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // NUM_KV_HEADS
@@ -133,11 +133,14 @@ def paged_prefill_attention_kernel(
     context_len = tl.load(context_lens + seq).to(tl.int32)
     before = context_len - chunk_len
     position = before + chunk_row
-    seen = tl.minimum((position // span + 1) * span, context_len)  # how many tokens, from the first on, a row sees
     lowest = before + tile_start
     highest = before + tl.minimum(tile_start + QUERIES, chunk_len) - 1
-    all_see = tl.minimum((lowest // span + 1) * span, context_len)
-    last = tl.minimum((highest // span + 1) * span, context_len) - 1
+    if CAUSAL:
+        last, all_see = highest, lowest + 1  # the last key that any row sees, and how many all of them see
+    else:
+        last = tl.minimum((highest // span + 1) * span, context_len) - 1
+        all_see = tl.minimum((lowest // span + 1) * span, context_len)
+        position = tl.minimum((position // span + 1) * span, context_len) - 1  # as if it stood at its span's end
     first = tl.maximum(lowest - window + 1, 0)
     begin = first // TILE * TILE
     clear_begin = tl.cdiv(tl.maximum(highest - window + 1, 0), TILE) * TILE
@@ -151,19 +154,19 @@ def paged_prefill_attention_kernel(
     weighted = tl.zeros((ROWS, COLS), tl.float32)
     top, total, weighted = walk(
         top, total, weighted, queries, keys_at, values_at, table, begin, tl.minimum(clear_begin, last + 1),
-        first, last, position, seen, window, scale,
+        first, last, position, window, scale,
         key_stride_block, key_stride_token, value_stride_block, value_stride_token,
         HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
     )  # fmt: skip
     top, total, weighted = walk(
         top, total, weighted, queries, keys_at, values_at, table, clear_begin, clear_end,
-        first, last, position, seen, window, scale,
+        first, last, position, window, scale,
         key_stride_block, key_stride_token, value_stride_block, value_stride_token,
         HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=False,
     )  # fmt: skip
     top, total, weighted = walk(
         top, total, weighted, queries, keys_at, values_at, table, clear_end, last + 1,
-        first, last, position, seen, window, scale,
+        first, last, position, window, scale,
         key_stride_block, key_stride_token, value_stride_block, value_stride_token,
         HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
     )  # fmt: skip
@@ -242,6 +245,7 @@ def paged_prefill_attention(
         span=max(1, min(span, block_tables.shape[1] * block_size)),  # no context is longer, and it fits 32 bits
         **arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window),
         **tiles,
+        CAUSAL=span == 1,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )

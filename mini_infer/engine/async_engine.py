@@ -21,7 +21,7 @@ from mini_infer.engine.intake import Prompt
 from mini_infer.engine.llm_engine import LLMEngine
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.exceptions import MiniInferError, StepError
+from mini_infer.exceptions import InvalidRequestError, MiniInferError, StepError
 from mini_infer.outputs import Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
@@ -295,7 +295,9 @@ class AsyncLLMEngine:
             except Exception:
                 raise
             except BaseException as error:  # a panic in a tokenizer is none of Python's ordinary exceptions
-                raise MiniInferError(f"the prompt broke the tokenizer: {type(error).__name__}: {error}") from error
+                raise InvalidRequestError(
+                    f"the tokenizer cannot read the prompt: {type(error).__name__}: {error}"
+                ) from error
 
         return Increments(await run(requests), listener, self)
 

@@ -15,7 +15,10 @@ SEND_SECONDS = 60.0
 """How long a client may read nothing of what is sent to it."""
 
 BACKLOG = 128
-"""Connections that wait to be accepted; as many may be accepted before any of them is looked at."""
+"""Connections that may be accepted before any of them is looked at."""
+
+QUEUE = 2048
+"""Connections that may wait in the kernel; beyond them clients try again after a second."""
 
 MAX_CONNECTIONS = 8192
 """Most connections, however many files may be open."""

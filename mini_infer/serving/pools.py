@@ -45,6 +45,10 @@ class Pool:
             return await asyncio.wait_for(asyncio.shield(job), self._timeout)
         except asyncio.TimeoutError:
             raise _busy(f"not done within {self._timeout:g} seconds ({self._name}); send less at once") from None
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # a panic in a tokenizer is none of Python's ordinary exceptions
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
     def _done(self, job: "asyncio.Future[T]") -> None:
         self._num_jobs -= 1

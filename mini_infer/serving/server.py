@@ -22,7 +22,7 @@ from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_number
 from mini_infer.serving.admission import Admission
 from mini_infer.serving.app import STEP_TIMEOUT, check_options, create_app
-from mini_infer.serving.connections import BACKLOG, FewLines, bounded, max_connections
+from mini_infer.serving.connections import BACKLOG, QUEUE, FewLines, bounded, max_connections
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class Server(uvicorn.Server):
         self._watching = asyncio.ensure_future(self._watch())
         await super().startup(sockets)
         for listener in sockets or ():
+            listener.listen(QUEUE)  # asyncio accepts BACKLOG at a time, but more may wait in the kernel
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             logger.info("ready: http://%s:%d (API reference at /docs; Ctrl-C stops)", shown, port)

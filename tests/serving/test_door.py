@@ -331,6 +331,22 @@ class TestEnds:
         wait_until(ended)
         assert result["status"] == "failed" and result["text"] is None and "not finite" in result["error"]
 
+    def test_a_tokenizer_that_panics(
+        self, server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Panic(BaseException):
+            """As PyO3's: none of Python's ordinary exceptions."""
+
+        def panic(*_: Any, **__: Any) -> None:
+            raise Panic("index out of bounds")
+
+        monkeypatch.setattr(server.engine.engine._tokenizer, "encode", panic)
+        assert "index out of bounds" in assert_error(http.post("/v1/completions", json={"prompt": "x"}), 400)["message"]
+        assert_error(http.post("/v1/generate", json={"prompt": "x"}), 422)
+        assert_error(http.post("/tokenize", json={"prompt": "x"}), 500)
+        monkeypatch.undo()
+        assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
     def test_a_step_that_does_not_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Health says so; then the server tells those who wait, and ends by itself."""
         gate, forward = threading.Event(), ModelRunner._forward

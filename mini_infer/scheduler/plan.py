@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
     Attributes:
         sequence: whose outcome it is.
         token_ids: tokens that are known from now on, in place of provisional ones.
-        num_valid: positions, from the first token on, whose keys and values are valid.
+        num_valid: positions, from the first token on, whose keys and values are valid; those before the step stay so.
         finish_reason: why it ends with them; None if it goes on, or ends by its length, which the scheduler sees.
     """
 

@@ -14,6 +14,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from operator import itemgetter
 
 from mini_infer.config import PreemptionMode
 from mini_infer.exceptions import InvalidConfigError
@@ -175,13 +176,15 @@ class Scheduler:
             if sequence.status is not RUNNING:
                 continue
             if sequence.num_drafts:
-                self._shorten(sequence, num_guesses)
+                self._shorten(sequence, min(num_guesses, draft.budget - 1))
             elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(self._find_missing(sequence)):
                 chunks.append(sequence)
                 continue
             while not self._grow(sequence, draft):
                 if sequence.num_drafts:  # nobody is preempted for a guess
                     self._shorten(sequence, 0)
+                    continue
+                if self._withdraw_drafts(draft):
                     continue
                 self._preempt(self.running[-1], draft)
                 if sequence.status is not RUNNING:
@@ -246,13 +249,24 @@ class Scheduler:
             if sequence.status is FINISHED:
                 continue
             known = sequence.num_known_tokens
-            most = sequence.num_placeholders or sequence.max_length - known
-            if len(token_ids) > most or not 0 <= num_valid <= known + len(token_ids):
+            length = known + len(token_ids)
+            if sequence.num_placeholders:
+                fits = length == known + 1 or (not token_ids and finish_reason is not None)
+            elif num_valid < len(sequence.content_ids) * self.block_manager.block_size:
+                fits = False  # others may share what this would take back
+            elif sequence.decides_late:
+                fits = length <= sequence.max_length
+            else:
+                fits = length <= known + (1 + sequence.num_drafts if sequence.is_undecided else 0)
+            if not fits or not 0 <= num_valid <= length:
                 raise ValueError(
-                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens (at most {most}) with "
-                    f"{num_valid} positions valid"
+                    f"sequence {sequence.request_id!r} cannot go on by {len(token_ids)} tokens with {num_valid} "
+                    f"positions valid; it has {known} known tokens of at most {sequence.max_length}, and under way are "
+                    f"{sequence.num_placeholders} to sample and {sequence.num_drafts} drafts"
                 )
             wanted.append((sequence, known, token_ids, num_valid, finish_reason))
+        if len(set(map(itemgetter(0), wanted))) < len(wanted):
+            raise ValueError("a sequence cannot go on in two ways; give each one outcome")
         for settled in wanted:
             self._commit(*settled)
 
@@ -280,8 +294,8 @@ class Scheduler:
             finish_reason = "length" if has_ended else None
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
-        elif sequence.status is RESTING and sequence.can_step and not sequence.num_placeholders:
-            self._queue(sequence)
+        elif sequence.status is RESTING and num_valid < length and not sequence.num_placeholders:
+            self._queue(sequence)  # otherwise all is computed, and it rests on until it gets a token
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
@@ -387,7 +401,8 @@ class Scheduler:
             for child in forks:
                 self.fork(sequence, child)
         if sequence.decides_late or sequence.num_drafts:
-            sequence.is_undecided = True
+            for one in (sequence, *forks):
+                one.is_undecided = True
             return
         sequence.token_ids.append(PLACEHOLDER)
         sequence.num_placeholders += 1
@@ -416,6 +431,21 @@ class Scheduler:
         if surplus > 0:
             del sequence.token_ids[-surplus:]
             sequence.num_drafts -= surplus
+
+    def _withdraw_drafts(self, draft: _Draft) -> bool:
+        """Take the drafts out of the plan again, with the blocks that they alone need; False if there are none."""
+        withdrawn = 0
+        for place, item in enumerate(draft.scheduled):
+            sequence = item.sequence
+            if sequence.num_drafts:
+                withdrawn += sequence.num_drafts
+                self._shorten(sequence, 0)
+                draft.scheduled[place] = item._replace(num_tokens=1, num_logits=1)
+                num_needed = self.block_manager.blocks_for(len(sequence))
+                self.block_manager.free(sequence.block_table[num_needed:])
+                del sequence.block_table[num_needed:]
+        draft.budget += withdrawn
+        return withdrawn > 0
 
     def _find_missing(self, sequence: Sequence) -> tuple[list[int], int]:
         """What a sequence lacks to write all its tokens: own copies of blocks that others hold too, by their places in
@@ -531,7 +561,6 @@ class Scheduler:
         """Keys and values from position ``num_valid`` on are not what they should be."""
         sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_valid)
         sequence.num_swapped_tokens = min(sequence.num_swapped_tokens, num_valid)
-        del sequence.content_ids[num_valid // self.block_manager.block_size :]
 
     def _drop_provisional(self, sequence: Sequence) -> None:
         del sequence.token_ids[sequence.num_known_tokens :]

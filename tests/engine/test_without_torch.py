@@ -116,12 +116,12 @@ def check_workloads(seeds: range) -> None:
 
 
 def test_tokens_are_what_they_would_be_alone() -> None:
-    check_workloads(range(60))
+    check_workloads(range(30))
 
 
 @pytest.mark.slow
 def test_tokens_are_what_they_would_be_alone_in_many_workloads() -> None:
-    check_workloads(range(60, 2000))
+    check_workloads(range(30, 1000))
 
 
 WITHOUT = """

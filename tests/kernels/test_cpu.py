@@ -25,41 +25,46 @@ from hypothesis import strategies as st
 
 from mini_infer.kernels.cpu import paged_attention, prefill_attention
 
-
-@pytest.fixture(params=[1, 3], scope="module")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 windows = st.fixed_dictionaries({"window": st.none() | st.integers(1, 200)})
 what_is_seen = windows | st.fixed_dictionaries({"span": st.integers(2, 400)})
 
 
-@pytest.fixture(params=[64, 4096], scope="module")
-def chunk(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Tokens of a context that are computed at a time, less than most contexts have or more than all."""
+SIZES = [
+    {"block_size": block_size, "num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim}
+    for block_size, num_kv_heads, group, head_dim in (
+        (16, 2, 1, 64),
+        (16, 1, 2, 128),
+        (48, 3, 3, 32),
+        (256, 2, 4, 16),
+        (80, 1, 7, 96),
+        (32, 2, 9, 80),
+    )
+]
+
+
+@pytest.fixture(params=[(1, 4096), (3, 64)], ids=["whole", "in chunks"], scope="module")
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On one thread, with contexts computed in one piece; or on three, at most 64 tokens at a time."""
+    before = torch.get_num_threads()
+    threads, chunk = request.param
+    torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_attention, "CHUNK", request.param)
-        patch.setattr(prefill_attention, "CHUNK", request.param)
-        yield request.param
+        patch.setattr(paged_attention, "CHUNK", chunk)
+        patch.setattr(prefill_attention, "CHUNK", chunk)
+        yield
+    torch.set_num_threads(before)
 
 
 @st.composite
 def cases(draw_one: st.DrawFn, *, chunks: bool) -> PagedCase:
-    """Sizes that the compiled kernels take: few, since each is compiled apart; any window, span and length."""
+    """Any window, span and lengths, for a few sizes that the compiled kernels take, since each is compiled apart."""
     lengths = []
     for context in draw_one(st.lists(st.integers(1, 300), min_size=1, max_size=6)):
-        lengths.append((context, draw_one(st.integers(0, min(context, 100))) if chunks else 1))
+        lengths.append((context, draw_one(st.integers(0, min(context, 40))) if chunks else 1))
     arguments = {
         "seed": draw_one(st.integers(0, 10**6)),
         "lengths": lengths,
-        "block_size": draw_one(st.sampled_from([16, 48, 256])),
-        "num_kv_heads": draw_one(st.integers(1, 2)),
-        "group": draw_one(st.sampled_from([1, 3, 4, 7, 9])),
-        "head_dim": draw_one(st.sampled_from([16, 64, 80, 128])),
+        **draw_one(st.sampled_from(SIZES)),
         "dtype": draw_one(st.sampled_from([torch.float32, torch.bfloat16])),
         **draw_one(what_is_seen if chunks else windows),
     }
@@ -73,8 +78,8 @@ def in_own_layout(case: PagedCase) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(case=cases(chunks=False))
-@settings(max_examples=15, deadline=None)
-def test_decode(threads: int, chunk: int, case: PagedCase) -> None:
+@settings(max_examples=20, deadline=None)
+def test_decode(how: None, case: PagedCase) -> None:
     with kernels.use_backend("cpu"):
         caches = in_own_layout(case)
         out = kernels.paged_attention(
@@ -84,8 +89,8 @@ def test_decode(threads: int, chunk: int, case: PagedCase) -> None:
 
 
 @given(case=cases(chunks=True))
-@settings(max_examples=15, deadline=None)
-def test_prompts(threads: int, chunk: int, case: PagedCase) -> None:
+@settings(max_examples=20, deadline=None)
+def test_prompts(how: None, case: PagedCase) -> None:
     with kernels.use_backend("cpu"):
         caches = in_own_layout(case)
         out = kernels.paged_prefill_attention(

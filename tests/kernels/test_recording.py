@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mini_infer import kernels
+from mini_infer import LLM, kernels
 from mini_infer.exceptions import NotRecordableError
 from mini_infer.kernels import registry
 
@@ -204,3 +204,25 @@ def test_our_own_are_called_without_a_detour(backend: str) -> None:
     functions = kernels.resolve("cpu", backend).functions
     unguarded = {row.function for row in registry._table.values() if row.backend in ("cpu", "reference")}
     assert all(functions[op] in unguarded for op in kernels.OPS if op != "attention")
+
+
+def test_an_engine_with_a_kernel_that_nobody_sees(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the best for the device, so nobody asks for it; beside our own, which would be recorded."""
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+
+    @kernels.register("silu_and_mul", backend="unseen", devices=("cpu",), priority=1000)
+    def silu_and_mul(x: Tensor) -> Tensor:
+        gate, up = np.split(np.asarray(x), 2, axis=-1)
+        return torch.from_numpy(gate / (1 + np.exp(-gate)) * up)
+
+    answers = []
+    for enforce_eager in (False, True):
+        with caplog.at_level("INFO"):
+            llm = LLM(dtype="float32", num_gpu_blocks=8, enforce_eager=enforce_eager)
+            output = llm.generate("What is a KV cache?", max_tokens=12, temperature=0, use_tqdm=False)[0]
+        answers.append(output.token_ids)
+    registry._resolve.cache_clear()
+    assert answers[0] == answers[1]
+    assert [record.levelname for record in caplog.records if "'unseen' performs" in record.getMessage()] == ["INFO"]

@@ -335,16 +335,19 @@ class KVModel:
             return
         drafts = token_ids[num_known:]
         known = self._device_tokens[sequence][:num_known]
+        # A step that settles nothing, or whose keys are not all valid, is so for all that hold the blocks.
+        settles = not sequence.decides_late or self._random.random() < 0.7
+        most_valid = item.end
+        if sequence.decides_late and self._random.random() < 0.5:
+            most_valid = self._random.randint(item.start, item.end)
         for one in (sequence, *item.forks):
             true = list(continuation(one, known, self._index[one]))
             accepted = next((i for i, d in enumerate(drafts) if i >= len(true) or d != true[i][0]), len(drafts))
             wanted = 1 + accepted if accepted == len(drafts) else 1 + self._random.randint(0, accepted)
             if sequence.decides_late:
-                wanted = self._random.choice([1, 2, 3, 4, 5] if item.forks else [0, 0, 1, 2, 3, 4, 5])
+                wanted = self._random.randint(1, 5) * settles
             new = true[:wanted]
-            num_valid = num_known + min(accepted, len(new) - 1) if new else item.start
-            if new and sequence.decides_late and not item.forks and self._random.random() < 0.5:
-                num_valid = self._random.randint(item.start, num_valid)
+            num_valid = min(most_valid, num_known + min(accepted, len(new) - 1)) if new else item.start
             self._device_tokens[one] = known + [token for token, _ in new]
             for position in range(num_valid, item.end):
                 self._write(table, position, None)

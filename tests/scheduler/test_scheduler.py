@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mini_infer.config import PreemptionMode
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import (
@@ -390,6 +391,22 @@ def test_a_sequence_preempted_under_a_step_goes_on_with_the_token_that_it_brings
     assert young.finish_reason == old.finish_reason == "length"
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_a_beam_whose_logits_came_after_its_preemption_rests_until_it_gets_a_token(mode: PreemptionMode) -> None:
+    blocks = BlockManager(4, 4, num_cpu_blocks=4)
+    scheduler = Scheduler(4, 16, 4, block_manager=blocks, watermark=0, preemption_mode=mode)
+    old, beam = sequence("old", 8, 8), sequence("beam", 8, 8, decides_late=True)
+    scheduler.add(old)
+    scheduler.add(beam)
+    assert [scheduler.schedule().preempted for _ in range(2)] == [(), (beam,)]
+    scheduler.commit([Outcome(old, (1,), 8), Outcome(beam, (), 8)])
+    assert beam.status is SequenceStatus.RESTING  # nothing of it is left to compute
+    scheduler.finish(old, "abort")
+    assert scheduler.schedule() == SchedulerOutputs()
+    scheduler.commit([Outcome(beam, (5,), 8)])
+    assert names(scheduler.schedule()) == [("beam", 1 if mode == "swap" else 9)]
+
+
 def test_a_sequence_that_waits_again_has_one_entry_in_the_queue() -> None:
     scheduler = Scheduler(4, 16, 4)
     one, other = sequence("one", 4, 4), sequence("other", 4, 4)
@@ -424,6 +441,38 @@ def test_a_commit_is_all_or_nothing(token_ids: tuple[int, ...], num_valid: int) 
     assert state(scheduler, *everyone) == before
     scheduler.commit([Outcome(a, (1,), 4, "stop"), Outcome(b, (1,), 4), Outcome(c, (1,), 4)])
     assert [len(one) for one in everyone] == [5, 5, 5] and a.finish_reason == "stop"
+
+
+def test_a_sequence_has_one_outcome_and_only_if_a_step_is_under_way() -> None:
+    scheduler = Scheduler(8, 100, 4, prefix_caching=True)
+    one, late = sequence("one", 4, 4), sequence("late", 4, 4, decides_late=True, cache_salt="x")
+    scheduler.add(one)
+    scheduler.add(late)
+    plans = [scheduler.schedule(), scheduler.schedule()]  # two tokens of "one" are under way
+    bad = [
+        [Outcome(one, (1,), 4), Outcome(one, (2,), 5)],
+        [Outcome(one, (1, 2), 5)],
+        [Outcome(one, (), 4)],
+    ]
+    for outcomes_ in bad:
+        before = state(scheduler, one, late)
+        with pytest.raises(ValueError, match="cannot go on"):
+            scheduler.commit(outcomes_)
+        assert state(scheduler, one, late) == before
+    scheduler.commit([Outcome(one, (1,), 4), Outcome(late, (1, 2), 4)])
+    scheduler.commit([Outcome(one, (1,), 5)])
+    assert len(plans) == 2 and one.num_placeholders == 0
+    with pytest.raises(ValueError, match="'one' cannot go on by 1 tokens"):
+        scheduler.commit([Outcome(one, (1,), 5)])
+    scheduler.propose(one, [3])
+    with pytest.raises(ValueError, match="'one' cannot go on by 1 tokens"):
+        scheduler.commit([Outcome(one, (3,), 5)])
+    scheduler.schedule()  # it lets others share the first block of "late"
+    with pytest.raises(ValueError, match="'one' cannot go on by 3 tokens"):
+        scheduler.commit([Outcome(one, (3, 4, 5), 7)])
+    with pytest.raises(ValueError, match="'late' cannot go on by 1 tokens with 3 positions valid"):
+        scheduler.commit([Outcome(late, (3,), 3)])
+    scheduler.commit([Outcome(one, (3, 4), 7, "stop"), Outcome(late, (), 4)])
 
 
 def test_what_comes_of_a_sequence_that_has_ended_is_passed_over() -> None:
@@ -504,11 +553,34 @@ def test_nobody_is_preempted_for_a_guess() -> None:
     assert names(plan) == [("s", 1), ("other", 1)] and not plan.preempted and one.num_drafts == 0
 
 
+def test_drafts_give_their_blocks_back_before_anybody_is_preempted() -> None:
+    other = sequence("other", 8, 4)
+    scheduler, one = drafting(5, other, max_num_batched_tokens=12)
+    scheduler.propose(one, [1, 2, 3, 4, 5])  # two blocks, which are all that are free, and "other" needs one
+    plan = scheduler.schedule()
+    assert names(plan) == [("s", 1), ("other", 1)] and not plan.preempted
+    assert [item.num_logits for item in plan.scheduled] == [1, 1] and plan.num_tokens == 2
+    assert (one.num_drafts, one.num_placeholders, len(one.block_table), len(other.block_table)) == (0, 1, 2, 3)
+
+
 def test_drafts_take_the_budget_that_others_leave() -> None:
     scheduler, one = drafting(16, sequence("other", 4, 4), max_num_batched_tokens=8)
     scheduler.propose(one, [1] * 20)
     plan = scheduler.schedule()
     assert dict(names(plan)) == {"other": 1, "s": 7}
+
+
+def test_drafts_are_never_cut_in_two_by_the_budget() -> None:
+    scheduler = Scheduler(4, 40, 4, max_num_batched_tokens=4)
+    late, one = sequence("late", 2, 12, decides_late=True), sequence("one", 2, 12)
+    scheduler.add(late)
+    scheduler.add(one)
+    scheduler.schedule()
+    scheduler.commit([Outcome(late, (1, 2, 3), 2), Outcome(one, (1,), 2)])
+    scheduler.propose(one, [1, 2, 3])
+    plan = scheduler.schedule()  # three tokens of "late" need a block, and leave room for one
+    assert names(plan) == [("one", 1), ("late", 3)] and one.num_drafts == 0
+    assert [item.num_logits for item in plan.scheduled] == [1, 1]
 
 
 def test_several_tokens_that_came_at_once_get_the_blocks_that_they_need() -> None:
@@ -582,6 +654,16 @@ def test_swapping_in_after_a_part_of_the_drafts_was_accepted() -> None:
     plan = scheduler.schedule()
     assert names(plan) == [("s", 1)] and plan.scheduled[0].start == 6 and len(plan.swap_in) == 6
     assert scheduler.block_manager.num_free_cpu_blocks == 16
+
+
+def test_forks_of_a_late_sequence_for_whom_a_step_settles_nothing_are_computed_again() -> None:
+    scheduler = Scheduler(4, 100, 4)
+    fork = sequence("fork", 4, 12, decides_late=True)
+    late = sequence("late", 4, 12, decides_late=True, forks=(fork,), num_seats=2)
+    scheduler.add(late)
+    scheduler.schedule()
+    scheduler.commit([Outcome(late, (), 0), Outcome(fork, (), 0)])
+    assert dict(names(scheduler.schedule())) == {"late": 4, "fork": 4}
 
 
 def test_a_step_that_may_settle_nothing_lets_nobody_share_what_it_computes() -> None:

@@ -37,8 +37,8 @@ class CompletionOutput:
         index: which of the ``n``, from 0.
         text: generated text, without stop strings.
         token_ids: generated tokens, including the one that ended the sequence.
-        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort", or "error", which the
-            output then holds.
+        finish_reason: "stop" (end of sequence, stop token or stop string), "length", "abort" (by the caller) or
+            "error", which the output then holds.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
         cumulative_logprob: sum of the generated tokens' log probabilities.
         logprobs: per generated token, if the request asked for it.

@@ -1,5 +1,6 @@
 """The command line: what each command takes. What it does is in the module of its name, imported when it runs."""
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -122,23 +123,35 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             envvar="MINI_INFER_API_KEY",
             show_envvar=True,
             show_default=False,
-            help="Refuse requests without this key. A variable, unlike a flag, is not seen by other users.",
+            help="Refuse requests without this key; may be repeated. A variable, unlike a flag, is not seen by others.",
         ),
     ] = None,
+    salt_by_key: Annotated[
+        bool, typer.Option("--salt-by-key", help="Share no cached prefixes between callers with different keys.")
+    ] = False,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model; by default its own name.", show_default=False)
     ] = None,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is given up.", show_default=False)
     ] = None,
+    step_timeout: Annotated[
+        float, typer.Option(help="Seconds after which a step is taken to be stuck; twice that ends the server.")
+    ] = 300.0,
     cors: Annotated[
         list[str] | None,
         typer.Option(help="Let web pages of this origin in; may be repeated, * is all.", show_default=False),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer to this name, too, on a loopback address without a key; may be repeated.", show_default=False
+        ),
     ] = None,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have after Ctrl-C or SIGTERM.")
@@ -147,14 +160,19 @@ def serve(
     """Serve a model over HTTP: OpenAI's endpoints, metrics, and a page for the browser."""
     from mini_infer.serving import serve
 
+    if not api_key and "MINI_INFER_API_KEY" in os.environ:
+        api_key = [""]  # set, but to nothing: that is no wish for a server that is open to all
     serve(
         config,
         host=host,
         port=port,
-        api_key=api_key,
+        api_key=api_key or None,
+        salt_by_key=salt_by_key,
         served_model_name=served_model_name,
         request_timeout=request_timeout,
+        step_timeout=step_timeout,
         cors=tuple(cors or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         drain_timeout=drain_timeout,
     )
 

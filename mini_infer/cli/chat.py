@@ -139,6 +139,8 @@ class Chat:
         figures.append(f"context {context} of {limit}")
         if output.finish_reason == "abort":
             figures.append("stopped")
+        elif output.error is not None:
+            figures.append(str(output.error))
         elif output.finish_reason == "length":
             figures.append(
                 "the context is full: /reset starts a new conversation" if context >= limit else "cut at max_tokens"

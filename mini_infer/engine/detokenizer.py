@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
+from typing import TypeAlias
 
 _REPLACEMENT = "\ufffd"  # what decoding bytes that are no character, or not yet one, gives
 _CONTEXT = 6  # prompt tokens that the first generated one is decoded with: its leading space depends on them
@@ -138,12 +139,29 @@ class Detokenizer:
         return [text]
 
 
+_View: TypeAlias = tuple[int, str]
+"""One way to read the text: the state that it leads to, and which of that state's characters are shown: "s" for one
+that is, "-" for one that is not, and nothing at all if every one is."""
+
+_NOTHING: _View = (0, "")
+
+_MOST_VIEWS = 64
+"""Ways that are followed at once; the first is the text as it is shown."""
+
+
+def _num_shown(size: int, shows: str) -> int:
+    """How many of the last ``size`` characters of a view are shown."""
+    return shows[-size:].count("s") if shows and size else size
+
+
 class StopStringMatcher:
     """Finds stop strings in text that comes in pieces, and holds back what may become one.
 
     All stop strings are looked for at once, by the automaton of Aho and Corasick ("Efficient string matching", 1975):
     its state is the longest end of the text that is a beginning of some stop string, which is just what must be held
     back. The work per piece is in proportion to its length, however long and many the stop strings are.
+
+    Text that is not shown, that of a special token, counts in either way: the text is searched with it and without it.
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
@@ -153,13 +171,13 @@ class StopStringMatcher:
         for stop in stop_strings:
             self._add(stop)
         self._shorter = self._link()  # the state of the next shorter end that is a beginning
-        self._state = 0
-        self._held: deque[str] = deque()  # the characters that are held back; "" for one that is not shown
+        self._views = [_NOTHING]
+        self._held: deque[str] = deque()  # the characters that are held back
 
     def fresh(self) -> "StopStringMatcher":
         """Another one for the same stop strings, at the beginning of a text."""
         other = copy(self)
-        other._state, other._held = 0, deque()
+        other._views, other._held = [_NOTHING], deque()
         return other
 
     def append(self, piece: str, *, shown: bool = True) -> tuple[str, str | None]:
@@ -172,14 +190,21 @@ class StopStringMatcher:
         """
         if not self._next[0]:
             return piece if shown else "", None
-        start, stop = 0, None  # where the stop string begins, counted from the first character held
+        without = [] if shown else self._views
+        start, stop = 0, None  # where the stop string begins in what is held
         for character in piece:
-            self._held.append(character if shown else "")
-            self._state = self._step(character)
-            found = self._found[self._state]
-            if found and (stop is None or len(self._held) - len(found) < start):
-                start, stop = len(self._held) - len(found), found
-        num_free = len(self._held) - self._depth[self._state] if stop is None else start
+            if shown:
+                self._held.append(character)
+            self._views = list(dict.fromkeys(self._step(view, character, shown) for view in self._views))
+            for state, shows in self._views:
+                found = self._found[state]
+                if found:
+                    place = len(self._held) - _num_shown(len(found), shows)
+                    if stop is None or place < start:
+                        start, stop = place, found
+        self._views = list(dict.fromkeys([*without, *self._views]))[:_MOST_VIEWS]
+        num_held = max(_num_shown(self._depth[state], shows) for state, shows in self._views)
+        num_free = len(self._held) - num_held if stop is None else start
         text = "".join(self._held.popleft() for _ in range(num_free))
         if stop is not None:
             self._held.clear()
@@ -191,11 +216,16 @@ class StopStringMatcher:
         self._held.clear()
         return held
 
-    def _step(self, character: str) -> int:
-        state = self._state
+    def _step(self, view: "_View", character: str, shown: bool) -> "_View":
+        state, shows = view
+        if not shown and not shows:
+            shows = "s" * self._depth[state]
         while state and character not in self._next[state]:
             state = self._shorter[state]
-        return self._next[state].get(character, 0)
+        state = self._next[state].get(character, 0)
+        if shows or not shown:
+            shows = (shows + ("s" if shown else "-"))[-self._depth[state] :] if state else ""
+        return state, shows if "-" in shows else ""
 
     def _add(self, stop: str) -> None:
         state = 0
@@ -227,8 +257,9 @@ class StopStringMatcher:
 class TextStream:
     """The text of one completion: its tokens decoded, up to the first stop string.
 
-    Stop strings are looked for in the text as it is with special tokens, also where these are left out of what is
-    shown: "<|im_end|>" or "<|im_end|>\\nuser" stop either way.
+    Stop strings are looked for in the text that is shown, and also in the text with the special tokens that are left
+    out of it, all or some of them: "<|im_end|>" stops either way, and "<|im_end|>\\nuser" does where the text goes on
+    with "\\n<|im_start|>user".
 
     Args:
         detokenizer: makes the text.

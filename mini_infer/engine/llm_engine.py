@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
+from mini_infer.engine.fork import OwnLock
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
 from mini_infer.engine.loop import CLOSED, StepResult
 from mini_infer.engine.no_tokenizer import NoTokenizer
@@ -81,7 +81,7 @@ class LLMEngine:
         self._loop = parts.loop
         self._finished = parts.loop.finished  # whose output nobody has fetched
         self._handed_over: OrderedDict[str, GenerateOutput] = OrderedDict()  # the last ones that `step` gave
-        self._lock = threading.RLock()
+        self._lock = OwnLock()
 
     @property
     def model_config(self) -> "ModelConfig":

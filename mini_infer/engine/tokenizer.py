@@ -3,16 +3,16 @@
 import importlib.util
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer
-from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError
+from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError, MiniInferError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,9 @@ _TEMPLATE_OPTIONS = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
 } - {"tools", "documents"}
 """Names that are no variables of a chat template, but say what is rendered and how."""
+
+Renderer: TypeAlias = Callable[[str, Mapping[str, Any]], str]
+"""Makes text of a chat template and its variables, among them ``messages``."""
 
 
 class RenderedChat(str):
@@ -41,7 +44,11 @@ class Tokenizer:
         byte_tokens: ids of SentencePiece's byte tokens, such as ``<0xF0>``, several of which spell a character. A
             byte-level vocabulary, every token of which is made of bytes, has none.
         unused_ids: ids of the model that stand for no token.
+        renderer: makes text of a chat template and its variables, in the tokenizer's place. For servers, which must
+            not wait for a template that has no end.
     """
+
+    renderer: Renderer | None = None
 
     def __init__(self, directory: Path, config: EngineConfig, vocab_size: int) -> None:
         try:
@@ -141,12 +148,21 @@ class Tokenizer:
                 raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
             conversation.append({**message, "content": content})
         try:
-            text: str = self.hf.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **template_kwargs
-            )
+            text = self._apply_template(conversation, template_kwargs)
+        except MiniInferError:
+            raise
         except Exception as error:  # a missing template, or whatever the template itself raises
             raise InvalidRequestError(f"the chat template cannot render these messages: {error}") from error
         return RenderedChat(text)
+
+    def _apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        has_own_way = type(self.hf).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        if self.renderer is None or has_own_way:
+            text: str = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+            return text
+        special = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
+        template: str = self.hf.get_chat_template(None, variables.get("tools"))
+        return self.renderer(template, {"messages": messages, **special, **variables})
 
     # ---- ids to text ---------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Who is being served, so that the server can stop without cutting anybody off."""
+"""Who is being served, so that the server can stop without cutting anybody off; and how much all of them hold."""
 
 import asyncio
 from collections.abc import Iterator
@@ -52,3 +52,32 @@ class Admission:
         except asyncio.TimeoutError:
             return False
         return True
+
+
+class Budget:
+    """How much of something all requests together may hold.
+
+    Args:
+        name: what the limit is called.
+        total: how much there is.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name = name
+        self._total = total
+        self._held = 0
+
+    def take(self, amount: int) -> None:
+        """Raise ``ApiError``, status 503, if there is not so much left."""
+        if self._held + amount > self._total:
+            raise ApiError(
+                503,
+                f"requests under way hold {self._held} of {self._name}={self._total}, so {amount} more do not fit; "
+                "try again in a moment, or ask for less",
+                code="busy",
+                headers={"retry-after": "1"},
+            )
+        self._held += amount
+
+    def give_back(self, amount: int) -> None:
+        self._held -= amount

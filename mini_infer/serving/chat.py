@@ -1,25 +1,26 @@
 """``POST /v1/chat/completions``: a conversation, and the model's next turn."""
 
-import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from mini_infer.outputs import TokenLogprobs
-from mini_infer.serving.answers import DONE, event
+from mini_infer.engine.intake import Prompt
+from mini_infer.outputs import CompletionOutput, TokenLogprobs
+from mini_infer.serving.answers import DONE, Whole, event
 from mini_infer.serving.logprobs import chat_logprobs, check_num_top
-from mini_infer.serving.protocol import ChatBody, check_answer_size
-from mini_infer.serving.service import Service, now, usage
+from mini_infer.serving.protocol import ChatBody
+from mini_infer.serving.routes import body_router
+from mini_infer.serving.service import Service, now, render, usage
 
 
 def chat_router(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = body_router(service.limits, service.pools.bodies)
 
     @router.post("/v1/chat/completions", summary="Answer a conversation")
-    async def create_chat_completion(body: ChatBody) -> Response:
-        completion = _ChatCompletion(service, body)
+    async def create_chat_completion(request: Request, body: ChatBody) -> Response:
+        completion = _ChatCompletion(service, request, body)
         return service.answer(completion.events if body.stream else completion.whole, completion.id)
 
     return router
@@ -28,11 +29,12 @@ def chat_router(service: Service) -> APIRouter:
 class _ChatCompletion:
     """One call of the endpoint."""
 
-    def __init__(self, service: Service, body: ChatBody) -> None:
+    def __init__(self, service: Service, request: Request, body: ChatBody) -> None:
         service.check_model(body.model)
         check_num_top("top_logprobs", body.top_logprobs)
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self._service = service
+        self._request = request
         self._body = body
         self._created = now()
         self._num_top = body.top_logprobs or 0
@@ -42,29 +44,33 @@ class _ChatCompletion:
             logprobs=self._num_top if body.logprobs else None,
         )
 
-        check_answer_size(self._params, 1, service.engine.engine.max_model_len)
-
-    async def whole(self) -> dict[str, Any]:
-        (output,) = await self._service.complete([await self._prompt()], self._params, [self.id], self._body.priority)
-        choices = [
-            {
-                "index": completion.index,
-                "message": {"role": "assistant", "content": completion.text},
-                "logprobs": self._logprobs(completion.logprobs),
-                "finish_reason": completion.finish_reason,
-            }
-            for completion in output.outputs
-        ]
+    async def whole(self) -> Whole:
+        (output,) = await self._service.complete(
+            self._request, [await self._prompt()], self._params, [self.id], self._body.priority
+        )
+        choices = map(self._whole_choice, output.outputs)
         num_completion = sum(len(completion.token_ids) for completion in output.outputs)
-        return self._frame("chat.completion", choices) | {"usage": usage(len(output.prompt_token_ids), num_completion)}
+        content = self._frame("chat.completion", choices)
+        return Whole(
+            content | {"usage": usage(len(output.prompt_token_ids), num_completion)},
+            num_completion * (self._num_top + 1) if self._body.logprobs else 0,
+        )
+
+    def _whole_choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        return {
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text},
+            "logprobs": self._logprobs(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         options = self._body.stream_options
         counts_all = options is not None and options.include_usage
         counts_each = options is not None and options.include_usage and options.continuous_usage_stats
         num_completion = 0
-        with await self._service.engine.submit(
-            [await self._prompt()], self._params, request_ids=[self.id], priority=self._body.priority
+        with await self._service.submit(
+            self._request, [await self._prompt()], self._params, request_ids=[self.id], priority=self._body.priority
         ) as increments:
             num_prompt = len(increments.requests[0].prompt_token_ids)
 
@@ -84,12 +90,10 @@ class _ChatCompletion:
                     yield chunk([_choice(increment.index, delta, logprobs, increment.finish_reason)], counts_each)
         yield chunk([], True) + DONE if counts_all else DONE
 
-    async def _prompt(self) -> str:
-        messages = [message.for_template() for message in self._body.messages]
-        render = self._service.engine.engine.render_chat
-        return await asyncio.to_thread(render, messages, **self._body.chat_template_kwargs)
+    async def _prompt(self) -> Prompt:
+        return await render(self._service, self._body.messages, self._body.chat_template_kwargs)
 
-    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _frame(self, kind: str, choices: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
@@ -102,7 +106,7 @@ class _ChatCompletion:
         return chat_logprobs(places or [], self._num_top, self._bytes_of) if self._body.logprobs else None
 
     def _bytes_of(self, token_id: int) -> bytes:
-        tokenizer = self._service.engine.engine.tokenizer
+        tokenizer = self._service.engine.tokenizer
         is_left_out = self._params.skip_special_tokens and token_id in tokenizer.special_tokens
         return b"" if is_left_out else tokenizer.token_bytes(token_id)
 

@@ -1,28 +1,30 @@
 """``POST /v1/completions``: a prompt, or several, and what the model makes of them."""
 
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from mini_infer.engine.intake import list_prompts
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import CompletionOutput, GenerateOutput, TokenLogprobs
-from mini_infer.serving.answers import DONE, event
+from mini_infer.serving.answers import DONE, Whole, event
 from mini_infer.serving.errors import ApiError
+from mini_infer.serving.limits import MAX_CHOICES
 from mini_infer.serving.logprobs import CompletionLogprobs, check_num_top
-from mini_infer.serving.protocol import MAX_CHOICES, CompletionBody, check_answer_size
+from mini_infer.serving.protocol import CompletionBody
+from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, usage
 
 
 def completions_router(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = body_router(service.limits, service.pools.bodies)
 
     @router.post("/v1/completions", summary="Complete a prompt, or several")
-    async def create_completion(body: CompletionBody) -> Response:
-        completion = _TextCompletion(service, body)
+    async def create_completion(request: Request, body: CompletionBody) -> Response:
+        completion = _TextCompletion(service, request, body)
         return service.answer(completion.events if body.stream else completion.whole, completion.id)
 
     return router
@@ -31,13 +33,14 @@ def completions_router(service: Service) -> APIRouter:
 class _TextCompletion:
     """One call of the endpoint."""
 
-    def __init__(self, service: Service, body: CompletionBody) -> None:
+    def __init__(self, service: Service, request: Request, body: CompletionBody) -> None:
         service.check_model(body.model)
         check_num_top("logprobs", body.logprobs)
         if body.max_tokens == 0 and not body.echo:
             raise InvalidRequestError("max_tokens is 0, so there would be nothing to send; set echo to get the prompt")
         self.id = f"cmpl-{secrets.token_hex(12)}"
         self._service = service
+        self._request = request
         self._body = body
         self._created = now()
         self._prompts = list_prompts(body.prompt)
@@ -54,8 +57,7 @@ class _TextCompletion:
                 f"{len(self._prompts)} prompts, n={self._params.n}: a request must have 1 to {MAX_CHOICES} choices",
                 param="prompt",
             )
-        check_answer_size(self._params, len(self._prompts), service.engine.engine.max_model_len)
-        self._tokenizer = service.engine.engine.tokenizer
+        self._tokenizer = service.engine.tokenizer
         self._special_tokens = self._tokenizer.special_tokens
         self._left_out = self._special_tokens if self._params.skip_special_tokens else {}
         several = len(self._prompts) > 1
@@ -63,16 +65,22 @@ class _TextCompletion:
 
     # ---- whole ---------------------------------------------------------------------------------------------------
 
-    async def whole(self) -> dict[str, Any]:
-        outputs = await self._service.complete(self._prompts, self._params, self._request_ids, self._body.priority)
-        choices = [
+    async def whole(self) -> Whole:
+        outputs = await self._service.complete(
+            self._request, self._prompts, self._params, self._request_ids, self._body.priority
+        )
+        choices = (
             self._whole_choice(place * self._params.n + completion.index, output, completion)
             for place, output in enumerate(outputs)
             for completion in output.outputs
-        ]
+        )
         num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
         num_completion = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-        return self._frame(choices) | {"usage": usage(num_prompt, num_completion)}
+        num_places = num_completion + (num_prompt * self._params.n if self._scores_prompt else 0)
+        return Whole(
+            self._frame(choices) | {"usage": usage(num_prompt, num_completion)},
+            0 if self._body.logprobs is None else num_places * (self._body.logprobs + 1),
+        )
 
     def _whole_choice(self, index: int, output: GenerateOutput, completion: CompletionOutput) -> dict[str, Any]:
         echo = self._echo(output.prompt, output.prompt_token_ids)
@@ -91,8 +99,8 @@ class _TextCompletion:
         counts_each = options is not None and options.include_usage and options.continuous_usage_stats
         made: dict[int, CompletionLogprobs] = {}
         num_completion = 0
-        with await self._service.engine.submit(
-            self._prompts, self._params, request_ids=self._request_ids, priority=self._body.priority
+        with await self._service.submit(
+            self._request, self._prompts, self._params, request_ids=self._request_ids, priority=self._body.priority
         ) as increments:
             yield b""  # the headers go out: the request is queued
             requests = {request.request_id: (place, request) for place, request in enumerate(increments.requests)}
@@ -122,7 +130,7 @@ class _TextCompletion:
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
-    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _frame(self, choices: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": "text_completion",
@@ -134,7 +142,7 @@ class _TextCompletion:
     def _echo(self, prompt: str | None, token_ids: Seq[int]) -> str:
         if not self._body.echo:
             return ""
-        return self._service.engine.engine.detokenize(token_ids) if prompt is None else prompt
+        return self._service.engine.detokenize(token_ids) if prompt is None else prompt
 
     def _begin_logprobs(
         self, echo: str, prompt: str | None, prompt_token_ids: Seq[int], places: Seq[TokenLogprobs | None] | None

@@ -3,17 +3,24 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from mini_infer.exceptions import InvalidRequestError, MiniInferError, OutOfMemoryError, QueueFullError, StepError
+from mini_infer.exceptions import (
+    InvalidRequestError,
+    MiniInferError,
+    NotFiniteError,
+    OutOfMemoryError,
+    QueueFullError,
+    StepError,
+)
 from mini_infer.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -81,7 +88,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
-        return _validation_error(error, 400)
+        return validation_error(error.errors(), 400)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, _EXPLAINED.get(error.status_code, str(error.detail)), headers=error.headers)
     if isinstance(error, QueueFullError):
@@ -90,6 +97,8 @@ def as_api_error(error: Exception) -> ApiError:
         return _invalid(error, 400)
     if isinstance(error, StepError):  # logged by the engine
         return ApiError(500, "a step of the engine failed, and this request with it; try again", code="step_failed")
+    if isinstance(error, NotFiniteError):  # logged as well
+        return ApiError(500, str(error), code="not_finite")
     if isinstance(error, MiniInferError):  # the engine was shut down under a request
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": "5"})
     logger.error("a request failed", exc_info=error)
@@ -98,23 +107,6 @@ def as_api_error(error: Exception) -> ApiError:
 
 def respond(error: ApiError) -> JsonResponse:
     return JsonResponse(error.body(), error.status, error.headers)
-
-
-class UnprocessableRoute(APIRoute):
-    """An endpoint that follows FastAPI's convention: what is wrong with a request is status 422, not OpenAI's 400."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_unprocessable(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as error:
-                raise _validation_error(error, 422) from error
-            except InvalidRequestError as error:
-                raise _invalid(error, 422) from error
-
-        return handle_unprocessable
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -133,15 +125,17 @@ def _invalid(error: Exception, status: int) -> ApiError:
     return ApiError(status, str(error), param=name[0] if name and name[0] in _OPTIONS else None)
 
 
-def _validation_error(error: RequestValidationError, status: int) -> ApiError:
-    """The first of the fields that a body has wrong."""
-    first = error.errors()[0]
+def unprocessable(error: InvalidRequestError) -> ApiError:
+    """The same by FastAPI's convention: what is wrong with a request is status 422, not OpenAI's 400."""
+    return _invalid(error, 422)
+
+
+def validation_error(errors: Seq[Any], status: int) -> ApiError:
+    """The first of the fields that a body has wrong; but a limit goes before the other ways to read a field."""
+    first = next((error for error in errors if error["type"] in ("too_long", "string_too_long")), errors[0])
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if first["type"] == "json_invalid":
-        return ApiError(status, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    if first["type"] in ("model_attributes_type", "missing") and not place:
-        message = "the body must be a JSON object, sent with the header Content-Type: application/json"
-        return ApiError(status, message)
+    if first["type"] in ("model_type", "model_attributes_type", "missing") and not place:
+        return ApiError(status, "the body must be a JSON object")
     if first["type"] == "extra_forbidden":
         return ApiError(status, f"{'.'.join(place)} is not an option that this endpoint knows", param=".".join(place))
     param = first.get("ctx", {}).get("param") or ".".join(place) or None

@@ -6,13 +6,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
-from mini_infer.engine import AsyncLLMEngine, LLMEngine
+from mini_infer.engine import AsyncLLMEngine
 from mini_infer.engine.stats import EngineSnapshot, SequenceView
 from mini_infer.exceptions import MiniInferError
 from mini_infer.serving.answers import event
 
 SHORTEST_PAUSE = 0.125
 """Seconds between two events while the engine steps."""
+
+MAX_WAITING = 256
+"""Most waiting sequences of one event; the statistics count them all."""
 
 LONGEST_PAUSE = 1.0
 """Seconds between two events while nothing happens."""
@@ -56,7 +59,7 @@ class EngineEvents:
         """The newest snapshot, unless the last one is hardly old; and after how many steps it was taken."""
         async with self._turn:
             if time.monotonic() - self._taken >= 0.9 * SHORTEST_PAUSE:
-                snapshot = await self._engine.call(LLMEngine.snapshot)
+                snapshot = await self._engine.snapshot()
                 self._taken, self._num_steps = time.monotonic(), snapshot.stats.num_steps
                 self._event = event(self._as_json(snapshot))
             return self._num_steps, self._event
@@ -64,11 +67,11 @@ class EngineEvents:
     def _as_json(self, snapshot: EngineSnapshot) -> dict[str, Any]:
         return {
             "model": self._model_name,
-            "block_size": self._engine.engine.config.block_size,
+            "block_size": self._engine.config.block_size,
             "num_blocks": snapshot.stats.num_blocks,
             "num_cpu_blocks": snapshot.stats.num_cpu_blocks,
             "running": [_view(sequence) for sequence in snapshot.running],
-            "waiting": [_view(sequence) | {"swapped": sequence.swapped} for sequence in snapshot.waiting],
+            "waiting": [_view(sequence) | {"swapped": sequence.swapped} for sequence in snapshot.waiting[:MAX_WAITING]],
             "cached_blocks": snapshot.cached_blocks,
             "stats": asdict(snapshot.stats),
         }

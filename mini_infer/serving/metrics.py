@@ -94,18 +94,24 @@ class Metrics:
         self._generation.observe(sum(len(completion.token_ids) for completion in output.outputs))
         self._ended.labels(*self._labels, output.finish_reason).inc()
 
-    def render(self, stats: EngineStats) -> bytes:
-        """All of it in Prometheus' text format."""
+    def render(self, stats: EngineStats, num_queued: int) -> bytes:
+        """All of it in Prometheus' text format.
+
+        Args:
+            stats: the engine's.
+            num_queued: requests that wait for their turn before the engine has them.
+        """
         now = CollectorRegistry()
-        now.register(_StatsCollector(stats, self._labels))
+        now.register(_StatsCollector(stats, num_queued, self._labels))
         return generate_latest(self._registry) + generate_latest(now)
 
 
 class _StatsCollector(Collector):
     """The engine's own numbers as metrics."""
 
-    def __init__(self, stats: EngineStats, labels: list[str]) -> None:
+    def __init__(self, stats: EngineStats, num_queued: int, labels: list[str]) -> None:
         self._stats = stats
+        self._num_queued = num_queued
         self._labels = labels
 
     def collect(self) -> Iterable[Metric]:
@@ -113,6 +119,11 @@ class _StatsCollector(Collector):
             gauge = GaugeMetricFamily(f"mini_infer:{name}", help, labels=["model_name"])
             gauge.add_metric(self._labels, value(self._stats))
             yield gauge
+        queued = GaugeMetricFamily(
+            "mini_infer:num_requests_queued", "Requests that wait for their turn at the door", labels=["model_name"]
+        )
+        queued.add_metric(self._labels, self._num_queued)
+        yield queued
         for name, (help, value) in _COUNTERS.items():
             counter = CounterMetricFamily(f"mini_infer:{name}", help, labels=["model_name"])
             counter.add_metric(self._labels, value(self._stats))

@@ -1,15 +1,19 @@
 """What operators ask: which model, is it well, how much does it do."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from mini_infer.engine import LLMEngine
 from mini_infer.serving.answers import Answer
+from mini_infer.serving.errors import ApiError
 from mini_infer.serving.events import EngineEvents
 from mini_infer.serving.metrics import Metrics
 from mini_infer.serving.service import Service
+
+STATS_SECONDS = 30.0
+"""How long the engine's numbers are waited for."""
 
 
 def operations_router(service: Service, metrics: Metrics, events: EngineEvents) -> APIRouter:
@@ -20,7 +24,8 @@ def operations_router(service: Service, metrics: Metrics, events: EngineEvents) 
         "object": "model",
         "created": service.started,
         "owned_by": "mini-infer",
-        "max_model_len": service.engine.engine.max_model_len,
+        "max_model_len": service.engine.max_model_len,
+        "limits": service.limits.as_dict(),
     }
 
     @router.get("/v1/models", summary="The model that is served")
@@ -40,8 +45,11 @@ def operations_router(service: Service, metrics: Metrics, events: EngineEvents) 
 
     @router.get("/metrics", summary="Numbers for Prometheus", response_class=Response)
     async def prometheus() -> Response:
-        stats = await service.engine.call(LLMEngine.stats)
-        return Response(metrics.render(stats), media_type=CONTENT_TYPE_LATEST)
+        try:
+            stats = await asyncio.wait_for(service.engine.stats(), STATS_SECONDS)
+        except asyncio.TimeoutError:
+            raise ApiError(503, "the step under way takes long; ask again", code="busy") from None
+        return Response(metrics.render(stats, service.turns.num_waiting), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/engine/events", summary="Who runs, who waits and who holds which KV block, as server-sent events")
     async def engine_events() -> Response:

@@ -9,29 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from mini_infer.engine.tokenizer import whole_text
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.sampling import SamplingParams
-
-MAX_CHOICES = 1024
-"""Most completions of one HTTP request, over all its prompts."""
-
-MAX_ANSWER_SIZE = 2**20
-"""Most log probabilities that an answer may hold, the tokens' own included; without any, most tokens."""
-
-
-def check_answer_size(params: SamplingParams, num_prompts: int, max_model_len: int) -> None:
-    """Refuse a request of few bytes whose answer would fill the memory.
-
-    Raises:
-        InvalidRequestError: its completions, their tokens and the log probabilities of each make too many.
-    """
-    num_tokens = max_model_len if params.max_tokens is None else min(params.max_tokens, max_model_len)
-    num_choices, num_each = num_prompts * params.n, (params.logprobs or 0) + 1
-    if num_choices * num_tokens * num_each > MAX_ANSWER_SIZE:
-        raise InvalidRequestError(
-            f"{num_choices} completions of up to {num_tokens} tokens with {num_each} log probabilities each are more "
-            f"than an answer may hold, {MAX_ANSWER_SIZE} in all; set max_tokens lower, or n or logprobs"
-        )
-
+from mini_infer.sampling import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from mini_infer.serving.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_MESSAGES
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
@@ -40,10 +19,12 @@ _NOT_YET = "Not supported yet."
 
 # Lists stop at their first bad item: collecting a million complaints would hold everybody up.
 _TokenIds = Annotated[list[int], Field(fail_fast=True)]
+_SEVERAL = Field(fail_fast=True, max_length=MAX_CHOICES)
 _Prompts = Annotated[
-    str | _TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[_TokenIds], Field(fail_fast=True)],
+    str | _TokenIds | Annotated[list[str], _SEVERAL] | Annotated[list[_TokenIds], _SEVERAL],
     Field(union_mode="left_to_right"),
 ]
+_Stop = Annotated[str, Field(max_length=MAX_STOP_STRING_LENGTH)]
 
 
 def _without_nulls(body: Any) -> Any:
@@ -65,21 +46,28 @@ class SamplingBody(Body):
     temperature: float | None = Field(None, description=_HELP["temperature"])
     top_p: float | None = Field(None, description=_HELP["top_p"])
     n: int | None = Field(None, description=_HELP["n"])
-    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=64)] | None = Field(
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = Field(
         None, description=_HELP["stop"]
     )
     seed: int | None = Field(None, description=_HELP["seed"])
     presence_penalty: float | None = Field(None, description=_HELP["presence_penalty"])
     frequency_penalty: float | None = Field(None, description=_HELP["frequency_penalty"])
     logit_bias: (
-        Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})] | None
+        Annotated[
+            dict[str, Any],
+            Field(max_length=MAX_LOGIT_BIAS),
+            WithJsonSchema(
+                {"type": "object", "additionalProperties": {"type": "number"}, "maxProperties": MAX_LOGIT_BIAS}
+            ),
+        ]
+        | None
     ) = Field(None, description="Token ids, as strings, and what to add to their logits, -100 to 100 each")
 
     top_k: int | None = Field(None, description=f"Extension. {_HELP['top_k']}")
     min_p: float | None = Field(None, description=f"Extension. {_HELP['min_p']}")
     repetition_penalty: float | None = Field(None, description=f"Extension. {_HELP['repetition_penalty']}")
     min_tokens: int | None = Field(None, description=f"Extension. {_HELP['min_tokens']}")
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = Field(
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = Field(
         None, description=f"Extension. {_HELP['stop_token_ids']}"
     )
     ignore_eos: bool | None = Field(None, description=f"Extension. {_HELP['ignore_eos']}")
@@ -210,7 +198,7 @@ class Message(Body):
         return message if self.name is None else {**message, "name": self.name}
 
 
-_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+_Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 _TemplateVariables = dict[str, Any]
 
 

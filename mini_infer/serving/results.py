@@ -1,18 +1,20 @@
 """``/v1/generate`` and its kin: ask now, fetch the result later."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from itertools import count
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from mini_infer.engine.async_engine import Increments
 from mini_infer.engine.intake import Prompt
-from mini_infer.serving.errors import ApiError, UnprocessableRoute, as_api_error
-from mini_infer.serving.protocol import MAX_CHOICES, GenerateBatchBody, GenerateBody, GenerateOptions
+from mini_infer.serving.errors import ApiError, as_api_error
+from mini_infer.serving.limits import MAX_CHOICES
+from mini_infer.serving.protocol import GenerateBatchBody, GenerateBody, GenerateOptions
+from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service
 
 KEPT_SECONDS = 600
@@ -21,22 +23,30 @@ KEPT_SECONDS = 600
 KEPT_RESULTS = 4096
 """How many results are kept at most; those that finished first go first."""
 
+_BITS = 53
+"""Of a result's number: as many as every language's numbers hold exactly."""
+
 
 def results_router(service: Service) -> APIRouter:
-    router = APIRouter(route_class=UnprocessableRoute)
+    router = body_router(service.limits, service.pools.bodies, status=422)
     results = Results(service)
 
     @router.post("/v1/generate", summary="Queue a prompt; fetch the result later")
-    async def generate(body: GenerateBody) -> dict[str, Any]:
-        return {"request_ids": await results.submit([body.prompt], body), "status": "submitted"}
+    async def generate(request: Request, body: GenerateBody) -> dict[str, Any]:
+        return {"request_ids": await results.submit(request, [body.prompt], body), "status": "submitted"}
 
     @router.post("/v1/generate_batch", summary="Queue several prompts; fetch their results later")
-    async def generate_batch(body: GenerateBatchBody) -> dict[str, Any]:
-        return {"request_ids": await results.submit(body.prompts, body), "status": "submitted"}
+    async def generate_batch(request: Request, body: GenerateBatchBody) -> dict[str, Any]:
+        return {"request_ids": await results.submit(request, body.prompts, body), "status": "submitted"}
 
     @router.get("/v1/result/{request_id}", summary="Fetch the result of a queued prompt")
     async def result(request_id: int) -> dict[str, Any]:
         return results.get(request_id)
+
+    @router.delete("/v1/result/{request_id}", summary="Cancel a queued prompt, or forget its result")
+    async def cancel(request_id: int) -> dict[str, Any]:
+        results.delete(request_id)
+        return {"request_id": request_id, "status": "deleted"}
 
     return router
 
@@ -46,13 +56,16 @@ class Results:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._numbers = count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[int, dict[str, Any]] = {}
         self._finished: dict[int, float] = {}  # when, by ``time.monotonic``; in that order
+        self._running: dict[int, Increments] = {}
 
-    async def submit(self, prompts: Seq[Prompt], options: GenerateOptions) -> list[int]:
-        """Queue prompts, all or none of them; their numbers.
+    async def submit(self, request: Request, prompts: Seq[Prompt], options: GenerateOptions) -> list[int]:
+        """Queue prompts, all or none of them; their numbers, which nobody guesses.
+
+        Args:
+            request: says who the caller is.
 
         Raises:
             InvalidRequestError: a prompt or an option is unusable.
@@ -64,12 +77,13 @@ class Results:
         if len(prompts) * params.n > MAX_CHOICES:
             raise ApiError(422, f"{len(prompts)} prompts with n={params.n}: {MAX_CHOICES} choices at most", param="n")
         with self._service.admission.admit():
-            numbers = [next(self._numbers) for _ in prompts]
-            increments = await self._service.engine.submit(
-                prompts, params, request_ids=[_name(number) for number in numbers], priority=options.priority
+            numbers = [secrets.randbits(_BITS) for _ in prompts]
+            increments = await self._service.submit(
+                request, prompts, params, request_ids=[_name(number) for number in numbers], priority=options.priority
             )
             for number in numbers:
                 self._answers[number] = {"request_id": number, "status": "running", "text": None}
+                self._running[number] = increments
             task = asyncio.create_task(self._follow(increments, numbers))
             self._tasks.add(task)  # the event loop itself would not keep it alive
             task.add_done_callback(self._tasks.discard)
@@ -91,6 +105,19 @@ class Results:
             )
         return self._answers[number]
 
+    def delete(self, number: int) -> None:
+        """Forget a result; what still runs for it is given up.
+
+        Raises:
+            ApiError: there is none, or no longer; 404.
+        """
+        self.get(number)
+        increments = self._running.pop(number, None)
+        if increments is not None:
+            self._service.turns.cancel(increments, _name(number))
+        self._finished.pop(number, None)
+        del self._answers[number]
+
     async def _follow(self, increments: Increments, numbers: Seq[int]) -> None:
         """Take in what the engine sends until the last result is there."""
         running = {_name(number): number for number in numbers}
@@ -111,11 +138,12 @@ class Results:
 
     def _fail(self, numbers: Iterable[int], reason: str) -> None:
         for number in numbers:
-            self._finish(number, "failed", None)
-            self._answers[number]["error"] = reason
+            self._finish(number, "failed", None, reason)
 
-    def _finish(self, number: int, status: str, text: str | None) -> None:
-        self._answers[number] |= {"status": status, "text": text}
+    def _finish(self, number: int, status: str, text: str | None, error: str | None = None) -> None:
+        if self._running.pop(number, None) is None:
+            return  # it was deleted
+        self._answers[number] |= {"status": status, "text": text} | ({} if error is None else {"error": error})
         self._finished[number] = time.monotonic()
         self._drop_old()
 

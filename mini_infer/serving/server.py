@@ -2,8 +2,12 @@
 
 import asyncio
 import copy
+import gc
 import logging
+import os
 import socket
+import sys
+import threading
 from collections.abc import Sequence as Seq
 from types import FrameType
 from typing import Any
@@ -15,13 +19,21 @@ from uvicorn.config import LOGGING_CONFIG
 from mini_infer.config import EngineConfig
 from mini_infer.engine import AsyncLLMEngine
 from mini_infer.exceptions import InvalidConfigError
+from mini_infer.fields import check_number
 from mini_infer.serving.admission import Admission
-from mini_infer.serving.app import create_app
+from mini_infer.serving.app import STEP_TIMEOUT, check_options, create_app
+from mini_infer.serving.connections import BACKLOG, FewLines, bounded, max_connections
 
 logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5
 """How long aborted answers may take to reach their clients before the connections are closed."""
+
+JOIN_SECONDS = 10.0
+"""How long the step under way may take once everybody has been told."""
+
+STUCK = 70
+"""Exit status when a step did not end."""
 
 
 def serve(
@@ -29,16 +41,20 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_key: str | None = None,
+    api_key: str | Seq[str] | None = None,
+    salt_by_key: bool = False,
     served_model_name: str | None = None,
     request_timeout: float | None = None,
+    step_timeout: float = STEP_TIMEOUT,
     cors: Seq[str] = (),
+    allowed_hosts: Seq[str] = (),
     drain_timeout: float = 30.0,
 ) -> None:
     """Serve a model over HTTP until SIGINT or SIGTERM.
 
     The first signal lets the requests under way finish, while new ones get status 503; the second, or the end of
-    ``drain_timeout``, aborts them.
+    ``drain_timeout``, ends them with an error; the third ends the process there and then. So does, with status 70, a
+    step that has not ended after twice its ``step_timeout``, or ten seconds after everything else.
 
     Args:
         config: the engine's.
@@ -49,18 +65,33 @@ def serve(
     The other arguments are those of ``create_app``.
 
     Raises:
-        InvalidConfigError: the address cannot be had, or the config is unusable.
+        InvalidConfigError: the address cannot be had, or the config or an option is unusable.
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError, OutOfMemoryError: about the checkpoint.
     """
-    with _bind(host, port) as listener:  # before the model is loaded: a port that is taken shows at once
+    check_options(api_key, salt_by_key, request_timeout, step_timeout)  # before the model is loaded
+    check_number(InvalidConfigError, "drain_timeout", drain_timeout, 0)
+    with _bind(host, port) as listener:  # a port that is taken shows at once, too
         engine = AsyncLLMEngine(config)
         try:
             app = create_app(
-                engine, api_key=api_key, served_model_name=served_model_name, request_timeout=request_timeout, cors=cors
+                engine,
+                api_key=api_key,
+                salt_by_key=salt_by_key,
+                served_model_name=served_model_name,
+                request_timeout=request_timeout,
+                step_timeout=step_timeout,
+                cors=cors,
+                allowed_hosts=allowed_hosts,
             )
+            threading.Thread(target=app.state.templates.warm_up, daemon=True).start()
+            gc.collect()
+            gc.freeze()  # what is there now stays, and need not be looked through again and again
             Server(app, engine, drain_timeout, _log_config()).run(sockets=[listener])
         finally:
-            engine.shutdown()
+            has_ended = engine.shutdown(JOIN_SECONDS)
+    if not has_ended:  # Python would wait for it
+        logging.shutdown()
+        os._exit(STUCK)
 
 
 class Server(uvicorn.Server):
@@ -80,6 +111,9 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 access_log=False,
+                http=bounded(max_connections()),
+                loop="asyncio",
+                backlog=BACKLOG,
                 log_config=log_config,
                 server_header=False,
                 ws="none",
@@ -87,14 +121,18 @@ class Server(uvicorn.Server):
             )
         )
         self._admission: Admission = app.state.admission
+        self._step_timeout: float = app.state.step_timeout
         self._engine = engine
         self._drain_timeout = drain_timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: asyncio.Future[bool] | None = None
         self._stopping: asyncio.Future[None] | None = None
+        self._watching: asyncio.Future[None] | None = None
+        self._num_signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._watching = asyncio.ensure_future(self._watch())
         await super().startup(sockets)
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
@@ -102,8 +140,13 @@ class Server(uvicorn.Server):
             logger.info("ready: http://%s:%d (API reference at /docs; Ctrl-C stops)", shown, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second one stops; neither kills the process afterwards."""
-        assert self._loop is not None
+        """The first signal drains, the second one stops; neither kills the process afterwards, but the third does."""
+        self._num_signals += 1
+        if self._loop is None:  # there is nothing to stop yet
+            raise SystemExit(128 + sig)
+        if self._num_signals > 2:
+            print("stopped at once", file=sys.stderr, flush=True)
+            os._exit(1)
         self._loop.call_soon_threadsafe(self.stop)
 
     def stop(self) -> None:
@@ -118,17 +161,41 @@ class Server(uvicorn.Server):
     async def _stop(self, waiting: "asyncio.Future[bool]") -> None:
         await asyncio.wait({waiting})
         if waiting.cancelled() or not waiting.result():
-            logger.warning("stopping: aborting the requests that have not finished")
-        await asyncio.to_thread(self._engine.shutdown)
+            logger.warning("stopping: giving up the requests that have not finished")
+        await asyncio.to_thread(self._engine.shutdown, JOIN_SECONDS)
         self.should_exit = True
+
+    async def _watch(self) -> None:
+        """A step that does not end is the end of the server, so that whoever started it can start it again."""
+        warned = False
+        while True:
+            await asyncio.sleep(min(1.0, self._step_timeout / 4))
+            seconds = self._engine.step_seconds
+            if seconds > self._step_timeout and not warned:
+                logger.critical("a step has been running for %.0f seconds; /health says so", seconds)
+            warned = seconds > self._step_timeout
+            if seconds > 2 * self._step_timeout:
+                logger.critical("a step has been running for %.0f seconds; the server ends", seconds)
+                self._admission.draining.set()
+                await asyncio.to_thread(self._engine.shutdown, 0)
+                self.should_exit = True
+                return
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await super().shutdown(sockets)
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    if not host.strip():
+        raise InvalidConfigError("the host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every address it has")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(1)  # else another server could take the same port while this one loads
     except (OSError, OverflowError) as error:
         listener.close()
         raise InvalidConfigError(f"cannot listen on {host} port {port} ({error}); choose another") from error
@@ -140,4 +207,6 @@ def _log_config() -> dict[str, Any]:
     config = copy.deepcopy(LOGGING_CONFIG)
     config["loggers"]["mini_infer"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
     config["loggers"]["uvicorn"]["level"] = "WARNING"
+    for name in ("uvicorn.error", "asyncio"):  # which clients can make say something as often as they like
+        logging.getLogger(name).addFilter(FewLines(10, 60.0))
     return config

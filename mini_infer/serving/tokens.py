@@ -1,34 +1,38 @@
 """``/tokenize`` and ``/detokenize``: text to token ids and back, as the model sees them."""
 
-import asyncio
+from functools import partial
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
+from mini_infer.exceptions import InvalidRequestError
 from mini_infer.serving.protocol import DetokenizeBody, TokenizeBody
-from mini_infer.serving.service import Service
+from mini_infer.serving.routes import body_router
+from mini_infer.serving.service import Service, render
 
 
 def tokens_router(service: Service) -> APIRouter:
-    router = APIRouter()
-    engine = service.engine.engine
+    router = body_router(service.limits, service.pools.bodies)
+    engine, limits, pool = service.engine, service.limits, service.pools.tokens
 
     @router.post("/tokenize", summary="The token ids of a text or a conversation")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
         service.check_model(body.model)
-
-        def token_ids() -> list[int]:
-            if body.messages is None:
-                return engine.tokenize(body.prompt or "")
-            messages = [message.for_template() for message in body.messages]
-            return engine.tokenize(engine.render_chat(messages, **body.chat_template_kwargs))
-
-        tokens = await asyncio.to_thread(token_ids)
+        if body.messages is None:
+            text = body.prompt or ""
+            limits.check_text("prompt", text)
+        else:
+            text = await render(service, body.messages, body.chat_template_kwargs)
+        tokens = await pool.run(partial(engine.tokenize, text))
         return {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens}
 
     @router.post("/detokenize", summary="The text of token ids")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, Any]:
         service.check_model(body.model)
-        return {"prompt": await asyncio.to_thread(engine.detokenize, body.tokens)}
+        if len(body.tokens) > limits.detokenize_ids:
+            raise InvalidRequestError(
+                f"there are {len(body.tokens)} tokens; the most that is taken is detokenize_ids={limits.detokenize_ids}"
+            )
+        return {"prompt": await pool.run(partial(engine.detokenize, body.tokens))}
 
     return router

@@ -2,25 +2,38 @@
 
 import asyncio
 import contextlib
+import gc
+import os
+import select
+import signal
 import threading
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
+import torch
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
-from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError
+from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError, StepError
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.outputs import GenerateOutput, Increment
-from mini_infer.step import StepInput
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
-from tests.engine.executors import Failing, interpose
 
 PROMPTS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two", "五", "six")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 MAX_MODEL_LEN = 32768
 ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 """Goes on for far longer than any test that leaves it."""
+
+StepRaises: TypeAlias = Callable[[int, BaseException], None]
+"""So many of the next steps raise this."""
+
+
+class Panic(BaseException):
+    """As PyO3's: none of Python's ordinary exceptions."""
+
 
 PATIENCE = 20.0
 """Seconds until a test that waits in vain fails instead; nothing here takes anywhere near as long."""
@@ -46,6 +59,26 @@ def engine(checkpoint: Path) -> Iterator[AsyncLLMEngine]:
     engine.shutdown()
     stats = engine.engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+
+
+@pytest.fixture
+def step_raises(monkeypatch: pytest.MonkeyPatch) -> StepRaises:
+    forward = ModelRunner._forward
+    left, news = 0, BaseException()
+
+    def maybe(self: ModelRunner, batch: Any) -> torch.Tensor:
+        nonlocal left
+        if left:
+            left -= 1
+            raise news
+        return forward(self, batch)
+
+    def arm(times: int, error: BaseException) -> None:
+        nonlocal left, news
+        left, news = times, error
+
+    monkeypatch.setattr(ModelRunner, "_forward", maybe)
+    return arm
 
 
 def run(main: Callable[[], Awaitable[Any]]) -> Any:
@@ -90,13 +123,15 @@ class TestGenerate:
 
     def test_they_share_steps(self, engine: AsyncLLMEngine) -> None:
         async def main() -> None:
-            gate = threading.Event()
-            engine._inbox.put(gate.wait)  # holds the engine's thread back until both requests are there
-            await until(engine._inbox.empty)
+            gate, entered = threading.Event(), threading.Event()
+            # Holds the engine's thread back until both requests are there.
+            held = engine.call(lambda _: entered.set() or gate.wait(PATIENCE))
+            await until(entered.is_set)
             before = engine.engine.stats().num_steps
             tasks = [asyncio.create_task(complete(engine, prompt)) for prompt in ("One", "Two")]
-            await until(lambda: engine._inbox.qsize() == 2)
+            await until(lambda: engine._thread._inbox.qsize() == 2)
             gate.set()
+            await held
             outputs = await asyncio.gather(*tasks)
             assert engine.engine.stats().num_steps - before == max(len(output.token_ids) for output in outputs)
 
@@ -325,7 +360,7 @@ class TestErrors:
 
         run(main)
 
-    def test_a_full_queue(self, checkpoint: Path) -> None:
+    def test_a_full_queue(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         async def main() -> None:
             async with AsyncLLMEngine(model=checkpoint, block_size=4, max_num_seqs=1, max_waiting=1) as engine:
                 running = engine.generate("One", ENDLESS)
@@ -339,29 +374,103 @@ class TestErrors:
 
         run(main)
 
-    def test_a_step_that_raises_fails_those_under_way(
-        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]
+    def test_a_step_that_raises_is_tried_again(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], step_raises: StepRaises
     ) -> None:
-        failing = threading.Event()
+        async def main() -> None:
+            tasks = [asyncio.create_task(complete(engine, prompt)) for prompt in PROMPTS]
+            await until(lambda: engine.engine.stats().num_generated_tokens > 0)
+            step_raises(1, RuntimeError("cosmic ray"))
+            for task in tasks:
+                output = await task
+                assert output.prompt is not None and output.token_ids == offline[output.prompt].token_ids
 
-        def error_of(number: int, step: StepInput) -> BaseException | None:
-            if failing.is_set():
-                failing.clear()
-                return RuntimeError("cosmic ray")
-            return None
+        run(main)
+        assert engine.is_healthy
 
-        interpose(engine.engine, lambda executor: Failing(executor, error_of))
-
+    @pytest.mark.parametrize("error", [RuntimeError("cosmic ray"), Panic("cosmic ray")])
+    def test_one_that_raises_twice_fails_those_under_way(
+        self,
+        engine: AsyncLLMEngine,
+        offline: dict[str, GenerateOutput],
+        step_raises: StepRaises,
+        error: BaseException,
+    ) -> None:
         async def main() -> None:
             under_way = [engine.generate(prompt, ENDLESS) for prompt in ("three", "four")]
             for increments in under_way:
                 await anext(increments)
-            failing.set()
+            step_raises(2, error)
             for increments in under_way:
-                with pytest.raises(RuntimeError, match="cosmic ray"):
+                with pytest.raises(StepError, match="cosmic ray"):
                     await collect(increments)
             await until(idle(engine))
             assert (await complete(engine, "One")).token_ids == offline["One"].token_ids
+            assert engine.is_healthy
+
+        run(main)
+
+    def test_a_device_that_is_broken_shows_and_one_that_recovers_too(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], step_raises: StepRaises
+    ) -> None:
+        async def main() -> None:
+            step_raises(10**9, RuntimeError("device-side assert"))
+            with pytest.raises(StepError, match="device-side assert"):
+                await complete(engine, "One")
+            await until(lambda: not engine.is_healthy)
+            step_raises(0, RuntimeError())
+            assert (await complete(engine, "One")).token_ids == offline["One"].token_ids
+            assert engine.is_healthy
+
+        run(main)
+
+    def test_a_command_that_raises_harms_nobody(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def raises(requests: Any) -> None:
+            monkeypatch.undo()
+            raise RuntimeError("a fault of ours")
+
+        async def main() -> None:
+            monkeypatch.setattr(engine.engine, "discard", raises)
+            engine.abort("nobody")
+            assert (await complete(engine, "One")).token_ids == offline["One"].token_ids
+            with pytest.raises(Panic):
+                await engine.call(lambda _: (_ for _ in ()).throw(Panic()))
+            assert (await complete(engine, "Two")).token_ids == offline["Two"].token_ids
+
+        run(main)
+
+    def test_an_observer_that_raises_is_told_no_more(
+        self, engine: AsyncLLMEngine, offline: dict[str, GenerateOutput]
+    ) -> None:
+        told: list[Increment] = []
+
+        def observe(request: Any, increment: Increment) -> None:
+            told.append(increment)
+            raise RuntimeError("a fault of an observer's")
+
+        engine.observe(observe)
+        assert run(lambda: complete(engine, "One")).token_ids == offline["One"].token_ids
+        assert len(told) == 1
+
+    def test_a_thread_that_dies_tells_everybody(
+        self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, step_raises: StepRaises
+    ) -> None:
+        """Those under way, those that wait for a command, and those that come too late."""
+
+        async def main() -> None:
+            engine = AsyncLLMEngine(model=checkpoint, block_size=4)
+            running = engine.generate("One", ENDLESS)
+            await anext(running)
+            monkeypatch.setattr(engine._thread, "_send", lambda: (monkeypatch.undo(), 1 / 0))
+            with pytest.raises(MiniInferError, match=r"has died \(ZeroDivisionError"):
+                await collect(running)
+            await until(lambda: not engine.is_running)
+            with pytest.raises(MiniInferError, match="shut down"):
+                await engine.stats()
+            with pytest.raises(MiniInferError, match="shut down"):
+                await complete(engine, "Two")
 
         run(main)
 
@@ -386,9 +495,9 @@ class TestShutdown:
             waiting = asyncio.create_task(complete(engine, "Two"))
             await until(lambda: engine.engine.stats().num_waiting == 1)
             await asyncio.to_thread(engine.shutdown)
-            last = (await collect(running))[-1]
-            assert last.output is not None and last.finish_reason == "abort"
-            assert (await waiting).finish_reason == "abort"
+            for left in (collect(running), waiting):
+                with pytest.raises(MiniInferError, match="shut down"):
+                    await left
             assert idle(engine)()
 
         run(main)
@@ -400,9 +509,85 @@ class TestShutdown:
                 abandoned = engine.generate("Two", ENDLESS)
                 await anext(abandoned)
             assert idle(engine)()
-            assert (await collect(abandoned))[-1].finish_reason == "abort"
+            with pytest.raises(MiniInferError, match="shut down"):
+                await collect(abandoned)
 
         run(main)
+
+    def test_a_step_that_does_not_end(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is left to itself, and nobody waits for it."""
+        gate = threading.Event()
+        forward = ModelRunner._forward
+
+        def stuck(self: ModelRunner, batch: Any) -> torch.Tensor:
+            gate.wait(PATIENCE)
+            return forward(self, batch)
+
+        async def main() -> None:
+            engine = AsyncLLMEngine(model=checkpoint, block_size=4)
+            running = engine.generate("One", ENDLESS)
+            await anext(running)
+            monkeypatch.setattr(ModelRunner, "_forward", stuck)
+            await until(lambda: engine.step_seconds > 0.05)
+            asked = engine.stats()
+            asking = asyncio.create_task(asked)
+            await asyncio.sleep(0)
+            await asyncio.to_thread(engine.shutdown, 0.05)
+            with pytest.raises(MiniInferError, match="shut down"):
+                await collect(running)
+            with pytest.raises(MiniInferError, match="shut down"):
+                await asking
+            gate.set()
+            await until(idle(engine))
+
+        run(main)
+
+    def test_without_it_a_forgotten_engine_is_freed(self, checkpoint: Path) -> None:
+        async def main() -> "weakref.ref[Any]":
+            engine = AsyncLLMEngine(model=checkpoint, block_size=4)
+            await complete(engine, "One")
+            increments = engine.generate("Two", ENDLESS)
+            await anext(increments)
+            await increments.aclose()
+            return weakref.ref(engine.engine)
+
+        before = threading.active_count()
+        inner = run(main)
+
+        async def gone() -> None:
+            await until(lambda: gc.collect() >= 0 and inner() is None and threading.active_count() <= before)
+
+        run(gone)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_a_forked_child_is_told(self, checkpoint: Path, overlap: bool) -> None:
+        engine = AsyncLLMEngine(model=checkpoint, block_size=4, overlap=overlap)
+        offline = LLM(checkpoint, overlap=overlap)
+        run(lambda: complete(engine, "One"))
+        offline.generate("One", GREEDY)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            said = []
+            for attempt in (lambda: run(lambda: complete(engine, "One")), lambda: offline.generate("One", GREEDY)):
+                try:
+                    attempt()
+                except MiniInferError as error:
+                    said.append(str(error))
+            os.write(writing, "\n".join(said).encode())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as said_by_child:
+            ready, _, _ = select.select([said_by_child], [], [], PATIENCE)
+            if not ready:
+                os.kill(child, signal.SIGKILL)
+            lines = said_by_child.read().splitlines()
+        os.waitpid(child, 0)
+        assert len(lines) == 2 and all("a fork of it" in line and "'spawn'" in line for line in lines)
+        assert run(lambda: complete(engine, "One")).finish_reason == "length"
+        engine.shutdown()
 
     def test_afterwards_it_refuses(self, checkpoint: Path) -> None:
         async def main() -> None:

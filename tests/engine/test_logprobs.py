@@ -209,8 +209,9 @@ def test_prompt_logprobs_survive_preemption(tmp_path: Path, budget: int) -> None
         engine.add_request(prompt, each, request_id=str(len(prompt)))
     computed_when_preempted = []
     before = 0
+    scheduler = engine._loop.scheduler
     while not engine.is_finished():
-        (second,) = [c.sequence for c in engine._loop._completions.values() if c.sequence.request_id == "40"] or [None]
+        (second,) = [s for s in (*scheduler.running, *scheduler.waiting) if s.request_id == "40"] or [None]
         engine.step()
         if second is not None and second.num_preemptions > len(computed_when_preempted):
             computed_when_preempted.append(before)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mini_infer import LLM, GenerateOutput, LLMEngine, SamplingParams
-from mini_infer.exceptions import EngineError, RequestError
+from mini_infer.exceptions import EngineError, NotFiniteError, RequestError
 from mini_infer.outputs import Increment
 from tests.engine.checkpoints import make_engine_checkpoint
 from tests.engine.executors import Failing, interpose
@@ -308,3 +309,27 @@ def test_ctrl_c_at_any_line_damages_nothing() -> None:
 @pytest.mark.slow
 def test_ctrl_c_at_many_lines_damages_nothing() -> None:
     check_interruptions(range(100, 1300))
+
+
+# ---- logits that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("overlap", [1, 3])
+def test_keys_that_are_no_numbers_spoil_no_block_for_the_next_owner(tmp_path: Path, dtype: str, overlap: int) -> None:
+    """A token whose embedding is NaN; the blocks that it filled are then given to others, longer ones among them."""
+    path = make_engine_checkpoint(tmp_path, "qwen3", num_hidden_layers=2, tie_word_embeddings=False, head_dim=16)
+    fields: dict[str, Any] = {"dtype": dtype, "block_size": 4, "num_gpu_blocks": 12, "max_model_len": 48}
+    prompts = [[i, 2, 3][: i + 1] for i in range(3)]
+    expected = [output.token_ids for output in LLM(path, **fields).generate(prompts, GREEDY)]
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"][200] = torch.nan
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    engine = LLM(path, overlap=overlap, **fields)
+    for length in (46, 3, 9):
+        outputs = engine.generate([[200] * length, *prompts], GREEDY, use_tqdm=False)
+        assert isinstance(outputs[0].error, NotFiniteError) and outputs[0].token_ids == []
+        assert outputs[0].finish_reason == "error"
+        assert [output.token_ids for output in outputs[1:]] == expected
+        assert [output.token_ids for output in engine.generate(prompts, GREEDY)] == expected
+    assert_empty(engine)

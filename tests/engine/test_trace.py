@@ -123,7 +123,8 @@ def instants_of(events: list[Event]) -> Counter[str]:
 
 def replay(events: list[Event]) -> list[tuple[dict[str, int], set[int]]]:
     """The block counters and, going by the tables, the blocks in use, wherever both are known."""
-    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    sequences = [event for event in events if event["pid"] == 2]
+    names = {event["tid"]: event["args"]["name"] for event in sequences if event["name"] == "thread_name"}
     tables: dict[str, list[int]] = {}
     found = []
     # A step begins before anything in it happens, and is written when it ends.

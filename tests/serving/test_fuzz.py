@@ -23,6 +23,7 @@ OPERATIONS = [
     ("post", "/v1/generate"),
     ("post", "/v1/generate_batch"),
     ("get", "/v1/result/{request_id}"),
+    ("delete", "/v1/result/{request_id}"),
     ("get", "/v1/models/{model_name}"),
 ]
 

@@ -13,8 +13,8 @@ from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import Logprob, TokenLogprobs
 from mini_infer.sampling import SamplingParams
+from mini_infer.serving.limits import Limits
 from mini_infer.serving.logprobs import CompletionLogprobs, chat_logprobs
-from mini_infer.serving.protocol import MAX_ANSWER_SIZE, check_answer_size
 from tests.engine.test_detokenizer import (
     ALL_MAKERS,
     byte_tokenizer,
@@ -135,8 +135,10 @@ def test_the_size_of_an_answer_is_bounded(seed: int) -> None:
         max_tokens, logprobs = draw.choice([None, 1, 900, 10**9]), draw.choice([None, 0, 20])
         params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=logprobs)
         length = min(max_tokens or max_model_len, max_model_len)
-        if n * num_prompts * length * ((logprobs or 0) + 1) <= MAX_ANSWER_SIZE:
-            check_answer_size(params, num_prompts, max_model_len)
+        limits = Limits.of(max_model_len, 1 << 20, 16)
+        size = n * num_prompts * length * ((logprobs or 0) + 1)
+        if size <= limits.answer_size:
+            limits.check_answer([[1]] * num_prompts, params, max_model_len)
         else:
-            with pytest.raises(InvalidRequestError, match=str(MAX_ANSWER_SIZE)):
-                check_answer_size(params, num_prompts, max_model_len)
+            with pytest.raises(InvalidRequestError, match=str(limits.answer_size)):
+                limits.check_answer([[1]] * num_prompts, params, max_model_len)

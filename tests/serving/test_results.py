@@ -1,14 +1,14 @@
 """Ask now, fetch later: the bodies of dLLM-Serve's document, field by field."""
 
-import threading
 from typing import Any
 
 import httpx
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.serving import results
+from tests.engine.executors import runner_of
 
 from .running import Running, running, wait_until
 from .test_http import JSON, assert_error
@@ -30,21 +30,8 @@ def fetch(http: httpx.Client, number: int) -> dict[str, Any]:
 
 
 def test_the_documents_example(http: httpx.Client, server: Running, offline: LLM) -> None:
-    gate = threading.Event()
-    server.engine._inbox.put(lambda: gate.wait(60) and None)
-    server.engine._inbox.put(lambda: None)
-    ids: list[int] = []
-    sender = threading.Thread(
-        target=lambda: ids.extend(
-            http.post(
-                "/v1/generate", json={"prompt": "Tell me about AI", "temperature": 0.0, "gen_length": 128}
-            ).json()["request_ids"]
-        )
-    )
-    sender.start()
-    gate.set()
-    sender.join()
-    (number,) = ids
+    body = {"prompt": "Tell me about AI", "temperature": 0.0, "gen_length": 128}
+    (number,) = http.post("/v1/generate", json=body).json()["request_ids"]
     body = fetch(http, number)
     expected = offline.generate("Tell me about AI", SamplingParams(temperature=0, max_tokens=128))[0]
     assert body == {"request_id": number, "status": "finished", "text": expected.text}
@@ -56,15 +43,19 @@ def test_running_has_no_text_yet(http: httpx.Client, server: Running) -> None:
     assert answer.status_code == 200 and answer.json()["status"] == "submitted"
     (number,) = answer.json()["request_ids"]
     assert http.get(f"/v1/result/{number}").json() == {"request_id": number, "status": "running", "text": None}
-    server.engine.abort(f"generate-{number}")
-    assert fetch(http, number)["status"] == "finished"
+    answer = http.delete(f"/v1/result/{number}")
+    assert (answer.status_code, answer.json()) == (200, {"request_id": number, "status": "deleted"})
+    assert_error(http.get(f"/v1/result/{number}"), 404)
+    assert_error(http.delete(f"/v1/result/{number}"), 404)
+    wait_until(server.is_idle)
 
 
 def test_a_batch(http: httpx.Client, offline: LLM) -> None:
     prompts = ["Prompt 1", "Prompt 2", "什么是块？"]
     answer = http.post("/v1/generate_batch", json={"prompts": prompts, "temperature": 0.0, "gen_length": 16}).json()
-    first = answer["request_ids"][0]
-    assert answer == {"request_ids": [first, first + 1, first + 2], "status": "submitted"}
+    numbers = answer["request_ids"]
+    assert answer == {"request_ids": numbers, "status": "submitted"} and len(set(numbers)) == 3
+    assert all(0 <= number < 2**53 for number in numbers) and max(numbers) > 2**40, "nobody guesses them"
     expected = offline.generate(prompts, SamplingParams(temperature=0, max_tokens=16))
     for number, output in zip(answer["request_ids"], expected, strict=True):
         assert fetch(http, number)["text"] == output.text
@@ -134,19 +125,19 @@ def test_old_results_go(http: httpx.Client, server: Running, monkeypatch: pytest
 def test_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that raises, and a request that takes longer than is allowed."""
     engine = AsyncLLMEngine(num_gpu_blocks=128, max_num_seqs=1)
-    forward = ModelRunner.forward
+    forward = ModelRunner._forward
 
-    def fail_once(self: ModelRunner, scheduled: Any) -> Any:
-        if self is engine.engine._loop._runner:
-            monkeypatch.setattr(ModelRunner, "forward", forward)
+    def fail(self: ModelRunner, batch: Any) -> Any:
+        if self is runner_of(engine.engine):
             raise RuntimeError("cosmic ray")
-        return forward(self, scheduled)
+        return forward(self, batch)
 
     with running(engine, request_timeout=0.5) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        monkeypatch.setattr(ModelRunner, "forward", fail_once)
+        monkeypatch.setattr(ModelRunner, "_forward", fail)
         (number,) = http.post("/v1/generate", json={"prompt": "Once"}).json()["request_ids"]
         body = fetch(http, number)
         assert (body["status"], body["text"]) == ("failed", None) and "step" in body["error"]
+        monkeypatch.setattr(ModelRunner, "_forward", forward)
         endless = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "n": 100}
         (number,) = http.post("/v1/generate", json=endless).json()["request_ids"]
         body = fetch(http, number)

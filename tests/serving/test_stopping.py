@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from mini_infer.engine.model_runner import ModelRunner
 
 from mini_infer import AsyncLLMEngine, EngineConfig
 from mini_infer.exceptions import InvalidConfigError
+from mini_infer.executor.runner import ModelRunner
 from mini_infer.serving import serve
+from tests.engine.executors import runner_of
 
 from .running import PATIENCE, Running, running, wait_until
 from .test_http import assert_error
@@ -72,8 +73,9 @@ class TestDraining:
                 server.stop()
                 server.stop()
             *_, last, done = [line for line in lines if line]
-            assert done == "data: [DONE]", "those who were cut off are told so, not just left"
-            assert json.loads(last[6:])["choices"][0]["finish_reason"] == "abort"
+            error = json.loads(done[6:])["error"]
+            assert (error["code"], error["type"]) == ("unavailable", "server_error"), "they are told so, not just left"
+            assert json.loads(last[6:])["choices"][0]["finish_reason"] is None
             server.thread.join(PATIENCE)
             assert not server.thread.is_alive() and server.is_idle()
 
@@ -124,19 +126,44 @@ class TestStepsThatRaise:
             yield server
 
     @pytest.fixture
-    def fail_next_step(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
-        forward, runner = ModelRunner.forward, server.engine.engine._loop._runner
+    def fail_next_steps(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """So many steps fail; one that fails once is tried again."""
+        forward, runner = ModelRunner._forward, runner_of(server.engine.engine)
+        left = 0
 
-        def fail(self: ModelRunner, scheduled: Any) -> Any:
-            if self is runner:
-                monkeypatch.setattr(ModelRunner, "forward", forward)
+        def fail(self: ModelRunner, batch: Any) -> Any:
+            nonlocal left
+            if self is runner and left:
+                left -= 1
                 raise RuntimeError("cosmic ray")
-            return forward(self, scheduled)
+            return forward(self, batch)
 
-        return lambda: monkeypatch.setattr(ModelRunner, "forward", fail)
+        def arm(times: int) -> None:
+            nonlocal left
+            left = times
+
+        monkeypatch.setattr(ModelRunner, "_forward", fail)
+        return arm
+
+    def test_nobody_notices_one(self, server: Running, fail_next_steps: Any) -> None:
+        body = {"prompt": "Once", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            expected = client.post("/v1/completions", json=body).json()["choices"]
+            fail_next_steps(1)
+            assert client.post("/v1/completions", json=body).json()["choices"] == expected
+
+    def test_a_broken_device_shows(self, server: Running, fail_next_steps: Any) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            fail_next_steps(10**9)
+            assert_error(client.post("/v1/completions", json={"prompt": "Once"}), 500)
+            wait_until(lambda: client.get("/health").status_code == 503)
+            assert assert_error(client.get("/health"), 503)["code"] == "broken"
+            fail_next_steps(0)
+            assert client.post("/v1/completions", json={"prompt": "Once"}).status_code == 200
+            assert client.get("/health").status_code == 200
 
     def test_only_those_under_way_fail(
-        self, server: Running, fail_next_step: Any, caplog: pytest.LogCaptureFixture
+        self, server: Running, fail_next_steps: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         """One streams, one waits for its whole answer, one is queued and lives on."""
         with (
@@ -154,7 +181,7 @@ class TestStepsThatRaise:
             wait_until(lambda: server.stats().num_running == 3)
             queued = threads.submit(client.post, "/v1/completions", json={"prompt": "Once", "max_tokens": 3})
             wait_until(lambda: server.stats().num_waiting == 1)
-            fail_next_step()
+            fail_next_steps(2)
             with pytest.raises(openai.APIError, match="a step of the engine failed"):
                 list(stream)
             assert assert_error(whole.result(PATIENCE), 500)["code"] == "step_failed"
@@ -162,7 +189,7 @@ class TestStepsThatRaise:
             wait_until(server.is_idle)
             assert client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 3}).status_code == 200
             assert client.get("/health").status_code == 200
-        (record,) = [r for r in caplog.records if r.name == "mini_infer.engine.async_engine"]
+        (record,) = [r for r in caplog.records if r.name == "mini_infer.engine.async_engine" and r.levelname == "ERROR"]
         assert "cmpl-" in record.getMessage() and record.exc_info is not None
 
     def test_the_engine_is_gone(self) -> None:

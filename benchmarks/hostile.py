@@ -1,0 +1,364 @@
+"""One caller who wants everything, and one who wants eight tokens each second: ``python -m benchmarks.hostile``.
+
+The server runs in a process of its own, on the bundled model, with at most 1024 open files. Each attack goes on for a
+while beside a victim, who asks for eight tokens every second; reported are the victim's latencies, what the attackers
+were answered, and the server's memory. All traffic stays on 127.0.0.1, everything has a number and a time after which
+it ends, and the server ends with the program.
+"""
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import httpx
+import numpy
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import save
+from mini_infer import AsyncLLMEngine
+from mini_infer.serving import create_app
+from mini_infer.serving.server import Server
+
+OPEN_FILES = 1024
+MEBIBYTE = 1 << 20
+PATIENCE = 120.0
+
+
+@dataclass
+class Tally:
+    """What was seen beside one attack.
+
+    Attributes:
+        latencies: of the victim's requests, in seconds.
+        failures: the victim's requests that were not answered with its tokens.
+        answers: how often the attackers got which status; "closed" where none came.
+        rss_before_mib: the server's memory before.
+        peak_rss_mib: and at most, looked at twenty times a second.
+    """
+
+    latencies: list[float] = field(default_factory=list)
+    failures: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
+    rss_before_mib: float = 0.0
+    peak_rss_mib: float = 0.0
+
+
+Attack: TypeAlias = Callable[["Target", Tally], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server of our own.
+
+    Attributes:
+        port: on 127.0.0.1.
+        pid: its process.
+        deadline: when attacks end, by ``time.monotonic``.
+    """
+
+    port: int
+    pid: int
+    deadline: float
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def rss_mib(self) -> float:
+        status = Path(f"/proc/{self.pid}/status")
+        return int(status.read_text().split("VmRSS:")[1].split()[0]) / 1024 if status.exists() else 0.0
+
+
+# ---- the server ------------------------------------------------------------------------------------------------------
+
+
+def _serve(pipe: Connection, num_threads: int, fields: dict[str, Any]) -> None:
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    torch.set_num_threads(num_threads)
+    engine = AsyncLLMEngine(**fields)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send(listener.getsockname()[1])
+        Server(create_app(engine), engine, drain_timeout=0).run(sockets=[listener])
+
+
+@contextmanager
+def server_process(num_threads: int, fields: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """A server in a process of its own; its port and its process."""
+    context = multiprocessing.get_context("spawn")
+    pipe, its_end = context.Pipe()
+    process = context.Process(target=_serve, args=(its_end, num_threads, fields))
+    process.start()
+    try:
+        if not pipe.poll(PATIENCE):
+            raise TimeoutError("the server did not start")
+        assert process.pid is not None
+        yield pipe.recv(), process.pid
+    finally:
+        process.terminate()
+        process.join(30)
+        process.kill()
+
+
+# ---- the attacks -----------------------------------------------------------------------------------------------------
+
+
+async def send(target: Target, tally: Tally, path: str, content: bytes, read: bool = True) -> bytes:
+    """One request over a connection of its own, given up at the deadline."""
+    head = (
+        b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n" % (path.encode(), len(content))
+    )
+    return await send_bytes(target, tally, head + content, read)
+
+
+async def send_bytes(target: Target, tally: Tally, content: bytes, read: bool = True) -> bytes:
+    async def exchange() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", target.port, limit=MEBIBYTE)
+        try:
+            writer.write(content)
+            if not read:
+                await asyncio.sleep(target.left)
+                return b""
+            answer = await reader.readuntil(b"\r\n")
+            tally.answers[answer.split()[1].decode()] += 1
+            while piece := await reader.read(MEBIBYTE):
+                answer = (answer + piece)[: 4 * MEBIBYTE]
+            return answer
+        finally:
+            writer.close()
+
+    try:
+        return await asyncio.wait_for(exchange(), max(0.01, target.left))
+    except asyncio.TimeoutError:
+        tally.answers["unanswered"] += 1
+    except (OSError, asyncio.IncompleteReadError):
+        tally.answers["closed"] += 1
+    return b""
+
+
+def repeating(path: str, bodies: list[Any], num_clients: int = 4) -> Attack:
+    """So many clients, each of whom sends these bodies one after the other, again and again."""
+    contents = [json.dumps(body).encode() for body in bodies]
+
+    async def client(target: Target, tally: Tally) -> None:
+        for number in range(10_000):
+            if target.left <= 0:
+                return
+            await send(target, tally, path, contents[number % len(contents)])
+            await asyncio.sleep(0.01)
+
+    async def attack(target: Target, tally: Tally) -> None:
+        await asyncio.gather(*(client(target, tally) for _ in range(num_clients)))
+
+    return attack
+
+
+async def nobody(target: Target, tally: Tally) -> None:
+    await asyncio.sleep(max(0.0, target.left))
+
+
+async def fill_the_queue(target: Target, tally: Tally) -> None:
+    """Ten batches of a thousand; what was queued is cancelled when the time is over."""
+    body = json.dumps({"prompts": ["Once"] * 1024, "max_tokens": 100, "ignore_eos": True}).encode()
+    patient = replace(target, deadline=target.deadline + PATIENCE / 2)
+    answers = await asyncio.gather(*(send(patient, tally, "/v1/generate_batch", body) for _ in range(10)))
+    await asyncio.sleep(max(0.0, target.left))
+    queued = [answer.partition(b"\r\n\r\n")[2] for answer in answers if answer.startswith(b"HTTP/1.1 200")]
+    numbers = [number for content in queued for number in json.loads(content)["request_ids"]]
+    few = httpx.Limits(max_connections=20)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{target.port}", timeout=PATIENCE, limits=few) as http:
+        await asyncio.gather(*(http.delete(f"/v1/result/{number}") for number in numbers))
+
+
+async def never_read(target: Target, tally: Tally) -> None:
+    body = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True, "n": 4, "logprobs": 20, "stream": True}
+    content = json.dumps(body).encode()
+    await asyncio.gather(*(send(target, tally, "/v1/completions", content, read=False) for _ in range(30)))
+
+
+async def hold_back_bodies(target: Target, tally: Tally) -> None:
+    size = 4 * MEBIBYTE
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    content = head + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 100)
+
+    await asyncio.gather(*(send_bytes(target, tally, content) for _ in range(150)))
+
+
+async def say_nothing(target: Target, tally: Tally) -> None:
+    """1,100 connections, and as many again for those that were closed."""
+    writers = []
+    for _ in range(1100):
+        with contextlib.suppress(OSError):
+            writers.append((await asyncio.open_connection("127.0.0.1", target.port))[1])
+    tally.answers["connected"] += len(writers)
+    await asyncio.sleep(max(0.0, target.left))
+    for writer in writers:
+        writer.close()
+
+
+_BIAS = {"prompt": "Once", "max_tokens": 30, "ignore_eos": True, "n": 256}
+_STOPS = {"prompt": "Once", "max_tokens": 900, "ignore_eos": True}
+_MESSAGE = {"role": "user", "content": ""}
+
+ATTACKS: dict[str, Attack] = {
+    "nobody": nobody,
+    "logit_bias": repeating(
+        "/v1/completions",
+        [_BIAS | {"logit_bias": {str(i): 0.001 for i in range(size)}} for size in (4096, 1024)],
+        num_clients=1,
+    ),
+    "stop_token_ids": repeating(
+        "/v1/completions", [_BIAS | {"min_tokens": 30, "stop_token_ids": list(range(1000, 2024))}], num_clients=1
+    ),
+    "tokenize": repeating("/tokenize", [{"prompt": "hello world " * n} for n in (340_000, 21_000)], num_clients=8),
+    "detokenize": repeating("/detokenize", [{"tokens": [5] * n} for n in (1_000_000, 65_536)], num_clients=8),
+    "answers": repeating(
+        "/v1/completions",
+        [{"prompt": "Once", "max_tokens": 150, "n": n, "logprobs": 20, "ignore_eos": True} for n in (512, 256)],
+        num_clients=2,
+    ),
+    "queue": fill_the_queue,
+    "stop strings": repeating(
+        "/v1/completions",
+        [
+            _STOPS | {"stop": ["a" * n + "!"] + ["b" + "a" * (n - 2) + chr(99 + i) for i in range(63)]}
+            for n in (60_000, 511)
+        ],
+        num_clients=2,
+    ),
+    "validation": repeating("/v1/chat/completions", [{"prompt": [[1]] * 800_000}, {"messages": [_MESSAGE] * 110_000}]),
+    "never reading": never_read,
+    "bodies": hold_back_bodies,
+    "silence": say_nothing,
+}
+
+
+# ---- the victim ------------------------------------------------------------------------------------------------------
+
+
+async def be_a_victim(target: Target, tally: Tally, period: float) -> None:
+    body = {"prompt": "Once", "max_tokens": 8, "ignore_eos": True, "temperature": 0}
+    while target.left > 0:
+        start = time.monotonic()
+        try:
+            async with httpx.AsyncClient(timeout=PATIENCE) as http:  # a new connection each time
+                answer = await http.post(f"http://127.0.0.1:{target.port}/v1/completions", json=body)
+            tally.failures += answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] != 8
+        except httpx.HTTPError:
+            tally.failures += 1
+        tally.latencies.append(time.monotonic() - start)
+        await asyncio.sleep(max(0.0, period - tally.latencies[-1]))
+
+
+async def watch_memory(target: Target, tally: Tally) -> None:
+    while True:
+        tally.peak_rss_mib = max(tally.peak_rss_mib, target.rss_mib())
+        await asyncio.sleep(0.05)
+
+
+def attack_alone(name: str, target: Target) -> Counter[str]:
+    """One attack, in a process of its own: the victim must not wait for its attackers' own work."""
+    tally = Tally()
+    asyncio.run(ATTACKS[name](target, tally))
+    return tally.answers
+
+
+@contextmanager
+def attackers_process() -> Iterator[ProcessPoolExecutor]:
+    """Where attacks run."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as attackers:
+        attackers.submit(attack_alone, "nobody", Target(0, 0, 0.0)).result()  # it has started
+        yield attackers
+
+
+async def run_attack(
+    name: str, attackers: ProcessPoolExecutor, port: int, pid: int, seconds: float, period: float
+) -> Tally:
+    """One attack beside the victim; then wait until the server has nothing left to do."""
+    tally = Tally()
+    target = Target(port, pid, time.monotonic() + seconds)
+    tally.rss_before_mib = target.rss_mib()
+    watching = asyncio.create_task(watch_memory(target, tally))
+    try:
+        attack = asyncio.get_running_loop().run_in_executor(attackers, attack_alone, name, target)
+        await be_a_victim(target, tally, period)
+        tally.answers = await asyncio.wait_for(attack, PATIENCE)
+        await until_idle(port)
+    finally:
+        watching.cancel()
+    return tally
+
+
+async def until_idle(port: int) -> None:
+    names = ("running", "waiting", "queued")
+    async with httpx.AsyncClient(timeout=PATIENCE) as http:
+        for _ in range(600):
+            with contextlib.suppress(httpx.HTTPError):
+                text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+                lines = [line for line in text.splitlines() if line.startswith("mini_infer:num_requests_")]
+                if lines and all(line.endswith(" 0.0") for line in lines if any(name in line for name in names)):
+                    return
+            await asyncio.sleep(0.1)
+    raise TimeoutError("the server still works for attackers who have left")
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def main(
+    seconds: Annotated[float, typer.Option(min=1, max=120, help="How long each attack goes on.")] = 20.0,
+    period: Annotated[float, typer.Option(min=0.05, help="Seconds between two of the victim's requests.")] = 1.0,
+    only: Annotated[list[str] | None, typer.Option(help="These attacks; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the model.")] = 1,
+    output: Annotated[str | None, typer.Option(help="Save the figures under this name.")] = None,
+) -> None:
+    """Run the attacks and print a table."""
+    names = ["nobody", *(name for name in ATTACKS if name != "nobody" and (not only or name in only))]
+    table = Table("attack", "requests", "failed", "p50 ms", "p99 ms", "RSS before", "peak, MiB", "attackers' answers")
+    figures = {}
+    with (
+        server_process(threads, {"dtype": "float32", "num_gpu_blocks": 1024}) as (port, pid),
+        attackers_process() as attackers,
+    ):
+        for name in names:
+            tally = asyncio.run(run_attack(name, attackers, port, pid, seconds, period))
+            p50, p99 = (float(numpy.percentile(tally.latencies, q)) * 1e3 for q in (50, 99))
+            answers = dict(sorted(tally.answers.items()))
+            figures[name] = {
+                "requests": len(tally.latencies),
+                "failures": tally.failures,
+                "p50_ms": round(p50, 1),
+                "p99_ms": round(p99, 1),
+                "rss_before_mib": round(tally.rss_before_mib, 1),
+                "peak_rss_mib": round(tally.peak_rss_mib, 1),
+                "answers": answers,
+            }
+            row = [len(tally.latencies), tally.failures, *(f"{ms:.1f}" for ms in (p50, p99))]
+            row += [f"{mib:.0f}" for mib in (tally.rss_before_mib, tally.peak_rss_mib)]
+            shown = ", ".join(f"{status}: {number}" for status, number in answers.items())
+            table.add_row(name, *map(str, row), shown)
+    Console().print(table)
+    if output is not None:
+        command = f"python -m benchmarks.hostile --seconds {seconds:g} --period {period:g} --threads {threads}"
+        save(output, command, figures)
+
+
+if __name__ == "__main__":
+    typer.run(main)

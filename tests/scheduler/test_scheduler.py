@@ -364,6 +364,32 @@ def test_rewinding_is_no_preemption_and_computes_all_of_it_again(depth: int) -> 
     assert (one.finish_reason, prompt.finish_reason) == ("length", "length") and len(one) == 14
 
 
+def test_rewinding_takes_back_what_was_to_be_swapped_out() -> None:
+    blocks = BlockManager(4, 4, num_cpu_blocks=4)
+    scheduler = Scheduler(4, 16, 4, block_manager=blocks, watermark=0, preemption_mode="swap")
+    old, young = sequence("old", 8, 8), sequence("young", 8, 8)
+    scheduler.add(old)
+    scheduler.add(young)
+    step(scheduler)
+    plan = scheduler.schedule()
+    assert plan.preempted == (young,) and len(plan.swap_out) == 2 and blocks.num_free_cpu_blocks == 2
+    scheduler.rewind([plan])
+    assert blocks.num_free_cpu_blocks == 4
+    scheduler.finish(old, "abort")
+    plan = scheduler.schedule()  # the copies were never made
+    assert names(plan) == [("young", 9)] and not plan.swap_in
+
+
+def test_rewinding_takes_back_forks() -> None:
+    scheduler = Scheduler(4, 100, 4)
+    fork = sequence("fork", 6, 5)
+    parent = sequence("parent", 6, 5, forks=(fork,), num_seats=2)
+    scheduler.add(parent)
+    scheduler.rewind([scheduler.schedule()])
+    assert set(scheduler.waiting) == {parent, fork} and (len(parent), len(fork)) == (6, 6)
+    assert names(scheduler.schedule()) == [("parent", 6), ("fork", 6)]
+
+
 def test_a_prompt_that_nothing_is_to_follow_is_computed_again_although_it_lost_its_blocks_too() -> None:
     scheduler = Scheduler(4, 16, 4, block_manager=BlockManager(4, 4), watermark=0)
     old, prompt = sequence("old", 8, 8), sequence("prompt", 8, 0)

@@ -248,6 +248,14 @@ def test_sequences_of_other_salts_share_nothing() -> None:
     assert dict(names(scheduler.schedule())) == {"a": 20, "b": 20, "c": 4}
 
 
+def test_a_sequence_that_does_not_read_the_prefix_cache_computes_all_its_tokens() -> None:
+    scheduler = Scheduler(4, 100, 4, prefix_caching=True)
+    for name, reads in (("a", True), ("b", False), ("c", True)):
+        scheduler.add(sequence(name, 9, 1, reads_prefix_cache=reads))
+    assert dict(names(scheduler.schedule())) == {"a": 9, "b": 9, "c": 1}
+    assert (scheduler.counts.num_prefix_queries, scheduler.counts.num_prefix_hits) == (18, 8)
+
+
 def test_blocks_that_somebody_holds_cost_nothing_to_share() -> None:
     scheduler = Scheduler(4, 16, 4, block_manager=BlockManager(4, 4), watermark=0, prefix_caching=True)
     scheduler.add(sequence("a", 8, 3))

@@ -264,6 +264,22 @@ def test_blocks_that_somebody_holds_cost_nothing_to_share() -> None:
     assert names(scheduler.schedule()) == [("a", 1), ("b", 1)]  # one block is left, and "b" needs no other
 
 
+def test_blocks_that_others_hold_are_swapped_out_too_if_they_could_not_be_found_again() -> None:
+    blocks = BlockManager(4, 4, num_cpu_blocks=4)
+    scheduler = Scheduler(4, 16, 4, block_manager=blocks, watermark=0, preemption_mode="swap")
+    fork = sequence("fork", 8, 8)
+    parent = sequence("parent", 8, 8, forks=(fork,), num_seats=2)
+    scheduler.add(parent)
+    for _ in range(5):
+        step(scheduler)
+    assert blocks.num_used_blocks == 4  # the prompt's two, which both hold, and one for each
+    plan = step(scheduler)
+    assert plan.preempted == (fork,) and len(plan.swap_out) == 3
+    scheduler.finish(parent, "abort")
+    plan = scheduler.schedule()
+    assert names(plan) == [("fork", 1)] and len(plan.swap_in) == 3
+
+
 def test_what_was_swapped_out_is_of_no_use_behind_a_gap() -> None:
     blocks = BlockManager(4, 4, num_cpu_blocks=4)
     scheduler = Scheduler(

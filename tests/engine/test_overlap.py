@@ -92,8 +92,8 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> LLM:
         assert output is not None
         (expected,) = alone.generate([prompt], params)
         for got, whole in zip(results(output), results(expected), strict=True):
-            if got[2] == "abort" and request_id in aborted:
-                assert got[0] == whole[0][: len(got[0])] and whole[1].startswith(got[1])
+            if got[2] == "abort" and request_id in aborted:  # perhaps in the middle of a character
+                assert got[0] == whole[0][: len(got[0])] and whole[1].startswith(got[1].rstrip("\ufffd"))
             else:
                 assert got == whole, (seed, request_id, prompt, params)
     return engine

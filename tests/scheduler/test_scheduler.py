@@ -248,6 +248,57 @@ def test_sequences_of_other_salts_share_nothing() -> None:
     assert dict(names(scheduler.schedule())) == {"a": 20, "b": 20, "c": 4}
 
 
+def test_a_sequence_that_does_not_read_the_prefix_cache_computes_all_its_tokens() -> None:
+    scheduler = Scheduler(4, 100, 4, prefix_caching=True)
+    for name, reads in (("a", True), ("b", False), ("c", True)):
+        scheduler.add(sequence(name, 9, 1, reads_prefix_cache=reads))
+    assert dict(names(scheduler.schedule())) == {"a": 9, "b": 9, "c": 1}
+    assert (scheduler.counts.num_prefix_queries, scheduler.counts.num_prefix_hits) == (18, 8)
+
+
+def test_blocks_that_somebody_holds_cost_nothing_to_share() -> None:
+    scheduler = Scheduler(4, 16, 4, block_manager=BlockManager(4, 4), watermark=0, prefix_caching=True)
+    scheduler.add(sequence("a", 8, 3))
+    step(scheduler)
+    scheduler.add(sequence("b", 9, 1))
+    assert names(scheduler.schedule()) == [("a", 1), ("b", 1)]  # one block is left, and "b" needs no other
+
+
+def test_blocks_that_others_hold_are_swapped_out_too_if_they_could_not_be_found_again() -> None:
+    blocks = BlockManager(4, 4, num_cpu_blocks=4)
+    scheduler = Scheduler(4, 16, 4, block_manager=blocks, watermark=0, preemption_mode="swap")
+    fork = sequence("fork", 8, 8)
+    parent = sequence("parent", 8, 8, forks=(fork,), num_seats=2)
+    scheduler.add(parent)
+    for _ in range(5):
+        step(scheduler)
+    assert blocks.num_used_blocks == 4  # the prompt's two, which both hold, and one for each
+    plan = step(scheduler)
+    assert plan.preempted == (fork,) and len(plan.swap_out) == 3
+    scheduler.finish(parent, "abort")
+    plan = scheduler.schedule()
+    assert names(plan) == [("fork", 1)] and len(plan.swap_in) == 3
+
+
+def test_what_was_swapped_out_is_of_no_use_behind_a_gap() -> None:
+    blocks = BlockManager(4, 4, num_cpu_blocks=4)
+    scheduler = Scheduler(
+        4, 16, 4, block_manager=blocks, watermark=0, prefix_caching=True, preemption_mode="swap", policy=PriorityFirst()
+    )
+    old, young = sequence("old", 8, 8), sequence("young", 8, 8)
+    scheduler.add(old)
+    scheduler.add(young)
+    step(scheduler)
+    plan = step(scheduler)
+    assert plan.preempted == (young,) and len(plan.swap_out) == 1  # the first block stays, since "old" holds it too
+    scheduler.finish(old, "abort")
+    other = Sequence("other", [7] * 16, 16, 16, priority=1)  # it takes all blocks
+    scheduler.add(other)
+    assert names(step(scheduler)) == [("other", 16)] and other.finish_reason == "length"
+    plan = scheduler.schedule()
+    assert names(plan) == [("young", 9)] and not plan.swap_in and blocks.num_free_cpu_blocks == 4
+
+
 def test_higher_priority_first_but_nobody_waits_for_ever() -> None:
     scheduler = Scheduler(1, 100, 4, policy=PriorityFirst(ageing=10))
     scheduler.add(sequence("humble", 4, 1))

@@ -61,7 +61,9 @@ class ExecutorOptions:
     """Where and how a step is computed."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU where there is one")
-    kernel_backend: str | None = option(None, "Kernel backend for every op; None takes the best for the device")
+    kernel_backend: str | None = option(
+        None, "Kernel backend for every op, as NAME or FILE:NAME; None takes the best for the device"
+    )
     enforce_eager: bool = option(
         False, "Never record decode steps and replay them (CUDA graphs, and their like on a CPU)"
     )

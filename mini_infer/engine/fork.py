@@ -4,7 +4,7 @@ import os
 import threading
 from types import TracebackType
 
-from mini_infer.exceptions import MiniInferError
+from mini_infer.exceptions import EngineError
 
 
 class OwnLock:
@@ -15,9 +15,9 @@ class OwnLock:
         self._lock = threading.RLock()
 
     def check(self) -> None:
-        """Raise ``MiniInferError`` in any process but the one that made the lock."""
+        """Raise ``EngineError`` in any process but the one that made the lock."""
         if os.getpid() != self._process:
-            raise MiniInferError(
+            raise EngineError(
                 f"this engine belongs to process {self._process} and this is {os.getpid()}, a fork of it, which has "
                 "none of the engine's threads; make an engine of its own here, or start processes with 'spawn'"
             )

@@ -1,5 +1,6 @@
 """Writes the glossary's pages from what the bundled model learned: `python -m tools.site.glossary`."""
 
+import re
 from pathlib import Path
 
 import yaml
@@ -43,8 +44,14 @@ def page(language: Language) -> str:
             parts += [f"### {name}", (f"**{elsewhere}** · " if elsewhere != name else "") + term[language]["answer"]]
     parts.append(f"## {words['comparisons']}")
     for comparison in data["comparisons"]:
-        parts += [f"### {words['and'].join(names[term] for term in comparison['terms'])}", comparison[language]]
+        compared = words["and"].join(names[term] for term in comparison["terms"])
+        parts += [f"### {_spaced(compared)}", comparison[language]]
     return "\n\n".join(parts) + "\n"
+
+
+def _spaced(text: str) -> str:
+    """The same with a space wherever Chinese and Latin letters meet."""
+    return re.sub(r"(?<=[!-~])(?=[一-鿿])|(?<=[一-鿿])(?=[!-~])", " ", text)
 
 
 def main() -> None:

@@ -375,7 +375,12 @@ class EngineLoop:
                 self._blame(request, error)
                 reason = "error"
         for completion in request.completions:
-            completion.finish_reason = completion.finish_reason or reason
+            if completion.finish_reason is None:  # the rest of its text cannot be read, however often one tries
+                completion.finish_reason = reason
+                try:
+                    request.emit(completion, "", 0)
+                except BaseException as error:
+                    self._blame(request, error)
         self._retire(request)
 
     def _retire(self, request: Request) -> None:

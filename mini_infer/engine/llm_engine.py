@@ -459,8 +459,8 @@ class LLMEngine:
                     self._advance()
                     done = sum(request.finished for request in requests)
                     report(done, self._loop.counts.num_generated_tokens - generated_before)
-            with self._lock:
-                return [self._finished.pop(request.request_id).output() for request in requests]
+            with self._lock:  # a step that another thread runs may have handed them over already
+                return [request.output() for request in requests]
         finally:
             self.discard(requests)
 

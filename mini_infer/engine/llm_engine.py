@@ -106,8 +106,8 @@ class LLMEngine:
         with self._lock:
             for request in list(self._loop.requests.values()):
                 self._loop.abort(request)
-            self._loop.close()
             self._parts = replace(self._parts, executor=CLOSED)
+            self._loop.close()
 
     def __enter__(self: _Engine) -> _Engine:
         return self

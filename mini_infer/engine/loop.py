@@ -191,12 +191,14 @@ class EngineLoop:
                 observer.arrived(request)
 
     def close(self) -> None:
-        """Let go of the executor; what is under way is dropped."""
+        """Let go of the executor, even of one that fails to close; what is under way is dropped."""
         self._flights.clear()
-        self._executor.close()
-        self._executor = CLOSED
-        for observer in self._observers:
-            observer.closed()
+        executor, self._executor = self._executor, CLOSED
+        try:
+            executor.close()
+        finally:
+            for observer in self._observers:
+                observer.closed()
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""

@@ -104,7 +104,7 @@ def test_a_listener_that_raises_ends_its_own_request(llm: LLM, error: BaseExcept
 
 
 @pytest.mark.parametrize("at", [1, 3, 8])
-@pytest.mark.parametrize("which", ["decode", "decode_token"])
+@pytest.mark.parametrize("which", ["decode", "token_text"])
 def test_a_tokenizer_that_raises_ends_the_request_that_it_reads(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, which: str, at: int
 ) -> None:

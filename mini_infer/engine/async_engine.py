@@ -116,7 +116,7 @@ class Increments(AsyncIterator[Increment]):
             raise increment
         if increment.finish_reason == "error":
             self._num_open = 0
-            error = None if increment.output is None else increment.output.error
+            error = next(r.error for r in self.requests if r.request_id == increment.request_id)
             raise error or StepError(f"request {increment.request_id} could not go on")
         self._num_open -= increment.output is not None
         return increment

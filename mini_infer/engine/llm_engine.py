@@ -106,8 +106,8 @@ class LLMEngine:
         with self._lock:
             for request in list(self._loop.requests.values()):
                 self._loop.abort(request)
-            self._loop.close()
             self._parts = replace(self._parts, executor=CLOSED)
+            self._loop.close()
 
     def __enter__(self: _Engine) -> _Engine:
         return self
@@ -459,8 +459,8 @@ class LLMEngine:
                     self._advance()
                     done = sum(request.finished for request in requests)
                     report(done, self._loop.counts.num_generated_tokens - generated_before)
-            with self._lock:
-                return [self._finished.pop(request.request_id).output() for request in requests]
+            with self._lock:  # a step that another thread runs may have handed them over already
+                return [request.output() for request in requests]
         finally:
             self.discard(requests)
 

@@ -191,12 +191,14 @@ class EngineLoop:
                 observer.arrived(request)
 
     def close(self) -> None:
-        """Let go of the executor; what is under way is dropped."""
+        """Let go of the executor, even of one that fails to close; what is under way is dropped."""
         self._flights.clear()
-        self._executor.close()
-        self._executor = CLOSED
-        for observer in self._observers:
-            observer.closed()
+        executor, self._executor = self._executor, CLOSED
+        try:
+            executor.close()
+        finally:
+            for observer in self._observers:
+                observer.closed()
 
     def abort(self, request: Request) -> None:
         """End a request, wherever it is; its listener is told."""
@@ -375,7 +377,12 @@ class EngineLoop:
                 self._blame(request, error)
                 reason = "error"
         for completion in request.completions:
-            completion.finish_reason = completion.finish_reason or reason
+            if completion.finish_reason is None:  # the rest of its text cannot be read, however often one tries
+                completion.finish_reason = reason
+                try:
+                    request.emit(completion, "", 0)
+                except BaseException as error:
+                    self._blame(request, error)
         self._retire(request)
 
     def _retire(self, request: Request) -> None:

@@ -26,6 +26,3 @@ class NoTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return ""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b""

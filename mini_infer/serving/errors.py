@@ -19,6 +19,7 @@ from mini_infer.exceptions import (
     NotFiniteError,
     OutOfMemoryError,
     QueueFullError,
+    RequestError,
     StepError,
 )
 from mini_infer.sampling import SamplingParams
@@ -97,8 +98,9 @@ def as_api_error(error: Exception) -> ApiError:
         return _invalid(error, 400)
     if isinstance(error, StepError):  # logged by the engine
         return ApiError(500, "a step of the engine failed, and this request with it; try again", code="step_failed")
-    if isinstance(error, NotFiniteError):  # logged as well
-        return ApiError(500, str(error), code="not_finite")
+    if isinstance(error, RequestError):  # logged as well
+        code = "not_finite" if isinstance(error, NotFiniteError) else "request_failed"
+        return ApiError(500, str(error), code=code)
     if isinstance(error, MiniInferError):  # the engine was shut down under a request
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": "5"})
     logger.error("a request failed", exc_info=error)

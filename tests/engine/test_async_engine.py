@@ -16,10 +16,19 @@ import pytest
 import torch
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
-from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, MiniInferError, QueueFullError, StepError
+from mini_infer.exceptions import (
+    InvalidConfigError,
+    InvalidRequestError,
+    MiniInferError,
+    NotFiniteError,
+    QueueFullError,
+    StepError,
+)
 from mini_infer.executor.runner import ModelRunner
 from mini_infer.outputs import GenerateOutput, Increment
+from mini_infer.step import StepInput, StepOutput
 from tests.engine.checkpoints import VOCAB_SIZE, make_engine_checkpoint
+from tests.engine.executors import Corrupting, interpose, with_nan
 
 PROMPTS = ("One", "什么是块？", "a much longer prompt, which takes a few blocks", "Two", "五", "six")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -407,6 +416,20 @@ class TestErrors:
             await until(idle(engine))
             assert (await complete(engine, "One")).token_ids == offline["One"].token_ids
             assert engine.is_healthy
+
+        run(main)
+
+    def test_a_completion_that_cannot_go_on_says_why_though_others_of_its_request_could(
+        self, engine: AsyncLLMEngine
+    ) -> None:
+        def poison(number: int, step: StepInput, output: StepOutput) -> StepOutput:
+            return with_nan(output, 1) if number == 2 else output
+
+        async def main() -> None:
+            interpose(engine.engine, lambda executor: Corrupting(executor, poison))
+            with pytest.raises(NotFiniteError):
+                await collect(engine.generate([1, 2, 3], SamplingParams(n=3, max_tokens=9, ignore_eos=True)))
+            await until(idle(engine))
 
         run(main)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mini_infer import LLM, GenerateOutput, SamplingParams
-from mini_infer.engine.detokenizer import Detokenizer
+from mini_infer.engine.detokenizer import TextStream
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import RequestError
 from mini_infer.kernels import OPS, register, registry
@@ -194,14 +194,28 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> int:
 
 
 class FaultyText:
-    """A detokenizer that may raise."""
+    """A text that may raise; some, once they did, always do."""
 
-    def __init__(self, inner: Detokenizer, throw: Callable[[], None]) -> None:
-        self._inner, self._throw = inner, throw
+    def __init__(self, inner: TextStream, throw: Callable[[], None], breaks_for_good: bool) -> None:
+        self._inner, self._throw, self._breaks_for_good = inner, throw, breaks_for_good
+        self._is_broken = False
 
-    def append(self, *args: Any, **more: Any) -> Any:
-        self._throw()
-        return self._inner.append(*args, **more)
+    def _throw_dice(self) -> None:
+        if self._is_broken:
+            raise Fault("tokenizer, again")
+        try:
+            self._throw()
+        except Fault:
+            self._is_broken = self._breaks_for_good
+            raise
+
+    def append(self, token_id: int, may_stop: bool) -> str:
+        self._throw_dice()
+        return self._inner.append(token_id, may_stop)
+
+    def end(self) -> str:
+        self._throw_dice()
+        return self._inner.end()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -221,7 +235,7 @@ def draw_requests(draw: random.Random, engine: LLM, faults: Faults) -> list[Aske
     stem = [7 * i % 256 for i in range(24)]
     for _ in range(draw.randint(5, 10)):
         prompt = stem[: draw.choice([0, 0, 9, 24])] + [draw.randrange(256) for _ in range(draw.randint(1, 16))]
-        asked.append(ask(engine, faults, prompt, draw_params(draw, looks_back)))
+        asked.append(ask(engine, faults, prompt, draw_params(draw, looks_back), draw.random() < 0.5))
     for _ in range(draw.choice([0, 0, 1, 2])):
         params = SamplingParams(n=draw.randint(1, 4), max_tokens=draw.randint(1, 8), temperature=0.0)
         search = engine._intake.make_beam_search([draw.randrange(256) for _ in range(9)], params, 1.0, False)
@@ -230,7 +244,7 @@ def draw_requests(draw: random.Random, engine: LLM, faults: Faults) -> list[Aske
     return asked
 
 
-def ask(engine: LLM, faults: Faults, prompt: list[int], params: SamplingParams) -> Asked:
+def ask(engine: LLM, faults: Faults, prompt: list[int], params: SamplingParams, breaks_for_good: bool) -> Asked:
     def listen(increment: Increment) -> None:
         one.heard.append(increment)
         attempt(lambda: faults.listener.throw("listener"))
@@ -242,10 +256,12 @@ def ask(engine: LLM, faults: Faults, prompt: list[int], params: SamplingParams) 
             one.was_hit = True
             raise
 
+    def throw() -> None:
+        attempt(lambda: faults.tokenizer.throw("tokenizer"))
+
     one = Asked(engine.make_request(prompt, params, listener=listen), 0)
     for completion in one.request.completions:
-        text = FaultyText(completion.detokenizer, lambda: attempt(lambda: faults.tokenizer.throw("tokenizer")))
-        completion.detokenizer = text  # type: ignore[assignment]
+        completion.stream = FaultyText(completion.stream, throw, breaks_for_good)  # type: ignore[assignment]
     return one
 
 
@@ -253,6 +269,8 @@ def check_request(alone: LLM, one: Asked, seed: int) -> None:
     request = one.request
     assert request.finished, seed
     output = request.output()
+    told = [increment.output for increment in one.heard if increment.output is not None]
+    assert len(told) == (0 if one.beam_width else 1), (seed, "a request is told of its end once")
     if one.was_hit:
         assert isinstance(output.error, RequestError) and isinstance(output.error.__cause__, Fault)
         return
@@ -266,8 +284,6 @@ def check_request(alone: LLM, one: Asked, seed: int) -> None:
         (expected,) = alone.beam_search([prompt], one.beam_width, max_tokens, use_tqdm=False)
     else:
         (expected,) = alone.generate([prompt], request.params, use_tqdm=False)
-        told = [increment.output for increment in one.heard if increment.output is not None]
-        assert len(told) == 1, (seed, "a request is told of its end once")
         for completion in output.outputs:
             own = [increment for increment in one.heard if increment.index == completion.index]
             assert [token for each in own for token in each.token_ids] == completion.token_ids, seed

@@ -4,7 +4,8 @@ import itertools
 import random
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mini_infer import LLM, GenerateOutput, LLMEngine, SamplingParams
+from mini_infer.engine.detokenizer import Detokenizer
 from mini_infer.exceptions import EngineError, NotFiniteError, RequestError
 from mini_infer.outputs import Increment
 from tests.engine.checkpoints import make_engine_checkpoint
-from tests.engine.executors import Failing, interpose
+from tests.engine.executors import Failing, Passing, interpose
 from tests.engine.stand_in import completions_alone, make_stand_in_engine
 
 DEPTHS = (1, 2, 3, 4)
@@ -102,7 +104,7 @@ def test_a_listener_that_raises_ends_its_own_request(llm: LLM, error: BaseExcept
 
 
 @pytest.mark.parametrize("at", [1, 3, 8])
-@pytest.mark.parametrize("which", ["decode", "decode_token"])
+@pytest.mark.parametrize("which", ["decode", "token_text"])
 def test_a_tokenizer_that_raises_ends_the_request_that_it_reads(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, which: str, at: int
 ) -> None:
@@ -124,6 +126,55 @@ def test_a_tokenizer_that_raises_ends_the_request_that_it_reads(
     error = outputs[1 - place].error
     assert isinstance(error, RequestError) and isinstance(error.__cause__, UnicodeError)
     assert_empty(llm)
+
+
+class Unreadable:
+    """A decoder that gives up at its n-th call, for good."""
+
+    def __init__(self, at: int) -> None:
+        self._calls_left = at
+
+    def __call__(self, token_ids: Sequence[int]) -> str:
+        self._calls_left -= 1
+        if self._calls_left < 0:
+            raise UnicodeError("unreadable")
+        return "".join(chr(ord("a") + token_id % 26) for token_id in token_ids)
+
+
+@pytest.mark.parametrize("at", [4, 7, 10])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_tokenizer_that_goes_on_raising_ends_the_request_that_it_reads(
+    monkeypatch: pytest.MonkeyPatch, depth: int, n: int, at: int
+) -> None:
+    """Its listener hears of the end, all its sequences end, and the engine goes on."""
+    engine = make_stand_in_engine(depth)
+    params = SamplingParams(max_tokens=6, seed=3, n=n, ignore_eos=True)
+    staying = engine.add_request([4, 5], params)
+    monkeypatch.setattr(engine._tokenizer, "detokenizer", lambda prompt, skip: Detokenizer(Unreadable(at), prompt))
+    listener = Listener(0, fail(AssertionError()))
+    request = engine.make_request([1, 2, 3], params, listener=listener)
+    engine.submit(request)
+    finish(engine)
+    assert isinstance(request.error, RequestError) and isinstance(request.error.__cause__, UnicodeError)
+    last = listener.heard[-1]
+    assert last.finish_reason == "error" and last.output is not None and last.output.error is request.error
+    assert sum(heard.finish_reason is not None for heard in listener.heard) == n
+    got = [(c.token_ids, c.finish_reason) for c in output_of(engine, staying).outputs]
+    assert got == [alone[:2] for alone in completions_alone([4, 5], params, 64)]
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+def test_beams_whose_text_cannot_be_read_end_with_what_was_read(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    engine = make_stand_in_engine()
+    (expected,) = engine.beam_search([[1, 2, 3]], 3, 6)
+    monkeypatch.setattr(engine._tokenizer, "detokenizer", lambda prompt, skip: Detokenizer(Unreadable(at), prompt))
+    (output,) = engine.beam_search([[1, 2, 3]], 3, 6)
+    assert output.error is not None
+    for ours, theirs in zip(output.outputs, expected.outputs, strict=True):
+        assert ours.finish_reason == "error"
+        assert ours.token_ids == theirs.token_ids[: len(ours.token_ids)]
+    assert_empty(engine)
 
 
 def test_a_step_that_is_computed_again_reports_its_log_probabilities_once(
@@ -237,6 +288,46 @@ def test_an_executor_that_fails_for_good_says_so_each_time_and_lets_go(llm: LLM,
     if not when_submitted:
         llm.step()  # what is under way fails, and nobody is interested
     assert_empty(llm)
+
+
+class FailingToClose(Passing):
+    def close(self) -> None:
+        raise OSError("unplugged")
+
+
+def test_an_engine_is_closed_even_if_its_device_fails() -> None:
+    engine = make_stand_in_engine()
+    interpose(engine, FailingToClose)
+    engine.add_request([1, 2])
+    with pytest.raises(OSError, match="unplugged"):
+        engine.close()
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.add_request([1, 2])
+    assert_empty(engine)
+
+
+def test_generate_beside_a_thread_that_steps() -> None:
+    """Whoever runs the step in which a request ends, `generate` has its output."""
+    engine = make_stand_in_engine()
+    params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    stopping = threading.Event()
+
+    def step() -> None:
+        while not stopping.is_set():
+            engine.step()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    try:
+        for place in range(100):
+            prompt = [1, place % 30]
+            (output,) = engine.generate([prompt], params, use_tqdm=False)
+            assert output.token_ids == completions_alone(prompt, params, 64)[0][0]
+    finally:
+        stopping.set()
+        thread.join()
+    assert_empty(engine)
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------

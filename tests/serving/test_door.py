@@ -316,6 +316,24 @@ class TestEnds:
 
         monkeypatch.setattr(Decoder, "compute_logits", nan)
 
+    def test_tokens_that_cannot_be_made_text_are_an_error(
+        self, http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreadable(token_ids: Any, skip_special_tokens: bool) -> str:
+            raise UnicodeError("unreadable")
+
+        prompt = server.engine.tokenize("Once")
+        decode = server.engine.tokenizer.decode
+        monkeypatch.setattr(
+            server.engine.tokenizer,
+            "decode",
+            lambda ids, **how: (decode if list(ids) == prompt else unreadable)(ids, **how),
+        )
+        body = {"prompt": "Once", "max_tokens": 5, "n": 2}
+        assert assert_error(http.post("/v1/completions", json=body), 500)["code"] == "request_failed"
+        monkeypatch.undo()
+        assert http.post("/v1/completions", json=body).status_code == 200
+
     def test_logits_that_are_no_numbers_are_an_error(self, http: httpx.Client, broken_logits: None) -> None:
         body = {"prompt": "Once", "max_tokens": 5}
         assert assert_error(http.post("/v1/completions", json=body), 500)["code"] == "not_finite"

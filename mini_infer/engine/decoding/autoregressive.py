@@ -130,10 +130,15 @@ class Autoregressive:
         return num_generated
 
     def stop(self, request: Request, scheduler: Scheduler, reason: FinishReason) -> None:
-        for sequence, stream in self._streams.items():
-            if stream.completion.finish_reason is None:
-                scheduler.finish(sequence, reason)
-                self._close(request, sequence, stream.completion, reason, "", 0)
+        going_on = [
+            (sequence, stream.completion)
+            for sequence, stream in self._streams.items()
+            if stream.completion.finish_reason is None
+        ]
+        for sequence, _ in going_on:  # all of them before anything can raise
+            scheduler.finish(sequence, reason)
+        for sequence, completion in going_on:
+            self._close(request, sequence, completion, reason, "", 0)
 
     def _close(
         self,
@@ -145,8 +150,8 @@ class Autoregressive:
         num_tokens: int,
     ) -> None:
         """A completion's sequence has ended: release the rest of its text and tell the listener."""
-        request.num_preemptions += sequence.num_preemptions
         text += completion.end(reason)
+        request.num_preemptions += sequence.num_preemptions
         request.emit(completion, text, num_tokens)
 
     def _note_prompt_logprobs(self, request: Request, item: ScheduledSequence, answer: Answer) -> None:

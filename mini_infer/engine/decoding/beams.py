@@ -210,6 +210,8 @@ class BeamSearch:
         self._beams = {}
         del request.completions[len(self._hypotheses) :]  # a tiny vocabulary may not have as many
         for completion, hypothesis in zip(request.completions, self._hypotheses, strict=True):
+            if completion.token_ids:  # its text could not be read when this was tried before
+                continue
             for token_id in hypothesis.token_ids:
                 completion.append(token_id, 0.0, None, is_text=token_id not in self._options.stop_token_ids)
             completion.cumulative_logprob = hypothesis.logprob

@@ -22,7 +22,7 @@ from mini_infer.engine.intake import Prompt
 from mini_infer.engine.llm_engine import LLMEngine
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.exceptions import InvalidRequestError, MiniInferError, StepError
+from mini_infer.exceptions import EngineError, InvalidRequestError, MiniInferError, StepError
 from mini_infer.outputs import Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
@@ -596,5 +596,5 @@ def _post(items: Seq[tuple[_Listener, Increment | Exception]]) -> set[asyncio.Ab
     return closed
 
 
-def _shut_down() -> MiniInferError:
-    return MiniInferError("the engine was shut down; make a new one")
+def _shut_down() -> EngineError:
+    return EngineError("the engine was shut down; make a new one")

@@ -290,6 +290,30 @@ def test_an_executor_that_fails_for_good_says_so_each_time_and_lets_go(llm: LLM,
     assert_empty(llm)
 
 
+class Undecided:
+    """A policy that once has no key."""
+
+    num_calls = 0
+
+    def key(self, sequence: Any) -> tuple[float, ...]:
+        self.num_calls += 1
+        if self.num_calls == 3:
+            raise LookupError("no key")
+        return (sequence.arrival,)
+
+
+def test_a_policy_that_raises_refuses_one_request() -> None:
+    engine = make_stand_in_engine(max_num_seqs=1, scheduling_policy=Undecided())
+    params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    staying = engine.add_request([5], params)
+    with pytest.raises(LookupError, match="no key"):
+        engine.add_request([1, 2], SamplingParams(n=3))  # for which there are no seats at once
+    later = engine.add_request([6], params)
+    finish(engine)
+    for request_id, prompt in ((staying, [5]), (later, [6])):
+        assert output_of(engine, request_id).token_ids == completions_alone(prompt, params, 64)[0][0]
+
+
 class FailingToClose(Passing):
     def close(self) -> None:
         raise OSError("unplugged")

@@ -55,8 +55,13 @@ class Autoregressive:
 
     def start(self, scheduler: Scheduler) -> None:
         first, *others = self._streams
-        for sequence in (first, *others[len(first.forks) :]):
-            scheduler.add(sequence)
+        try:
+            for sequence in (first, *others[len(first.forks) :]):
+                scheduler.add(sequence)
+        except BaseException:  # all of them or none; the policy may be somebody's own
+            for sequence in self._streams:
+                scheduler.finish(sequence, "error")
+            raise
 
     def want(self, request: Request, item: ScheduledSequence, first_row: int, wanted: Wanted) -> None:
         last_row = first_row + item.num_tokens - 1

@@ -176,7 +176,7 @@ def _weights(logits: Tensor, filters: _Filters) -> Tensor:
     top_k = np.where((top_k > 0) & (top_k < num_tokens), top_k, num_tokens)
     has_top_k, has_top_p = bool((top_k < num_tokens).any()), bool((columns["top_p"] < 1).any())
     weights = logits.exp()
-    if has_top_k or has_top_p:
+    if has_top_k or (has_top_p and not logits.is_cuda):
         # One more than top_k leaves, which shows that these are all.
         ranked = _ranked(logits, int(np.where(top_k < num_tokens, top_k + 1, _SORTED).max()))
     if has_top_k:

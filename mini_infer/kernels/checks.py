@@ -290,3 +290,4 @@ CHECKS: dict[str, Callable[..., torch.device]] = {
     "pack_linear": _pack_linear,
     "argmax_logprob": _argmax_logprob,
 }
+"""The check of each operation there is."""

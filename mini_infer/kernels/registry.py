@@ -38,22 +38,10 @@ import torch
 
 from mini_infer.exceptions import KernelError, NotRecordableError
 from mini_infer.kernels.attention import PARTS, compose
+from mini_infer.kernels.checks import CHECKS
 from mini_infer.kernels.contract import Operations
 
-OPS = (
-    "rmsnorm",
-    "add_rmsnorm",
-    "apply_rotary_emb",
-    "qk_norm_rope",
-    "silu_and_mul",
-    "allocate_kv_cache",
-    "write_kv",
-    "paged_attention",
-    "paged_prefill_attention",
-    "attention",
-    "pack_linear",
-    "argmax_logprob",
-)
+OPS = tuple(CHECKS)
 REFERENCE = "reference"
 ENTRY_POINT_GROUP = "mini_infer.kernels"
 ENVIRONMENT_VARIABLE = "MINI_INFER_KERNELS"

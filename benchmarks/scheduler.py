@@ -85,7 +85,7 @@ def run_requests(num_requests: int, num_prompt: int, num_output: int, num_fittin
         "requests_per_second": round(num_requests / seconds),
         "steps": steps,
         "prefix_hit_rate": round(scheduler.counts.num_prefix_hits / scheduler.counts.num_prefix_queries, 3),
-        "preemptions": scheduler.counts.num_recomputed,
+        "preemptions": scheduler.counts.num_recompute_preemptions,
         "peak_memory_mb": round(memory[-1]),
         "peak_memory_mb_after_a_tenth": round(memory[len(memory) // 10]),
     }

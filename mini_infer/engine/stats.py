@@ -1,6 +1,6 @@
 """Numbers about an engine: cheap enough to ask for after every step."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from mini_infer.engine.loop import EngineLoop
 from mini_infer.scheduler import Sequence
@@ -49,7 +49,7 @@ class EngineStats:
     @classmethod
     def of(cls, loop: EngineLoop) -> "EngineStats":
         """Read them off a loop."""
-        scheduler, blocks, counts = loop.scheduler, loop.scheduler.block_manager, loop.counts
+        scheduler, blocks = loop.scheduler, loop.scheduler.block_manager
         used_slots = blocks.num_used_blocks * blocks.block_size
         unfilled = sum(len(s.block_table) * blocks.block_size - len(s) for s in scheduler.running)
         return cls(
@@ -65,14 +65,8 @@ class EngineStats:
             num_used_cpu_blocks=blocks.num_cpu_blocks - blocks.num_free_cpu_blocks,
             kv_waste=max(unfilled, 0) / used_slots if used_slots else 0.0,
             prefix_hit_rate=scheduler.counts.num_prefix_hits / max(1, scheduler.counts.num_prefix_queries),
-            num_steps=counts.num_steps,
-            num_prompt_tokens=counts.num_prompt_tokens,
-            num_decode_tokens=counts.num_decode_tokens,
-            num_generated_tokens=counts.num_generated_tokens,
-            num_prefix_queries=scheduler.counts.num_prefix_queries,
-            num_prefix_hits=scheduler.counts.num_prefix_hits,
-            num_swap_preemptions=scheduler.counts.num_swapped,
-            num_recompute_preemptions=scheduler.counts.num_recomputed,
+            **asdict(loop.counts),
+            **asdict(scheduler.counts),
         )
 
     @property

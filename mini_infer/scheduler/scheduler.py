@@ -41,12 +41,12 @@ class SchedulerCounts:
     """Totals since the start.
 
     Attributes:
-        num_swapped, num_recomputed: preemptions, by what became of the sequence's KV.
+        num_swap_preemptions, num_recompute_preemptions: by what became of the sequence's KV.
         num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache, and found there.
     """
 
-    num_swapped: int = 0
-    num_recomputed: int = 0
+    num_swap_preemptions: int = 0
+    num_recompute_preemptions: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
 
@@ -514,9 +514,9 @@ class Scheduler:
         """Take a running sequence's blocks; it waits until it is its turn again."""
         self.running.remove(sequence)
         if self._preemption_mode != "recompute" and self._swap_out(sequence, draft):
-            self.counts.num_swapped += 1
+            self.counts.num_swap_preemptions += 1
         else:
-            self.counts.num_recomputed += 1
+            self.counts.num_recompute_preemptions += 1
         self._wait_again(sequence)
         draft.preempted.append(sequence)
 

@@ -331,7 +331,7 @@ def test_auto_swaps_only_where_that_is_cheaper() -> None:
         scheduler.add(sequence("young", 8, 8))
         for plan in run(scheduler):
             assert bool(plan.swap_out) == (swaps and bool(plan.preempted))
-        assert (scheduler.counts.num_swapped > 0) == swaps == (scheduler.counts.num_recomputed == 0)
+        assert (scheduler.counts.num_swap_preemptions > 0) == swaps == (scheduler.counts.num_recompute_preemptions == 0)
 
 
 def test_forks_take_seats_that_were_kept_for_them() -> None:
@@ -409,7 +409,11 @@ def test_rewinding_is_no_preemption_and_computes_all_of_it_again(depth: int) -> 
     scheduler.rewind(plans)
     assert one.token_ids == known and len(prompt) == 9
     assert set(scheduler.waiting) == {one, prompt} and scheduler.block_manager.num_used_blocks == 0
-    assert (one.num_preemptions, scheduler.counts.num_recomputed, scheduler.counts.num_swapped) == (0, 0, 0)
+    assert (one.num_preemptions, scheduler.counts.num_recompute_preemptions, scheduler.counts.num_swap_preemptions) == (
+        0,
+        0,
+        0,
+    )
     assert scheduler.block_manager.match_prefix(list(range(8)), "x", 2).blocks == []
     list(run(scheduler))
     assert (one.finish_reason, prompt.finish_reason) == ("length", "length") and len(one) == 14

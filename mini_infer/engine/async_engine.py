@@ -422,7 +422,7 @@ class _EngineThread:
                 self._inbox.put(_Command(function, concurrent.futures.Future()))
 
     def stop(self) -> None:
-        """Have the thread end after the step under way, without waiting for it. The interpreter does wait, when it ends:
+        """Have the thread end after the step under way, without waiting for it. The interpreter waits, when it ends:
         threads that compute must not outlive it."""
         atexit.register(self._thread.join, SHUTDOWN_SECONDS)
         self._stopping.set()
@@ -463,7 +463,7 @@ class _EngineThread:
     # ---- on the thread -------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        reason = _shut_down()
+        reason: MiniInferError = _shut_down()
         try:
             while not self._stopping.is_set():
                 if self._engine.is_finished():

@@ -422,8 +422,8 @@ class _EngineThread:
                 self._inbox.put(_Command(function, concurrent.futures.Future()))
 
     def stop(self) -> None:
-        """Have the thread end after the step under way, without waiting for it. The interpreter does wait when it ends,
-        since threads that compute must not outlive it."""
+        """Have the thread end after the step under way, without waiting for it. The interpreter waits, when it ends:
+        threads that compute must not outlive it."""
         atexit.register(self._thread.join, SHUTDOWN_SECONDS)
         self._stopping.set()
         self._inbox.put(_Command(lambda engine: None, concurrent.futures.Future()))  # wakes it if it is idle

@@ -88,6 +88,7 @@ def serve(
             gc.freeze()  # what is there now stays, and need not be looked through again and again
             Server(app, engine, drain_timeout, _log_config()).run(sockets=[listener])
         finally:
+            gc.unfreeze()  # or libraries complain of what is left when the interpreter ends
             has_ended = engine.shutdown(JOIN_SECONDS)
     if not has_ended:  # Python would wait for it
         logging.shutdown()

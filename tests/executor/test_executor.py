@@ -14,6 +14,7 @@ from mini_infer import LLM, EngineConfig, LLMEngine, SamplingParams
 from mini_infer.exceptions import OutOfMemoryError
 from mini_infer.executor.build import build
 from mini_infer.kernels import register, registry
+from mini_infer.models import read_config
 from mini_infer.step import StepInput, StepOutput
 from tests.engine.checkpoints import make_engine_checkpoint
 from tests.engine.executors import Recording, interpose
@@ -85,7 +86,7 @@ def test_a_captured_stream_of_steps_gives_the_same_outputs_again(checkpoint: Pat
         seen["scored draws"] += int((step.draws.num_logprobs >= 0).sum())
     assert all(seen[name] for name in seen if name != "sampled_at") and (seen["sampled_at"] > 0) == (depth > 1), seen
     for steps in (recorded.steps, pickle.loads(pickle.dumps(recorded.steps))):
-        fresh = build(config, checkpoint).executor
+        fresh = build(config, checkpoint, read_config(checkpoint)).executor
         outputs = [fresh.submit(step).result() for step in steps]
         fresh.close()
         assert len(recorded.outputs) >= len(steps) - depth  # what was never read was dropped at the end

@@ -10,7 +10,7 @@ BlockTable: TypeAlias = list[int]
 
 
 class SequenceMetadata(Protocol):
-    """What the model runner needs to know of a sequence; the scheduler's ``Sequence`` is one."""
+    """What runs of a sequence, for annotations of code that walks sequences; the scheduler's ``Sequence`` is one."""
 
     @property
     def token_ids(self) -> TokenIds:

@@ -1,4 +1,4 @@
-"""The loop, and the pieces only it uses."""
+"""Requests and words: what users call, and the loop that runs it. Importing this does not import torch."""
 
 from mini_infer.engine.async_engine import AsyncLLMEngine
 from mini_infer.engine.llm_engine import LLM, LLMEngine

@@ -16,6 +16,7 @@ from mini_infer.executor.graphs import DecodeGraphs, cuda_capture, graph_sizes
 from mini_infer.executor.queue import make_executor
 from mini_infer.executor.runner import ModelRunner
 from mini_infer.kernels import Kernels
+from mini_infer.kernels.large_memory import is_out_of_memory
 from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, plan_memory
@@ -237,10 +238,3 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return int(total * config.gpu_memory_utilization) - (total - free) - step_bytes
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed. On a CPU PyTorch has no class for this, only the allocator's words, and others for
-    more bytes than an integer can count."""
-    words = ("allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)

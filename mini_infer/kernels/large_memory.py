@@ -1,4 +1,4 @@
-"""Memory for large tensors on a CPU, outside the heap."""
+"""Memory for large tensors on a CPU, outside the heap; and how to tell that there is none left."""
 
 import contextlib
 import math
@@ -27,3 +27,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         with contextlib.suppress(OSError):  # a system that has none
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed. On a CPU PyTorch has no class for this, only the allocator's words, and others for
+    more bytes than an integer can count."""
+    words = ("allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, torch.OutOfMemoryError) or any(some in str(error) for some in words)

@@ -281,8 +281,7 @@ def _explaining_memory(
     try:
         yield
     except RuntimeError as error:
-        # On a CPU PyTorch has no class for this, only the allocator's words.
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not large_memory.is_out_of_memory(error):
             raise
         needed = Decoder(config, dtype, "meta", kernels).weight_bytes
         raise OutOfMemoryError(

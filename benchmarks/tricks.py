@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 
 from benchmarks.compare import random_checkpoint
 from benchmarks.report import save
-from mini_infer import LLM, SamplingParams
-from mini_infer.engine import sampler
+from mini_infer import LLM, SamplingParams, kernels
+from mini_infer.executor import sampler
 from mini_infer.kernels.cpu import linear
+from mini_infer.step import Draws, LogitEdits
 
 ROUNDS = 15
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 32
@@ -54,13 +56,25 @@ def long_runs(num_tokens: int) -> dict[str, float]:
 def groups(batch: int) -> dict[str, float]:
     """A sampled token of Qwen3's vocabulary: ``top_k`` looked for among all tokens, and among the best groups of 64."""
     logits = torch.randn(batch, 151936).bfloat16()
-    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
-    draws = [sampler.Draw(params, seed, 0, 0, (), [], 0) for seed in range(batch)]
+    rows, chosen = np.arange(batch), kernels.resolve("cpu")
+    draws = Draws(
+        rows=rows,
+        table_rows=rows,
+        seeds=rows.astype(np.uint64),
+        indices=np.zeros_like(rows),
+        positions=np.zeros_like(rows),
+        temperature=np.full(batch, 0.8),
+        top_k=np.full(batch, 50),
+        top_p=np.full(batch, 0.95),
+        min_p=np.zeros(batch),
+        num_logprobs=np.full(batch, -1),
+        edits=LogitEdits(),
+    )
 
     def seconds(share: int) -> float:
         with patch.object(sampler, "_SHARE", share), torch.inference_mode():
             start = time.perf_counter()
-            sampler.sample(logits, draws)
+            sampler.sample(logits, draws, chosen)
             return time.perf_counter() - start
 
     nothing = 1 << 30  # the vocabulary divided by it

@@ -11,11 +11,17 @@ from typer.testing import CliRunner
 
 from benchmarks.roofline import Machine, Work, app, floor, step_work
 from mini_infer.cli.bench import Workload
-from mini_infer.models import ModelConfig
+from mini_infer.models import ModelConfig, read_config
 from tests.cli.test_cli import needs_the_model
 from tests.models.checkpoints import FAMILIES, make_checkpoint, random_config, random_model
 
 MACHINE = Machine(bytes_per_second=1e9, flops_per_second=1e10)
+
+
+def heads_of(config: ModelConfig) -> tuple[int, int, int]:
+    """Query heads, key-value heads and features of a head, which all layers of these checkpoints share."""
+    attention = config.layers[0].attention
+    return attention.num_heads, attention.num_kv_heads, attention.head_dim
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,7 +31,7 @@ def test_the_work_of_a_prompt_is_what_transformers_does(tmp_path: Path, family: 
     hf = random_config(family, seed)
     model = random_model(hf, seed)
     make_checkpoint(tmp_path, family, seed)
-    config = ModelConfig.from_directory(tmp_path)
+    config = read_config(tmp_path)
     length = random.Random(seed).randint(1, 20)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -36,15 +42,16 @@ def test_the_work_of_a_prompt_is_what_transformers_does(tmp_path: Path, family: 
 
     work = step_work(config, 4, [length], [])
     assert work.linear_flops == linear
+    heads, kv_heads, head_dim = heads_of(config)
     pairs = sum(
         1
-        for window in config.sliding_windows
+        for layer in config.layers
         for query in range(length)
         for key in range(query + 1)
-        if window is None or query - key < window
+        if layer.attention.sliding_window is None or query - key < layer.attention.sliding_window
     )
-    assert work.attention_flops == 4 * config.num_heads * config.head_dim * pairs
-    assert work.kv_bytes == 4 * 2 * length * config.num_layers * config.num_kv_heads * config.head_dim
+    assert work.attention_flops == 4 * heads * head_dim * pairs
+    assert work.kv_bytes == 4 * 2 * length * config.num_layers * kv_heads * head_dim
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,30 +61,31 @@ def test_the_weights_are_the_matrices_of_transformers(tmp_path: Path, family: st
     model = random_model(hf, seed).to(torch.bfloat16)
     make_checkpoint(tmp_path, family, seed)
     linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}  # lm_head may be tied
-    work = step_work(ModelConfig.from_directory(tmp_path), 2, [3], [4, 5])
+    work = step_work(read_config(tmp_path), 2, [3], [4, 5])
     assert work.weight_bytes == sum(weight.nbytes for weight in linear.values())
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_decode_step_reads_what_each_sequence_sees(tmp_path: Path, seed: int) -> None:
     make_checkpoint(tmp_path, "mistral", seed)
-    config = ModelConfig.from_directory(tmp_path)
+    config = read_config(tmp_path)
     contexts = [random.Random(seed).randint(1, 30) for _ in range(4)]
     seen = sum(
         len([key for key in range(context) if window is None or context - 1 - key < window])
-        for window in config.sliding_windows
+        for window in (layer.attention.sliding_window for layer in config.layers)
         for context in contexts
     )
+    heads, kv_heads, head_dim = heads_of(config)
     work = step_work(config, 2, [], contexts)
     # What is seen is read, but for the new token, which is written.
-    assert work.kv_bytes == seen * 2 * 2 * config.num_kv_heads * config.head_dim
-    assert work.attention_flops == seen * 4 * config.num_heads * config.head_dim
+    assert work.kv_bytes == seen * 2 * 2 * kv_heads * head_dim
+    assert work.attention_flops == seen * 4 * heads * head_dim
 
 
 @pytest.mark.parametrize("seats", [1, 2, 7, 100])
 def test_seats_change_the_steps_and_nothing_of_the_arithmetic(tmp_path: Path, seats: int) -> None:
     make_checkpoint(tmp_path, "qwen3", 0)
-    config = ModelConfig.from_directory(tmp_path)
+    config = read_config(tmp_path)
     workload = Workload.draw(7, (1, 30), (1, 12), seed=seats)
     least, alone = floor(config, 4, workload, MACHINE, seats), floor(config, 4, workload, MACHINE, 1)
     assert alone.steps == workload.num_output_tokens
@@ -93,7 +101,7 @@ def test_seats_change_the_steps_and_nothing_of_the_arithmetic(tmp_path: Path, se
 
 def test_the_floor_names_what_binds(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen3", 0)
-    config = ModelConfig.from_directory(tmp_path)
+    config = read_config(tmp_path)
     workload = Workload.draw(3, (5, 9), (4, 4))
     slow_memory = floor(config, 4, workload, Machine(1.0, 1e12), 256)
     assert (slow_memory.limit, slow_memory.compute_seconds) == ("memory", 0)

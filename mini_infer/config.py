@@ -1,8 +1,8 @@
 """EngineConfig: every choice that is made once per engine, and the source of every command-line flag.
 
-Whoever writes a configuration names fields: ``EngineConfig(model="x", block_size=32)``. Inside the engine each room
-reads the group that concerns it, ``config.cache.block_size``, and sees no other. A group defines its fields and checks
-them; ``EngineConfig`` inherits from all groups, so a field is written down once and its flat name has its type.
+Whoever writes a configuration names fields: ``EngineConfig(model="x", block_size=32)``. Each belongs to the group of
+whoever reads it, ``config.cache.block_size``, which defines its fields and checks them; ``EngineConfig`` inherits from
+all groups, so a field is written down once and its flat name has its type.
 """
 
 import os

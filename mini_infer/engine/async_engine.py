@@ -424,7 +424,8 @@ class _EngineThread:
     def stop(self) -> None:
         """Have the thread end after the step under way, without waiting for it. The interpreter waits, when it ends:
         threads that compute must not outlive it."""
-        atexit.register(self._thread.join, SHUTDOWN_SECONDS)
+        if not self._stopping.is_set():
+            atexit.register(self._thread.join, SHUTDOWN_SECONDS)
         self._stopping.set()
         self._inbox.put(_Command(lambda engine: None, concurrent.futures.Future()))  # wakes it if it is idle
 

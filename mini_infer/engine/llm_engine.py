@@ -356,12 +356,16 @@ class LLMEngine:
         with self._lock:
             result = self._advance()
             finished = [request.output() for request in result.finished]
+            self._hand_over(finished)
             for output in finished:
-                self._handed_over[output.request_id] = output
                 self._finished.pop(output.request_id, None)
-            while len(self._handed_over) > _KEPT_OUTPUTS:
-                self._handed_over.popitem(last=False)
             return signed_step(finished, result.plan.num_tokens, result.plan.only_decodes)
+
+    def _hand_over(self, outputs: Seq[GenerateOutput]) -> None:
+        """Keep outputs that are somebody's already, or that nobody need ask for, as long as few others follow."""
+        self._handed_over |= {output.request_id: output for output in outputs}
+        while len(self._handed_over) > _KEPT_OUTPUTS:
+            self._handed_over.popitem(last=False)
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do for ``step``."""
@@ -379,6 +383,9 @@ class LLMEngine:
             request = self._loop.requests.get(request_id) if isinstance(request_id, str) else None
             if request is not None:
                 self._loop.abort(request)
+                if request_id in self._finished:
+                    self._hand_over([request.output()])
+                    del self._finished[request_id]
             elif not isinstance(request_id, str) or request_id not in {*self._finished, *self._handed_over}:
                 raise InvalidRequestError(f"request_id {request_id!r} is unknown; nothing to abort")
 

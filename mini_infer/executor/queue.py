@@ -31,12 +31,15 @@ class InlineExecutor:
 class _InlineStep:
     def __init__(self, run: Run, step: StepInput) -> None:
         self._run, self._step = run, step
-        self._output: StepOutput | None = None
+        self._outcome: Future[StepOutput] = Future()
 
     def result(self) -> StepOutput:
-        if self._output is None:
-            self._output = self._run(self._step).to_output(self._step)
-        return self._output
+        if not self._outcome.done():
+            try:
+                self._outcome.set_result(self._run(self._step).to_output(self._step))
+            except BaseException as error:
+                self._outcome.set_exception(error)
+        return self._outcome.result()
 
 
 class ThreadExecutor:

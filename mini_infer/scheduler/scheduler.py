@@ -148,7 +148,10 @@ class Scheduler:
         least = 1 + len(sequence.forks)
         check_int(InvalidConfigError, "the sequence's num_seats", sequence.num_seats, least, self.max_num_seqs)
         sequence.arrival = next(self._arrivals)
-        sequence.order = (*self._policy.key(sequence), sequence.arrival)
+        key = self._policy.key(sequence)
+        for number in key:
+            check_number(InvalidConfigError, "each number of the policy's key", number, -math.inf)
+        sequence.order = (*key, sequence.arrival)
         self._queue(sequence)
 
     def is_finished(self) -> bool:

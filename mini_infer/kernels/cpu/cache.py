@@ -42,7 +42,7 @@ class KernelFile:
         """What Numba compiled in some other process, or None."""
         path = _path(self._function)
         try:
-            content = b"" if path is None else path.read_bytes()
+            content = b"" if path is None or not _is_ours(path) else path.read_bytes()
         except OSError:  # it is not there, as a rule
             return None
         digest, data = content[:_DIGEST], content[_DIGEST:]
@@ -60,7 +60,7 @@ class KernelFile:
             return
         data = dumps(result._reduce())
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 try:
                     file.write(hashlib.sha256(data).digest() + data)
@@ -72,6 +72,18 @@ class KernelFile:
                     raise
         except OSError as error:
             _warn(path.parent, error.strerror or str(error))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user can have written a file: it is unpickled, which may run code."""
+    if not hasattr(os, "getuid"):
+        return True  # Windows, where a user's directories are the user's own
+    for place in (path, path.parent):
+        status = place.stat()
+        if status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022:
+            _warn(path.parent, "others may write there, so it is not trusted")
+            return False
+    return True
 
 
 @functools.cache

@@ -90,7 +90,7 @@ def test_its_tables() -> None:
     ("arguments", "message"),
     [
         (["--input-len", "9:3"], "input_len must be LOW:HIGH"),
-        (["--top-p", "0"], "top_p"),
+        (["--top-p", "1.5"], "top_p"),
         (["--output-len", "1000000"], "do not fit max_model_len"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -84,7 +84,7 @@ def test_options_and_system_message(llm: LLM) -> None:
         ("/nope", "there is no /nope; /help shows what there is"),
         ("/set volume 11", "there is no sampling option 'volume'; /set shows what there is"),
         ("/set temperature hot", "temperature must be a finite number of at least 0, got 'hot'"),
-        ("/set top_p 2", "top_p must be a finite number of more than 0 and at most 1, got 2.0"),
+        ("/set top_p 2", "top_p must be a finite number of at least 0 and at most 1, got 2.0"),
         ("/set n 2", "a chat shows one answer but n is 2; use mini-infer generate for several"),
         ("word " * 3000, "the context is full: "),
     ],

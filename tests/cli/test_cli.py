@@ -98,7 +98,7 @@ def test_an_error_is_one_line_unless_debugged(flag: str, capsys: pytest.CaptureF
 
 
 def test_what_nobody_foresaw_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(console: object) -> None:
+    def broken(*_: object) -> None:
         raise ZeroDivisionError("so much\nfor that")
 
     module = importlib.import_module("mini_infer.cli.kernels")  # the package has a function of that name, too

@@ -291,7 +291,7 @@ class TestChat:
 
     @pytest.mark.parametrize("rendered", [True, False], ids=["in the template", "not in the template"])
     def test_one_beginning_of_sequence(self, checkpoint: Path, tmp_path: Path, rendered: bool) -> None:
-        """Some templates render the token that the tokenizer adds to every text; the model is to see one."""
+        """The tokenizer adds the token to every text, but to a chat nothing that its template does not have."""
         tokenizer = save_tokenizer(tmp_path)
         tokenizer.bos_token = "<|start|>"
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -304,7 +304,9 @@ class TestChat:
         (chatted,) = llm.chat([{"role": "user", "content": "hi"}], max_tokens=1)
         (plain,) = llm.generate("hi", max_tokens=1)
         assert plain.prompt_token_ids[0] == bos and plain.prompt_token_ids.count(bos) == 1
-        assert chatted.prompt_token_ids == plain.prompt_token_ids
+        assert chatted.prompt_token_ids == plain.prompt_token_ids[not rendered :]
+        hf = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=True, return_dict=False)
+        assert chatted.prompt_token_ids == hf
         # Token ids are taken as they are.
         assert llm.generate([[1, 2]], max_tokens=1)[0].prompt_token_ids == [1, 2]
 

@@ -70,11 +70,15 @@ def eos_token_ids(model: PreTrainedModel, ids: list[int] | None) -> Iterator[Non
     model.generation_config.eos_token_id = own
 
 
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The union of what generation config, config and tokenizer name, where transformers takes the first of them."""
+    named = (model.generation_config.eos_token_id, model.config.eos_token_id, EOS)
+    return sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
+
+
 def reference_generate(model: PreTrainedModel, prompt: list[int], params: SamplingParams) -> Reference:
-    """Transformers' own greedy `generate`, for this prompt alone."""
-    own = model.generation_config.eos_token_id
-    ids = [] if params.ignore_eos or own is None else own if isinstance(own, list) else [own]
-    stop = [*ids, *params.stop_token_ids]
+    """Transformers' own greedy `generate`, for this prompt alone; told of all end tokens that any file names."""
+    stop = [*([] if params.ignore_eos else end_tokens(model)), *params.stop_token_ids]
     options: dict[str, Any] = {"repetition_penalty": float(params.repetition_penalty)}
     if params.min_tokens and stop:
         options["min_new_tokens"] = params.min_tokens

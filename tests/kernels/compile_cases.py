@@ -154,8 +154,8 @@ def _prefills(device: Device) -> Iterator[CompileCase]:
     for model, shapes in MODELS.items():
         group = shapes.num_heads // shapes.num_kv_heads
         for name, dtype in DTYPES.items():
-            plan = prefill_attention.config(group, shapes.head_dim, dtype.itemsize, device)
             for block_size, seen in ((16, "causal"), (256, "causal"), (16, "in spans")):
+                plan = prefill_attention.config(group, shapes.head_dim, dtype.itemsize, device, seen == "causal")
                 sizes = prefill_attention.tile_sizes(shapes.num_kv_heads, group, shapes.head_dim, block_size, plan)
                 yield _case(
                     f"paged_prefill_attention block_size={block_size} {seen} {model} {name}",

@@ -184,11 +184,11 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(group: int, head_dim: int, itemsize: int, device: Device) -> Config:
+def config(group: int, head_dim: int, itemsize: int, device: Device, causal: bool) -> Config:
     """128 rows for two groups of four warps: each key in shared memory is used 128 times, and the sums of a thread
     take 64 registers at head_dim 128. Small heads leave half of that to another program. Without tensor cores the
     factors, too, are held in registers, so rows are few and four warps of float32 would spill; but there are always
-    rows enough for one token's heads.
+    rows enough for one token's heads. The ends of spans take registers, too: small heads then load one tile less ahead.
 
     Shared memory holds the queries and, for every stage, a tile of keys and one of values.
     """
@@ -197,7 +197,7 @@ def config(group: int, head_dim: int, itemsize: int, device: Device) -> Config:
     if itemsize == 4 or not device.tensor_cores:
         rows, tile, num_warps, num_stages = max(fewest, 16), 16, 2 * itemsize, 2
     elif head_dim <= 64:
-        rows, tile, num_warps, num_stages = max(fewest, 64), 64, 4, 3
+        rows, tile, num_warps, num_stages = max(fewest, 64), 64, 4, 3 if causal else 2
     else:
         rows, tile, num_warps, num_stages = 128, 64, 8, 3
     while (rows + num_stages * 2 * tile) * row > device.shared_memory and num_stages > 1:
@@ -235,7 +235,7 @@ def paged_prefill_attention(
     if scale < 0:
         query, scale = -query, -scale
     group = num_heads // num_kv_heads
-    plan = config(group, head_dim, query.element_size(), device_of(query))
+    plan = config(group, head_dim, query.element_size(), device_of(query), span == 1)
     tiles = tile_sizes(num_kv_heads, group, head_dim, block_size, plan)
     most_tiles = num_tokens // tiles["QUERIES"] + num_seqs
     paged_prefill_attention_kernel[(most_tiles * num_kv_heads,)](

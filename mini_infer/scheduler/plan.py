@@ -1,6 +1,6 @@
 """The plan of a step, and what becomes of it: plain data, complete and frozen when made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mini_infer.outputs import FinishReason
@@ -70,6 +70,33 @@ class SchedulerOutputs:
     def only_decodes(self) -> bool:
         """Whether every sequence computes just what it sampled last; of an empty plan that is true."""
         return all(item.is_decode for item in self.scheduled)
+
+
+@dataclass(slots=True)
+class PlanDraft:
+    """A plan while it is made."""
+
+    budget: int
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    swap_out: list[BlockCopy] = field(default_factory=list)
+    copy: list[BlockCopy] = field(default_factory=list)
+    swap_in: list[BlockCopy] = field(default_factory=list)
+    remembered: list[int] = field(default_factory=list)
+
+    def finish(self, num_tokens: int) -> SchedulerOutputs:
+        single = [item for item in self.scheduled if item.num_tokens == 1]
+        if len(single) < len(self.scheduled):
+            single += [item for item in self.scheduled if item.num_tokens > 1]
+        return SchedulerOutputs(
+            scheduled=tuple(single),
+            num_tokens=num_tokens,
+            preempted=tuple(self.preempted),
+            swap_out=tuple(self.swap_out),
+            copy=tuple(self.copy),
+            swap_in=tuple(self.swap_in),
+            remembered=tuple(self.remembered),
+        )
 
 
 class Outcome(NamedTuple):

@@ -12,7 +12,7 @@ did.
 import math
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from operator import itemgetter
 
@@ -21,7 +21,8 @@ from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_int, check_number
 from mini_infer.memory import BlockManager
 from mini_infer.outputs import FinishReason
-from mini_infer.scheduler.plan import BlockCopy, Outcome, ScheduledSequence, SchedulerOutputs
+from mini_infer.scheduler.holdings import Holdings
+from mini_infer.scheduler.plan import Outcome, PlanDraft, ScheduledSequence, SchedulerOutputs
 from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
@@ -49,33 +50,6 @@ class SchedulerCounts:
     num_recompute_preemptions: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan while it is made."""
-
-    budget: int
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    swap_out: list[BlockCopy] = field(default_factory=list)
-    copy: list[BlockCopy] = field(default_factory=list)
-    swap_in: list[BlockCopy] = field(default_factory=list)
-    remembered: list[int] = field(default_factory=list)
-
-    def finish(self, num_tokens: int) -> SchedulerOutputs:
-        single = [item for item in self.scheduled if item.num_tokens == 1]
-        if len(single) < len(self.scheduled):
-            single += [item for item in self.scheduled if item.num_tokens > 1]
-        return SchedulerOutputs(
-            scheduled=tuple(single),
-            num_tokens=num_tokens,
-            preempted=tuple(self.preempted),
-            swap_out=tuple(self.swap_out),
-            copy=tuple(self.copy),
-            swap_in=tuple(self.swap_in),
-            remembered=tuple(self.remembered),
-        )
 
 
 class Scheduler:
@@ -127,6 +101,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = block_manager
+        self._holdings = Holdings(block_manager)
         self.prefix_caching = prefix_caching
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
@@ -166,7 +141,7 @@ class Scheduler:
         An empty plan means that there is nothing to compute now; where steps are under way, there may be once they are
         committed.
         """
-        draft = _Draft(self.max_num_batched_tokens)
+        draft = PlanDraft(self.max_num_batched_tokens)
         ready = [sequence for sequence in self.running if sequence.can_step]
         num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
 
@@ -180,10 +155,12 @@ class Scheduler:
                 continue
             if sequence.num_drafts:
                 self._shorten(sequence, min(num_guesses, draft.budget - 1))
-            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(self._find_missing(sequence)):
+            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(
+                self._holdings.find_missing(sequence)
+            ):
                 chunks.append(sequence)
                 continue
-            while not self._grow(sequence, draft):
+            while not self._holdings.grow(sequence, draft):
                 if sequence.num_drafts:  # nobody is preempted for a guess
                     self._shorten(sequence, 0)
                     continue
@@ -312,8 +289,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = FINISHED
         self._drop_provisional(sequence)
-        self._release(sequence)
-        self._drop_swapped(sequence)
+        self._holdings.release(sequence)
+        self._holdings.drop_swapped(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Start ``child``, whose tokens begin with those that ``parent`` has computed, on the parent's own blocks.
@@ -327,9 +304,7 @@ class Scheduler:
         if parent.status is not RUNNING or self._num_taken_seats >= self.max_num_seqs:
             self._queue(child)
             return
-        child.block_table = parent.block_table[: self.block_manager.blocks_for(parent.num_computed_tokens)]
-        self.block_manager.share(child.block_table)
-        child.content_ids = list(parent.content_ids)
+        self._holdings.share(parent, child)
         child.num_computed_tokens = parent.num_computed_tokens
         child.status = RUNNING
         insort(self.running, child, key=lambda s: s.order)
@@ -353,8 +328,8 @@ class Scheduler:
                 continue
             rests = sequence.status is RESTING and not was_under_way
             self._drop_provisional(sequence)
-            self._release(sequence)
-            self._drop_swapped(sequence)
+            self._holdings.release(sequence)
+            self._holdings.drop_swapped(sequence)
             if sequence.status is RUNNING:
                 self.running.remove(sequence)
             if sequence.status is not WAITING and not rests:
@@ -371,7 +346,7 @@ class Scheduler:
         sequence.status = WAITING
         self.waiting.push(sequence)
 
-    def _schedule(self, sequence: Sequence, draft: _Draft) -> None:
+    def _schedule(self, sequence: Sequence, draft: PlanDraft) -> None:
         """Put as many of a sequence's tokens into the plan as the budget allows."""
         start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
         num_tokens = min(length - start, draft.budget)
@@ -391,7 +366,9 @@ class Scheduler:
         if self.prefix_caching:
             # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
             is_certain = not (samples and sequence.decides_late)
-            self._remember(sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft)
+            self._holdings.remember(
+                sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft
+            )
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""
@@ -413,21 +390,6 @@ class Scheduler:
             child.token_ids.append(PLACEHOLDER)
             child.num_placeholders += 1
 
-    def _remember(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
-        """Let others share the full blocks that hold the first ``num_tokens`` tokens once this step is computed.
-
-        They may do so in this very step: in each layer all keys are written before any is read.
-        """
-        size = self.block_manager.block_size
-        for place in range(len(sequence.content_ids), num_tokens // size):
-            parent = sequence.content_ids[-1] if sequence.content_ids else sequence.cache_salt
-            tokens = sequence.token_ids[place * size : (place + 1) * size]
-            block = sequence.block_table[place]
-            content_id, is_new = self.block_manager.remember(block, parent, tokens)
-            sequence.content_ids.append(content_id)
-            if is_new:
-                draft.remembered.append(block)
-
     def _shorten(self, sequence: Sequence, num_drafts: int) -> None:
         """Leave out all but the first ``num_drafts`` drafts."""
         surplus = sequence.num_drafts - num_drafts
@@ -435,7 +397,7 @@ class Scheduler:
             del sequence.token_ids[-surplus:]
             sequence.num_drafts -= surplus
 
-    def _withdraw_drafts(self, draft: _Draft) -> bool:
+    def _withdraw_drafts(self, draft: PlanDraft) -> bool:
         """Take the drafts out of the plan again, with the blocks that they alone need; False if there are none."""
         withdrawn = 0
         for place, item in enumerate(draft.scheduled):
@@ -444,115 +406,49 @@ class Scheduler:
                 withdrawn += sequence.num_drafts
                 self._shorten(sequence, 0)
                 draft.scheduled[place] = item._replace(num_tokens=1, num_logits=1)
-                num_needed = self.block_manager.blocks_for(len(sequence))
-                self.block_manager.free(sequence.block_table[num_needed:])
-                del sequence.block_table[num_needed:]
+                self._holdings.trim(sequence)
         draft.budget += withdrawn
         return withdrawn > 0
 
-    def _find_missing(self, sequence: Sequence) -> tuple[list[int], int]:
-        """What a sequence lacks to write all its tokens: own copies of blocks that others hold too, by their places in
-        its table, and so many more blocks."""
-        manager, table = self.block_manager, sequence.block_table
-        first = sequence.num_computed_tokens // manager.block_size
-        needed = manager.blocks_for(len(sequence))
-        shared = [place for place in range(first, min(needed, len(table))) if manager.is_shared(table[place])]
-        return shared, max(0, needed - len(table))
-
-    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Give a sequence the blocks that it lacks. False, and nothing has changed, if there are not enough."""
-        manager, table = self.block_manager, sequence.block_table
-        computed = sequence.num_computed_tokens
-        if len(sequence.token_ids) - computed == 1:  # the common case, and the hot one
-            place = computed // manager.block_size
-            if place < len(table) and not manager.is_shared(table[place]):
-                return True
-        shared, num_more = self._find_missing(sequence)
-        if not shared and not num_more:
-            return True
-        if not manager.can_allocate(len(shared) + num_more):
-            return False
-        blocks = manager.allocate(len(shared) + num_more)
-        for place in shared:
-            block = blocks.pop()
-            draft.copy.append(BlockCopy(table[place], block))
-            manager.free([table[place]])
-            table[place] = block
-        table += blocks
-        return True
-
-    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _admit(self, sequence: Sequence, draft: PlanDraft) -> bool:
         """Give a waiting sequence blocks for all its tokens, if there is a seat and they leave the watermark free.
 
         What the prefix cache has is shared, what was swapped out comes back; up to the first gap nothing is computed.
         """
-        manager, size = self.block_manager, self.block_manager.block_size
         if self._num_taken_seats + sequence.num_seats > self.max_num_seqs:
             return False
-        # The last token is always computed: its logits are wanted.
-        reads = self.prefix_caching and sequence.reads_prefix_cache
-        match = manager.match_prefix(sequence.token_ids, sequence.cache_salt, (len(sequence) - 1) // size * reads)
-        num_new_blocks = manager.blocks_for(len(sequence)) - len(match.blocks)
         spare = self._watermark_blocks if self.running else 0
-        if manager.num_available_blocks < num_new_blocks + match.num_unused + spare:
+        reads = self.prefix_caching and sequence.reads_prefix_cache
+        found = self._holdings.take(sequence, reads, spare, draft)
+        if found is None:
             return False
         if reads:
             self.counts.num_prefix_queries += sequence.num_prompt_tokens
-            self.counts.num_prefix_hits += min(len(match.blocks) * size, sequence.num_prompt_tokens)
-        manager.share(match.blocks)
-        sequence.block_table = match.blocks + manager.allocate(num_new_blocks)
-        sequence.content_ids = match.content_ids
-        sequence.num_computed_tokens = len(match.blocks) * size
-        for place in range(len(match.blocks), manager.blocks_for(sequence.num_swapped_tokens)):
-            cpu_block = sequence.swapped_blocks[place]
-            if cpu_block is None:
-                break
-            draft.swap_in.append(BlockCopy(cpu_block, sequence.block_table[place]))
-            arrived = min((place + 1) * size, sequence.num_swapped_tokens)
-            sequence.num_computed_tokens = max(sequence.num_computed_tokens, arrived)
-        self._drop_swapped(sequence)
+            self.counts.num_prefix_hits += min(found, sequence.num_prompt_tokens)
         return True
 
-    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
+    def _preempt(self, sequence: Sequence, draft: PlanDraft) -> None:
         """Take a running sequence's blocks; it waits until it is its turn again."""
         self.running.remove(sequence)
-        if self._preemption_mode != "recompute" and self._swap_out(sequence, draft):
+        if self._may_swap(sequence) and self._holdings.swap_out(sequence, draft):
             self.counts.num_swap_preemptions += 1
         else:
             self.counts.num_recompute_preemptions += 1
         self._wait_again(sequence)
         draft.preempted.append(sequence)
 
-    def _swap_out(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Plan to copy a sequence's blocks to CPU memory; False if that is not worth it, or there is no room.
-
-        A block that the prefix cache knows and others hold is left where it is: it will be found again.
-        """
-        manager = self.block_manager
-        table = sequence.block_table[: manager.blocks_for(sequence.num_computed_tokens)]
-        stays = [place < len(sequence.content_ids) and manager.is_shared(block) for place, block in enumerate(table)]
-        num_moving = len(table) - sum(stays)
+    def _may_swap(self, sequence: Sequence) -> bool:
+        """Whether a sequence's keys and values are rather copied away than computed again."""
         if self._preemption_mode == "auto":
             assert self._costs is not None
-            if not self._costs.swapping_is_cheaper(num_moving, sequence.num_computed_tokens):
-                return False
-        cpu_blocks = manager.allocate_cpu(num_moving)
-        if cpu_blocks is None:
-            return False
-        targets = iter(cpu_blocks)
-        sequence.swapped_blocks = [None if stay else next(targets) for stay in stays]
-        sequence.num_swapped_tokens = sequence.num_computed_tokens
-        draft.swap_out.extend(
-            BlockCopy(block, cpu_block)
-            for block, cpu_block in zip(table, sequence.swapped_blocks, strict=True)
-            if cpu_block is not None
-        )
-        return True
+            num_blocks = self._holdings.num_swapped(sequence)
+            return self._costs.swapping_is_cheaper(num_blocks, sequence.num_computed_tokens)
+        return self._preemption_mode == "swap"
 
     def _wait_again(self, sequence: Sequence) -> None:
         """Queue a preempted sequence. One that a step under way, or its search, has yet to give a token rests."""
         rests = sequence.num_placeholders or sequence.is_undecided or not sequence.can_step
-        self._release(sequence)
+        self._holdings.release(sequence)
         sequence.num_preemptions += 1
         if rests:
             sequence.status = RESTING
@@ -569,15 +465,3 @@ class Scheduler:
         del sequence.token_ids[sequence.num_known_tokens :]
         sequence.num_placeholders = sequence.num_drafts = 0
         sequence.is_undecided = False
-
-    def _release(self, sequence: Sequence) -> None:
-        self.block_manager.free(sequence.block_table)
-        sequence.block_table = []
-        sequence.content_ids = []
-        sequence.num_computed_tokens = 0
-
-    def _drop_swapped(self, sequence: Sequence) -> None:
-        """Free a sequence's CPU blocks. A copy from them that is planned comes before any to them can be."""
-        self.block_manager.free_cpu([block for block in sequence.swapped_blocks if block is not None])
-        sequence.swapped_blocks = []
-        sequence.num_swapped_tokens = 0

@@ -189,7 +189,9 @@ class TestStepsThatRaise:
             wait_until(server.is_idle)
             assert client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 3}).status_code == 200
             assert client.get("/health").status_code == 200
-        (record,) = [r for r in caplog.records if r.name == "mini_infer.engine.engine_thread" and r.levelname == "ERROR"]
+        (record,) = [
+            r for r in caplog.records if r.name == "mini_infer.engine.engine_thread" and r.levelname == "ERROR"
+        ]
         assert "cmpl-" in record.getMessage() and record.exc_info is not None
 
     def test_the_engine_is_gone(self) -> None:

@@ -3,6 +3,7 @@
 An engine and its executor exchange plain data, so whatever can go wrong with a device can be had here, at the seam.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,6 +16,9 @@ from mini_infer.step import Executor, StepFuture, StepInput, StepOutput, TokenSc
 E = TypeVar("E", bound=Executor)
 
 NAN = float("nan")
+
+PATIENCE = 60.0
+"""Seconds until a test that waits in vain fails instead."""
 
 
 def interpose(engine: LLMEngine, wrap: Callable[[Executor], E]) -> E:
@@ -45,6 +49,19 @@ class Passing:
 
     def close(self) -> None:
         self.inner.close()
+
+
+class Gate(Passing):
+    """Lets steps through while it is open; whoever has its first step has begun when ``was_reached``."""
+
+    def __init__(self, inner: Executor) -> None:
+        super().__init__(inner)
+        self.is_open, self.was_reached = threading.Event(), threading.Event()
+
+    def submit(self, step: StepInput, /) -> StepFuture:
+        self.was_reached.set()
+        assert self.is_open.wait(PATIENCE)
+        return self.inner.submit(step)
 
 
 class Counting(Passing):

@@ -15,9 +15,7 @@ from mini_infer import AsyncLLMEngine
 from mini_infer.engine.stats import EngineStats
 from mini_infer.serving import create_app
 from mini_infer.serving.server import Server
-
-PATIENCE = 60.0
-"""Seconds until a test that waits in vain fails instead."""
+from tests.engine.executors import PATIENCE, Gate, interpose
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,15 @@ class Running:
         stats = self.stats()
         assert stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks == stats.num_blocks
         return (stats.num_running, stats.num_waiting, stats.num_used_blocks, stats.num_used_cpu_blocks) == (0, 0, 0, 0)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Gate]:
+        """Nothing is computed while the gate is shut, however slow the rest of the test is; for a server that is idle."""
+        gate = interpose(self.engine.engine, Gate)
+        try:
+            yield gate
+        finally:
+            gate.is_open.set()
 
     def stop(self) -> None:
         """What SIGTERM does."""

@@ -258,13 +258,17 @@ class TestTurns:
     def test_a_seat_is_kept_for_who_has_none(self) -> None:
         """Eight seats, and one caller with forty requests that take long: another's need not wait for one to end."""
         with running(engine(max_num_seqs=8)) as server, httpx.Client(base_url=server.url, timeout=60) as many:
-            body = {"prompts": ["Once"] * 40, "max_tokens": 900, "ignore_eos": True}
-            numbers = many.post("/v1/generate_batch", json=body).json()["request_ids"]
-            wait_until(lambda: server.stats().num_running == 7)
-            with httpx.Client(base_url=server.url, timeout=60) as one:
-                assert one.post("/v1/completions", json={"prompt": "Twice", "max_tokens": 1}).status_code == 200
-            states = [many.get(f"/v1/result/{number}").json()["status"] for number in numbers]
-            assert states == ["running"] * 40
+            with server.held() as gate:
+                body = {"prompts": ["Once"] * 40, "max_tokens": 900, "ignore_eos": True}
+                numbers = many.post("/v1/generate_batch", json=body).json()["request_ids"]
+                assert gate.was_reached.wait(PATIENCE)
+                with httpx.Client(base_url=server.url, timeout=60) as one:
+                    short = one.post("/v1/generate", json={"prompt": "Twice", "max_tokens": 1}).json()["request_ids"][0]
+                gate.is_open.set()
+                wait_until(lambda: many.get(f"/v1/result/{short}").json()["status"] == "finished")
+                gate.is_open.clear()
+                states = [many.get(f"/v1/result/{number}").json()["status"] for number in numbers]
+                assert states == ["running"] * 40
             for number in numbers:
                 many.delete(f"/v1/result/{number}")
             wait_until(server.is_idle)
@@ -277,21 +281,20 @@ class TestTurns:
         ):
 
             def post(client: httpx.Client) -> httpx.Response:
-                return client.post("/v1/generate", json=ENDLESS | {"max_tokens": 400})
+                return client.post("/v1/generate", json=ENDLESS)
 
-            numbers = [post(many).json()["request_ids"][0]]
-            wait_until(lambda: server.stats().num_running == 1)
-            numbers += [post(many).json()["request_ids"][0] for _ in range(12)]
-            error = assert_error(post(many), 429)
-            assert "max_waiting is 12" in error["message"]
-            answer = post(one)
-            assert answer.status_code == 200
-            numbers_of_one = answer.json()["request_ids"]
-            (failed,) = [
-                body for number in numbers if (body := many.get(f"/v1/result/{number}").json())["status"] == "failed"
-            ]
+            with server.held() as gate:
+                numbers = [post(many).json()["request_ids"][0]]
+                assert gate.was_reached.wait(PATIENCE)  # without a token it still counts as one that waits
+                numbers += [post(many).json()["request_ids"][0] for _ in range(11)]
+                error = assert_error(post(many), 429)
+                assert "max_waiting is 12" in error["message"]
+                answer = post(one)
+                assert answer.status_code == 200
+                results = [many.get(f"/v1/result/{number}").json() for number in numbers]
+            (failed,) = [result for result in results if result["status"] == "failed"]
             assert failed["request_id"] == numbers[-1] and "max_waiting is 12" in failed["error"]
-            for number in numbers + numbers_of_one:
+            for number in numbers + answer.json()["request_ids"]:
                 many.delete(f"/v1/result/{number}")
 
     def test_who_leaves_while_waiting_is_forgotten(self) -> None:

@@ -50,7 +50,7 @@ class Running:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Gate]:
-        """Nothing is computed while the gate is shut, however slow the rest of the test is; for a server that is idle."""
+        """Nothing is computed while the gate is shut, however slow the rest of the test is; for an idle server."""
         gate = interpose(self.engine.engine, Gate)
         try:
             yield gate

@@ -9,6 +9,7 @@ from mini_infer.kernels.by_hand import (
     argmax_logprob,
     attention,
     pack_linear,
+    pack_quantized,
     paged_attention,
     paged_prefill_attention,
     qk_norm_rope,
@@ -17,6 +18,7 @@ from mini_infer.kernels.by_hand import (
     write_kv,
 )
 from mini_infer.kernels.packed_linear import PackedLinear
+from mini_infer.kernels.quantized import QuantizedMatrix
 from mini_infer.kernels.registry import OPS, Kernels, available_backends, backend_of, register, resolve, use_backend
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "AttentionMetadata",
     "Kernels",
     "PackedLinear",
+    "QuantizedMatrix",
     "add_rmsnorm",
     "allocate_kv_cache",
     "apply_rotary_emb",
@@ -32,6 +35,7 @@ __all__ = [
     "available_backends",
     "backend_of",
     "pack_linear",
+    "pack_quantized",
     "paged_attention",
     "paged_prefill_attention",
     "qk_norm_rope",

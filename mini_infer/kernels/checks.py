@@ -9,8 +9,11 @@ from torch import Tensor
 
 from mini_infer.exceptions import KernelError
 from mini_infer.kernels.attention import AttentionMetadata
+from mini_infer.kernels.quantized import QuantizedMatrix
 
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+_SCALES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_CODES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn})
 _INDICES = frozenset({torch.int32, torch.int64})
 
 _Shape = tuple[int | str | EllipsisType, ...]
@@ -269,6 +272,28 @@ def _pack_linear(weight: Tensor, bias: Tensor | None = None) -> torch.device:
     return weight.device
 
 
+def _pack_quantized(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> torch.device:
+    op = "pack_quantized"
+    if not isinstance(matrix, QuantizedMatrix):
+        raise KernelError(f"{op}: matrix must be a QuantizedMatrix; got {type(matrix).__name__}")
+    check(op, "matrix.codes", matrix.codes, ("out_features", "width"), dtypes=_CODES)
+    (outputs, inputs), device = matrix.shape, matrix.codes.device
+    if matrix.group < 1:
+        raise KernelError(f"{op}: matrix.group must be at least 1; got {matrix.group}")
+    check(op, "matrix.scales", matrix.scales, (outputs, -(-inputs // matrix.group)), dtypes=_SCALES, device=device)
+    if matrix.offsets is not None:
+        check(op, "matrix.offsets", matrix.offsets, matrix.scales.shape, like=matrix.scales)
+    if matrix.table is not None:
+        check(op, "matrix.table", matrix.table, (16,), dtypes={torch.float32}, device=device)
+        if matrix.codes.dtype is not torch.uint8:
+            raise KernelError(f"{op}: a table is for 4-bit codes in uint8; got codes {describe(matrix.codes)}")
+    if dtype not in _FLOATS:
+        raise KernelError(f"{op}: dtype must be {_names(_FLOATS)}; got {dtype}")
+    if bias is not None:
+        check(op, "bias", bias, (outputs,), dtypes={dtype}, device=device)
+    return device
+
+
 def _argmax_logprob(logits: Tensor) -> torch.device:
     check("argmax_logprob", "logits", logits, ("num_rows", "vocab_size"))
     if logits.shape[1] == 0:
@@ -288,6 +313,7 @@ CHECKS: dict[str, Callable[..., torch.device]] = {
     "paged_prefill_attention": _paged_prefill_attention,
     "attention": _attention,
     "pack_linear": _pack_linear,
+    "pack_quantized": _pack_quantized,
     "argmax_logprob": _argmax_logprob,
 }
 """The check of each operation there is."""

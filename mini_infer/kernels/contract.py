@@ -19,6 +19,7 @@ from torch import Tensor
 from mini_infer.exceptions import KernelError
 from mini_infer.kernels.attention import AttentionMetadata
 from mini_infer.kernels.packed_linear import PackedLinear
+from mini_infer.kernels.quantized import QuantizedMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,30 @@ class Operations:
         multiply, rows = self.functions["pack_linear"](weight, bias)
         out_features, in_features = weight.shape
         return PackedLinear(in_features, out_features, weight.dtype, weight.device, multiply, rows)
+
+    def pack_quantized(self, matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        """Prepare a quantised weight for many products with x of `dtype`.
+
+            y[..., n] = Σ_k x[..., k] * value[n, k] + bias[n]        value as `QuantizedMatrix` defines it
+
+        accumulated in float32 or wider and rounded once. For float16 and bfloat16 a backend may round x to 8 bits with
+        a scale for each token and at most 128 neighbouring inputs, which lets it multiply integers; for wider x it is
+        exact. The result may hold a rearranged copy, so let go of the matrix if nothing else needs it.
+
+        Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022,
+        https://arxiv.org/abs/2208.07339
+
+        Args:
+            matrix: `[out_features, in_features]`, in few bits.
+            bias: `[out_features]`, of `dtype`; None is zeros.
+            dtype: of x, the result and `rows`.
+
+        Returns:
+            A function of x.
+        """
+        multiply, rows = self.functions["pack_quantized"](matrix, bias, dtype)
+        out_features, in_features = matrix.shape
+        return PackedLinear(in_features, out_features, dtype, matrix.codes.device, multiply, rows)
 
     def rmsnorm(self, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         """Root-mean-square layer normalisation.

@@ -1,4 +1,4 @@
-"""What `pack_linear` makes of a weight."""
+"""What `pack_linear` and `pack_quantized` make of a weight."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mini_infer.kernels.checks import check
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight that `pack_linear` prepared: call it with x `[..., in_features]` for x Wᵀ + b, `[..., out_features]`.
+    """A weight that was prepared: call it with x `[..., in_features]` for x Wᵀ + b, `[..., out_features]`.
 
     Attributes:
         multiply: x to x Wᵀ + b, unchecked.

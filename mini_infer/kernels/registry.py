@@ -225,15 +225,15 @@ def _recordable(row: Implementation) -> Callable[..., Any]:
 
         return call
 
-    if row.op != "pack_linear":
+    if row.op not in ("pack_linear", "pack_quantized"):
         return guarded(row.function)
 
     @wraps(row.function)
-    def pack_linear(*args: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def pack(*args: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         multiply, rows = row.function(*args)
         return guarded(multiply), guarded(rows)
 
-    return pack_linear
+    return pack
 
 
 def _choose(op: str, device: str, wanted: str) -> Implementation:

@@ -29,9 +29,16 @@ def metadata(**changed: object) -> kernels.AttentionMetadata:
     return kernels.AttentionMetadata(**{**good, **changed})  # type: ignore[arg-type]
 
 
+def quantized(**changed: object) -> kernels.QuantizedMatrix:
+    """5 outputs of 8 inputs in 4 bits, two groups each."""
+    good: dict[str, object] = {"codes": f(5, 4, dtype=torch.uint8), "scales": f(5, 2), "group": 4, "table": f(16)}
+    return kernels.QuantizedMatrix(**{**good, **changed})  # type: ignore[arg-type]
+
+
 GOOD: dict[str, dict[str, object]] = {
     "argmax_logprob": {"logits": f(3, 8)},
     "pack_linear": {"weight": f(5, 8), "bias": f(5)},
+    "pack_quantized": {"matrix": quantized(), "bias": f(5), "dtype": F32},
     "rmsnorm": {"x": f(3, 8), "weight": f(8), "eps": 1e-6},
     "add_rmsnorm": {"x": f(3, 8), "residual": f(3, 8), "weight": f(8)},
     "apply_rotary_emb": {
@@ -159,6 +166,20 @@ BAD = [  # operation, argument, value, what the message says
     ("paged_prefill_attention", "context_lens", torch.arange(3), "context_lens must be int32 or int64 [2] on cpu"),
     ("paged_prefill_attention", "sliding_window", -4, "sliding_window must be None or at least 1; got -4"),
     ("paged_prefill_attention", "span", 0, "span must be at least 1; got 0"),
+    ("pack_quantized", "matrix", f(5, 8), "matrix must be a QuantizedMatrix; got Tensor"),
+    ("pack_quantized", "matrix", quantized(codes=f(5, 4)), "matrix.codes must be float8_e4m3fn or int8 or uint8"),
+    (
+        "pack_quantized",
+        "matrix",
+        quantized(scales=f(5, 1)),
+        "matrix.scales must be bfloat16 or float16 or float32",
+    ),
+    ("pack_quantized", "matrix", quantized(group=0), "matrix.group must be at least 1; got 0"),
+    ("pack_quantized", "matrix", quantized(offsets=f(5)), "matrix.offsets must be float32 [5, 2] on cpu"),
+    ("pack_quantized", "matrix", quantized(table=f(15)), "matrix.table must be float32 [16] on cpu"),
+    ("pack_quantized", "matrix", quantized(codes=f(5, 8, dtype=torch.int8)), "a table is for 4-bit codes in uint8"),
+    ("pack_quantized", "bias", f(4), "bias must be float32 [5] on cpu"),
+    ("pack_quantized", "dtype", I32, "dtype must be bfloat16 or float16 or float32 or float64; got torch.int32"),
     ("attention", "query", f(3, 3, 8), "query's 3 heads must be a multiple of key_cache's 2"),
     ("attention", "key", f(2, 2, 8), "key must be float32 [3, num_kv_heads, 8] on cpu; got float32 [2, 2, 8] on cpu"),
     ("attention", "value", f(3, 2, 7), "value must be float32 [3, 2, 8]"),

@@ -2,7 +2,7 @@
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from collections.abc import Sequence as Seq
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -217,11 +217,13 @@ class AsyncLLMEngine:
         *,
         request_ids: Seq[str | None],
         priority: int = 0,
+        caller: Hashable = None,
         run: Run = asyncio.to_thread,
     ) -> Increments:
         """Check one request per prompt, without queueing any: that is what ``start`` does.
 
         Args:
+            caller: who asks; while others do, too, no caller takes more than a share of the seats and of each step.
             run: where the work is done, which is above all the tokenizer's.
 
         The other arguments and the errors are those of ``submit``.
@@ -233,7 +235,7 @@ class AsyncLLMEngine:
         def requests() -> list[Request]:
             try:
                 return [
-                    self._thread.prepare(prompt, sampling_params, request_id, priority, listener)
+                    self._thread.prepare(prompt, sampling_params, request_id, priority, caller, listener)
                     for prompt, request_id in zip(prompts, request_ids, strict=True)
                 ]
             except Exception:

@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -163,6 +163,7 @@ class EngineThread:
         params: SamplingParams | None,
         request_id: str | None,
         priority: int,
+        caller: Hashable,
         listener: Listener,
     ) -> Request:
         """Make a request; this runs on any thread, but what the request then tells is told on the engine's."""
@@ -176,7 +177,9 @@ class EngineThread:
                     self.observers.remove(observe)
             self._outbox.append((listener, increment))
 
-        request = self._engine.make_request(prompt, params, request_id=request_id, priority=priority, listener=tell)
+        request = self._engine.make_request(
+            prompt, params, request_id=request_id, priority=priority, caller=caller, listener=tell
+        )
         return request
 
     # ---- on the thread -------------------------------------------------------------------------------------------

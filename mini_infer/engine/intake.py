@@ -1,7 +1,7 @@
 """The door: what a user hands in is checked here, once, and becomes a request that can run."""
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
@@ -19,7 +19,7 @@ from mini_infer.fields import check_int, plain_ids
 from mini_infer.outputs import Increment
 from mini_infer.random import derived_seed
 from mini_infer.sampling import SamplingParams
-from mini_infer.scheduler import Sequence
+from mini_infer.scheduler import Sequence, seats_for_one
 from mini_infer.typing import TokenIds
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Intake:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        caller: Hashable = None,
         listener: Callable[[Increment], None] | None = None,
     ) -> Request:
         """Check one prompt and its parameters.
@@ -74,6 +75,7 @@ class Intake:
         Args:
             sampling_params: None is the model's default.
             overrides: options that go before ``sampling_params``; None stands for not given.
+            caller: who asks, for whom others are not to wait; None asks alone.
 
         Raises:
             InvalidRequestError: the prompt, a parameter or the id is unusable.
@@ -90,7 +92,7 @@ class Intake:
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         stop_token_ids = self._stop_token_ids(params)
         completions = self._completions(params, token_ids)
-        sequences = self._sequences(request_id, token_ids, params, priority)
+        sequences = self._sequences(request_id, token_ids, params, priority, caller)
         streams = {
             sequence: Stream(completion, rules)
             for sequence, completion, rules in zip(
@@ -125,7 +127,9 @@ class Intake:
         make_stream = self._stream_maker(token_ids, params)
         return [Completion(place, params.min_tokens, make_stream()) for place in range(params.n)]
 
-    def _sequences(self, request_id: str, token_ids: TokenIds, params: SamplingParams, priority: int) -> list[Sequence]:
+    def _sequences(
+        self, request_id: str, token_ids: TokenIds, params: SamplingParams, priority: int, caller: Hashable
+    ) -> list[Sequence]:
         """One for each completion; as many as there can be seats for fork from the first."""
         max_length = self._max_length(len(token_ids), params)
 
@@ -136,6 +140,7 @@ class Intake:
                 num_prompt_tokens=len(token_ids),
                 max_length=max_length,
                 priority=priority,
+                caller=caller,
                 cache_salt=params.cache_salt,
                 reads_prefix_cache=params.prompt_logprobs is None,
                 forks=forks,
@@ -143,7 +148,8 @@ class Intake:
             )
 
         others = [make() for _ in range(params.n - 1)]
-        return [make(forks=tuple(others[: self._max_num_seqs - 1])), *others]
+        num_seats = self._max_num_seqs if caller is None else seats_for_one(self._max_num_seqs)
+        return [make(forks=tuple(others[: num_seats - 1])), *others]
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         stop_token_ids = frozenset(params.stop_token_ids or ())

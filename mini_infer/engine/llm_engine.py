@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from types import TracebackType
@@ -408,11 +408,13 @@ class LLMEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        caller: Hashable = None,
         listener: Callable[[Increment], None] | None = None,
     ) -> Request:
         """Check a request and prepare it, without queueing it; may run on any thread while a step runs on another.
 
         Args:
+            caller: who asks; while others do, too, no caller takes more than a share of the seats and of each step.
             listener: told of every increment, on the thread that runs the step. Such a request's output comes with
                 its last increment, not through ``get_output``.
 
@@ -420,7 +422,7 @@ class LLMEngine:
             InvalidRequestError: the prompt, a parameter or the id is unusable.
         """
         return self._intake.make_request(
-            prompt, sampling_params, {}, request_id=request_id, priority=priority, listener=listener
+            prompt, sampling_params, {}, request_id=request_id, priority=priority, caller=caller, listener=listener
         )
 
     def submit(self, request: Request) -> None:

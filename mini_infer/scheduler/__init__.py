@@ -5,6 +5,7 @@ from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, 
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.scheduler import Scheduler, SchedulerCounts
 from mini_infer.scheduler.sequence import Sequence, SequenceStatus
+from mini_infer.scheduler.shares import seats_for_one
 
 __all__ = [
     "POLICIES",
@@ -21,4 +22,5 @@ __all__ = [
     "Sequence",
     "SequenceStatus",
     "make_policy",
+    "seats_for_one",
 ]

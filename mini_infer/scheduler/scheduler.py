@@ -27,6 +27,7 @@ from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
 from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence, SequenceStatus
+from mini_infer.scheduler.shares import StepShares, crowding_callers
 
 # Looked up some times for each sequence and step.
 WAITING, RUNNING, RESTING, FINISHED = (
@@ -68,6 +69,7 @@ class Scheduler:
         preemption_mode: "swap" needs CPU blocks in the block manager, and recomputes when they run out; "auto" takes
             the cheaper by ``costs``.
         costs: the estimate for "auto".
+        fair_size: sequences that a step may decode before callers with many of them take turns among their own.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class Scheduler:
         prefix_caching: bool = False,
         preemption_mode: PreemptionMode = "recompute",
         costs: PreemptionCosts | None = None,
+        fair_size: int = 32,
     ) -> None:
         check_int(InvalidConfigError, "max_num_seqs", max_num_seqs, 1)
         check_int(InvalidConfigError, "max_model_len", max_model_len, 1)
         check_int(InvalidConfigError, "block_size", block_size, 1)
         check_int(InvalidConfigError, "max_num_batched_tokens", max_num_batched_tokens, 1)
         check_number(InvalidConfigError, "watermark", watermark, 0, 0.5)
+        check_int(InvalidConfigError, "fair_size", fair_size, 1)
         if block_manager is None:
             block_manager = BlockManager(block_size, max_num_seqs * -(-max_model_len // block_size))
         elif block_manager.block_size != block_size:
@@ -102,6 +106,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.block_manager = block_manager
         self._holdings = Holdings(block_manager)
+        self._shares = StepShares(fair_size)
         self.prefix_caching = prefix_caching
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # sorted: the last one is preempted first
@@ -143,6 +148,7 @@ class Scheduler:
         """
         draft = PlanDraft(self.max_num_batched_tokens)
         ready = [sequence for sequence in self.running if sequence.can_step]
+        ready = self._shares.choose(ready, self.waiting.callers)
         num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
 
         # Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
@@ -180,12 +186,15 @@ class Scheduler:
                 self._schedule(sequence, draft)
 
         while self.waiting and draft.budget and not (draft.scheduled and draft.preempted):
-            sequence = self.waiting.first()
-            if self._admit(sequence, draft):
-                self.waiting.remove(sequence)
-                sequence.status = RUNNING
-                insort(self.running, sequence, key=lambda s: s.order)
-                self._schedule(sequence, draft)
+            crowding = crowding_callers(self.running, self._num_taken_seats, self.max_num_seqs)
+            first = self.waiting.first(crowding)
+            if first is None:
+                break
+            if self._admit(first, draft):
+                self.waiting.remove(first)
+                first.status = RUNNING
+                insort(self.running, first, key=lambda s: s.order)
+                self._schedule(first, draft)
             elif draft.scheduled or not self.running:
                 break
             elif any(s.num_placeholders or s.is_undecided for s in self.running):

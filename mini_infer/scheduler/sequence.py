@@ -1,5 +1,6 @@
 """A sequence: one stream of tokens, and how far its keys and values are computed."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -31,6 +32,7 @@ class Sequence:
         num_prompt_tokens: how many of them are the prompt.
         max_length: length at which it ends with reason "length".
         priority: higher goes first, where the policy looks at it.
+        caller: whose it is; while others want something, too, no caller takes more than a share.
         cache_salt: prefixes are shared only between sequences of the same salt.
         reads_prefix_cache: whether it may skip computing what is cached; not if its prompt's logits are wanted.
         decides_late: how it goes on is not one sampled token for each step, so that the next step can be planned only
@@ -55,6 +57,7 @@ class Sequence:
     num_prompt_tokens: int
     max_length: int
     priority: int = 0
+    caller: Hashable = None
     cache_salt: str | None = None
     reads_prefix_cache: bool = True
     decides_late: bool = False

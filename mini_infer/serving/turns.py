@@ -27,9 +27,6 @@ AHEAD = 8
 AHEAD_WITH_SEATS = 64
 """The same while it has seats."""
 
-RESERVED = 8
-"""One seat in so many is for callers who have none, so that they need not wait for somebody else's requests to end."""
-
 
 class _Ticket:
     """One caller's requests that were submitted together, and wait."""
@@ -54,7 +51,6 @@ class Turns:
         self._max_waiting = max_waiting
         self._prompt_tokens = held_prompt_tokens
         self._num_seats = engine.config.max_num_seqs
-        self._num_reserved = self._num_seats // RESERVED
         self._by_priority = engine.config.scheduling_policy == "priority"
         self._lines: dict[Hashable, deque[_Ticket]] = {}  # whose turn it is comes first
         self._preparing: Counter[Hashable] = Counter()
@@ -98,7 +94,7 @@ class Turns:
         self._preparing[caller] += len(prompts)
         try:
             increments = await self._engine.prepare(
-                prompts, params, request_ids=request_ids, priority=priority, run=run
+                prompts, params, request_ids=request_ids, priority=priority, caller=caller, run=run
             )
         finally:
             self._preparing[caller] -= len(prompts)
@@ -185,9 +181,7 @@ class Turns:
         with self._lock:
             num_ahead, who_has_any = len(self._ahead), set(self._open.values())
             num_taken = sum(request.params.n for request in self._open)
-        if num_ahead >= (AHEAD_WITH_SEATS if num_taken < self._num_seats else AHEAD):
-            return None
-        is_free = num_taken < self._num_seats - self._num_reserved or not self._num_reserved
+        is_free = num_ahead < (AHEAD_WITH_SEATS if num_taken < self._num_seats else AHEAD)
         return next((caller for caller in callers if is_free or caller not in who_has_any), None)
 
     def _started(self, ticket: _Ticket, request: Request, started: "asyncio.Future[None]") -> None:

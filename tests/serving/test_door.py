@@ -241,7 +241,7 @@ class TestTurns:
     def test_one_callers_queue_stands_before_nobody_else(self) -> None:
         """Sixty of one connection's wait; another's single request is answered before most of them."""
         with running(engine(max_num_seqs=1)) as server, httpx.Client(base_url=server.url, timeout=60) as many:
-            body = {"prompts": ["Once"] * 60, "max_tokens": 200, "ignore_eos": True}
+            body = {"prompts": ["Once"] * 60, "max_tokens": 40, "ignore_eos": True}
             numbers = many.post("/v1/generate_batch", json=body).json()["request_ids"]
             with httpx.Client(base_url=server.url, timeout=60) as one:
                 assert one.post("/v1/completions", json={"prompt": "Twice", "max_tokens": 1}).status_code == 200

@@ -17,6 +17,16 @@ class InvalidRequestError(MiniInferError, ValueError):
     """A prompt, a sampling parameter or a request id cannot be used; no other request is affected."""
 
 
+class ContextLengthError(InvalidRequestError):
+    """A prompt is longer than the model's context; the message begins and ends as OpenAI's, which programs look for."""
+
+    def __init__(self, max_model_len: int, what_it_has: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens, but the prompt has {what_it_has}; shorten "
+            "it or raise max_model_len (context_length_exceeded)"
+        )
+
+
 class ModelNotFoundError(MiniInferError, FileNotFoundError):
     """No checkpoint was found: neither as a directory nor on the Hub nor in the local cache."""
 

@@ -4,6 +4,7 @@ import difflib
 import functools
 import math
 import operator
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields
@@ -51,12 +52,28 @@ def named_options(
                 if known in given:
                     raise error(f"{known!r} is given twice: {given[known]!r} and {value!r} (as {name!r}); give it once")
                 given[known] = plain(value)
-            plain_init(self, *args[len(names) :], **given)
+            try:
+                plain_init(self, *args[len(names) :], **given)
+            except error as problem:
+                spelled = {aliases[name]: name for name in options if name in aliases}
+                if not spelled:
+                    raise
+                raise error(respelled(str(problem), spelled)) from problem
 
         setattr(cls, "__init__", init)  # noqa: B010  (mypy refuses the plain assignment)
         return cls
 
     return decorate
+
+
+def respelled(message: str, spelled: Mapping[str, str]) -> str:
+    """A message about an option that begins with its name, for somebody who wrote another name.
+
+    Args:
+        spelled: what was written, for each option that was given under another name.
+    """
+    name = re.match(r"\w*", message)
+    return f"{spelled[name[0]]}: {message}" if name and name[0] in spelled else message
 
 
 def plain(value: Any) -> Any:

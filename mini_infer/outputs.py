@@ -89,6 +89,7 @@ class GenerateOutput(ReadsAsMapping):
         outputs: one completion for each of ``n``.
         prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
         metrics: when things happened.
+        num_cached_tokens: leading tokens of the prompt that were found in the prefix cache, and not computed again.
         error: why a completion has finish reason "error"; None if none has.
     """
 
@@ -98,6 +99,7 @@ class GenerateOutput(ReadsAsMapping):
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None
     metrics: RequestMetrics
+    num_cached_tokens: int = 0
     error: MiniInferError | None = None
 
     @property
@@ -135,6 +137,7 @@ class Increment:
         token_ids: new tokens.
         logprobs: for the new tokens, if asked for.
         finish_reason: set on the completion's last increment.
+        stop_reason: the stop string or stop token id that ended it, on that increment.
         output: the whole result, on the last increment of the request's last completion.
     """
 
@@ -144,4 +147,5 @@ class Increment:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None
     output: GenerateOutput | None

@@ -74,8 +74,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(error, name, getattr(self, name), 0)
-        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
-            raise error(f"cache_salt must be a string, got {self.cache_salt!r}")
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
+            raise error(f"cache_salt must be a non-empty string, got {self.cache_salt!r}; leave it out for none")
         check_bool(error, "ignore_eos", self.ignore_eos)
         check_bool(error, "skip_special_tokens", self.skip_special_tokens)
         self._settle_collections()

@@ -97,7 +97,7 @@ def test_metrics() -> None:
 
 
 def test_frozen(output: GenerateOutput) -> None:
-    step = Increment("request-1", 0, "a", [1], None, None, None)
+    step = Increment("request-1", 0, "a", [1], None, None, None, None)
     for thing, name in (
         (output, "request_id"),
         (output.outputs[0], "text"),

@@ -135,7 +135,8 @@ def serve(
         bool, typer.Option("--salt-by-key", help="Share no cached prefixes between callers with different keys.")
     ] = False,
     served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model; by default its own name.", show_default=False)
+        list[str] | None,
+        typer.Option(help="What clients call the model; by default its own name. May be repeated.", show_default=False),
     ] = None,
     request_timeout: Annotated[
         float | None, typer.Option(help="Seconds after which a request is given up.", show_default=False)

@@ -17,7 +17,8 @@ from rich.markup import escape
 
 from mini_infer.compat.options import ENGINE_ALIASES, SAMPLING_ALIASES, aliases_of
 from mini_infer.config import GROUPS, EngineConfig
-from mini_infer.exceptions import InvalidConfigError
+from mini_infer.exceptions import InvalidConfigError, InvalidRequestError
+from mini_infer.fields import respelled
 from mini_infer.sampling import SamplingParams
 
 Command: TypeAlias = Callable[..., None]
@@ -121,12 +122,14 @@ class _Flag:
         hint: the field's type.
         parameter: how typer sees it.
         negative: it stands for False.
+        is_alias: its name is another engine's.
     """
 
     field: str
     hint: Any
     parameter: inspect.Parameter
     negative: bool = False
+    is_alias: bool = False
 
 
 def _flags(
@@ -151,7 +154,7 @@ def _flags(
             yield _Flag(field.name, hint, _parameter(name, list[str] if several else str, option))
         for alias in aliases:
             option = typer.Option(_spelled(alias), hidden=True)
-            yield _Flag(field.name, hint, _parameter(alias, list[str] if several else str, option))
+            yield _Flag(field.name, hint, _parameter(alias, list[str] if several else str, option), is_alias=True)
 
 
 def _spelled(name: str) -> str:
@@ -185,6 +188,7 @@ def _with_flags(
     @functools.wraps(command)
     def run(**values: Any) -> None:
         given: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
         for flag in flags:
             value = values.pop(flag.parameter.name)
             if value is None or value == []:
@@ -198,7 +202,13 @@ def _with_flags(
                     f"{flag.field!r} is given twice: {given[flag.field]!r} and {value!r}; give it once"
                 )
             given[flag.field] = value
-        command(**values, **{replaced: make(given)})
+            if flag.is_alias:
+                spelled[flag.field] = _spelled(flag.parameter.name)
+        try:
+            made = make(given)
+        except (InvalidConfigError, InvalidRequestError) as error:
+            raise type(error)(respelled(str(error), spelled)) from error
+        command(**values, **{replaced: made})
 
     signature = inspect.signature(command)
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values() if p.name != replaced]

@@ -143,9 +143,9 @@ class AsyncLLMEngine:
     def tokenizer(self) -> "Tokenizer":
         return self.engine.tokenizer
 
-    def tokenize(self, text: str) -> TokenIds:
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
         """As ``LLMEngine.tokenize``; on the caller's thread."""
-        return self.engine.tokenize(text)
+        return self.engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Seq[int]) -> str:
         """As ``LLMEngine.detokenize``; on the caller's thread."""

@@ -14,7 +14,7 @@ from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import make_rules
-from mini_infer.exceptions import InvalidRequestError
+from mini_infer.exceptions import ContextLengthError, InvalidRequestError
 from mini_infer.fields import check_int, plain_ids
 from mini_infer.outputs import Increment
 from mini_infer.random import derived_seed
@@ -165,7 +165,8 @@ class Intake:
             for token_id in ids or ():
                 if token_id >= self._vocab_size:
                     raise InvalidRequestError(
-                        f"{name} has {token_id}, but the vocabulary ends at {self._vocab_size - 1}"
+                        f"{name} has {token_id}, but the vocabulary has {self._vocab_size} tokens and ends at "
+                        f"{self._vocab_size - 1}"
                     )
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self._vocab_size:
@@ -222,9 +223,8 @@ class Intake:
         """How many tokens fit after a prompt; refuses it if that is less than ``least``."""
         room = self._max_model_len - num_prompt_tokens
         if room < least:
-            raise InvalidRequestError(
-                f"prompt has {num_prompt_tokens} tokens but max_model_len is {self._max_model_len}, which leaves no "
-                "room to generate; shorten it or raise max_model_len"
+            raise ContextLengthError(
+                self._max_model_len, f"{num_prompt_tokens} tokens, which leaves no room to generate"
             )
         return room
 

@@ -234,20 +234,43 @@ class LLMEngine:
             raise EngineError("this engine has no tokenizer")
         return self._tokenizer
 
-    def render_chat(self, messages: Seq[Mapping[str, Any]], /, **template_kwargs: Any) -> "RenderedChat":
+    def render_chat(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> "RenderedChat":
         """The prompt that the model's chat template makes of a conversation; for ``generate``, ``stream`` or
         ``tokenize``, which add no special token to it. It is a string like any other; put together with more text it is
         plain text again, which the tokenizer may begin with a token of its own.
-        """
-        return self._tokenizer.render_chat(messages, **template_kwargs)
 
-    def tokenize(self, text: str) -> TokenIds:
+        Args:
+            messages: as for ``chat``.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: leave the last message open instead, so that the answer goes on with it; then
+                ``add_generation_prompt`` must be false.
+            template_kwargs: further variables of the chat template.
+        """
+        return self._tokenizer.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_kwargs,
+        )
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
         """The token ids of a text, as ``generate`` sees them but of any length.
+
+        Args:
+            add_special_tokens: false leaves out what the tokenizer puts around a text.
 
         Raises:
             InvalidRequestError: the text is no valid Unicode, or has no tokens.
         """
-        return self._tokenizer.encode(text, max_tokens=sys.maxsize)
+        return self._tokenizer.encode(text, max_tokens=sys.maxsize, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Seq[int]) -> str:
         """The text of token ids, special tokens included.

@@ -275,6 +275,7 @@ class EngineLoop:
             request = self.requests[item.sequence.request_id]
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
+                request.num_cached_tokens = item.start
                 self._waiting.discard(request)
             try:
                 request.decoding.want(request, item, first_row, wanted)

@@ -12,7 +12,7 @@ class NoTokenizer:
 
     special_tokens: Mapping[int, str] = {}
 
-    def encode(self, text: str, max_tokens: int) -> NoReturn:
+    def encode(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> NoReturn:
         raise InvalidRequestError(f"this engine has no tokenizer, so a prompt must be token ids, got {text[:40]!r}")
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> NoReturn:

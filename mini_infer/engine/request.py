@@ -102,6 +102,7 @@ class Request:
     finished_time: float | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
     error: MiniInferError | None = None
 
     @property
@@ -123,6 +124,7 @@ class Request:
             token_ids=completion.token_ids[first:],
             logprobs=completion.logprobs[first:] if self.params.logprobs is not None else None,
             finish_reason=completion.finish_reason,
+            stop_reason=None if completion.finish_reason is None else completion.stop_reason,
             output=self.output() if self.finished else None,
         )
         self.listener(increment)
@@ -141,6 +143,7 @@ class Request:
                 finished_time=self.finished_time or time.monotonic(),
                 num_preemptions=self.num_preemptions,
             ),
+            num_cached_tokens=self.num_cached_tokens,
             error=self.error,
         )
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer
-from mini_infer.exceptions import InvalidCheckpointError, InvalidRequestError, MiniInferError
+from mini_infer.exceptions import ContextLengthError, InvalidCheckpointError, InvalidRequestError, MiniInferError
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Tokenizer:
 
     # ---- text to ids ---------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, max_tokens: int) -> list[int]:
+    def encode(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt, with the special tokens that the tokenizer puts around a text.
 
         A text that already begins with the beginning-of-sequence token does not get a second one. To a chat that
@@ -83,6 +83,7 @@ class Tokenizer:
 
         Args:
             max_tokens: most tokens a prompt can have. A text that must have more is refused before the work.
+            add_special_tokens: false leaves out what the tokenizer puts around a text.
 
         Raises:
             InvalidRequestError: the text is no valid Unicode, is far too long, has no tokens at all, or has one that
@@ -99,12 +100,13 @@ class Tokenizer:
             ) from error
         at_least = len(text) // self._longest_token
         if at_least > max_tokens:
-            raise InvalidRequestError(
-                f"prompt has {len(text)} characters, so at least {at_least} tokens, but only {max_tokens} fit; "
-                f"shorten it or raise max_model_len (it begins {text[:40]!r})"
+            raise ContextLengthError(
+                max_tokens, f"{len(text)} characters, so at least {at_least} tokens (it begins {text[:40]!r})"
             )
-        token_ids: list[int] = self.hf.encode(str(text), add_special_tokens=not isinstance(text, RenderedChat))
-        if self._adds_bos and text.startswith(self.hf.bos_token) and not isinstance(text, RenderedChat):
+        adds = add_special_tokens and not isinstance(text, RenderedChat)
+        # It would warn of lengths that are checked here.
+        token_ids: list[int] = self.hf.encode(str(text), add_special_tokens=adds, verbose=False)
+        if adds and self._adds_bos and text.startswith(self.hf.bos_token):
             del token_ids[0]
         if not token_ids:
             raise InvalidRequestError(f"prompt {text[:40]!r} is empty, it has no tokens; give at least one token")
@@ -120,7 +122,15 @@ class Tokenizer:
                 f"vocabulary is 0 to {self._vocab_size - 1}; leave it out"
             )
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> RenderedChat:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> RenderedChat:
         """The prompt that the model's own chat template makes of a conversation, ready for its next answer.
 
         ``encode`` makes of it exactly the ids that ``apply_chat_template(tokenize=True)`` of transformers gives.
@@ -128,12 +138,20 @@ class Tokenizer:
         Args:
             messages: each with "role" and "content", which is a text or a list of parts ``{"type": "text", "text":
                 ...}``, put on lines of their own. The template sees further keys as well.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: leave the last message open instead, so that the answer goes on with it; then
+                ``add_generation_prompt`` must be false.
             template_kwargs: further variables of the template, for example ``enable_thinking=False``.
 
         Raises:
             InvalidRequestError: there are no messages, one is malformed, or the model has no chat template; or a
                 template variable would change how the template is run, instead of what it sees.
         """
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message leaves the last message open, and add_generation_prompt begins a new one; set "
+                "one of them to false"
+            )
         reserved = sorted(template_kwargs.keys() & _TEMPLATE_OPTIONS)
         if reserved:
             raise InvalidRequestError(f"chat template variables must not be called {', '.join(reserved)}")
@@ -148,7 +166,11 @@ class Tokenizer:
                 raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
             conversation.append({**message, "content": content})
         try:
-            text = self._apply_template(conversation, template_kwargs)
+            text = self._apply_template(
+                conversation,
+                template_kwargs
+                | {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message},
+            )
         except MiniInferError:
             raise
         except Exception as error:  # a missing template, or whatever the template itself raises
@@ -158,7 +180,7 @@ class Tokenizer:
     def _apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         has_own_way = type(self.hf).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
         if self.renderer is None or has_own_way:
-            text: str = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+            text: str = self.hf.apply_chat_template(messages, tokenize=False, **variables)
             return text
         special = {name: str(token) for name, token in self.hf.special_tokens_map.items()}
         template: str = self.hf.get_chat_template(None, variables.get("tools"))

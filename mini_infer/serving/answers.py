@@ -132,7 +132,11 @@ class Answer(Response):
 
     async def _give_up(self, work: "asyncio.Future[None]", send: Send) -> None:
         await _cancel(work)
-        error = ApiError(408, f"not finished within the {self._timeout:g} seconds that this server allows a request")
+        error = ApiError(
+            408,
+            f"not finished within the {self._timeout:g} seconds that this server allows a request",
+            headers={"x-should-retry": "false"},  # OpenAI's clients would have it computed again
+        )
         if not self._started:
             raise error
         if not self._streams:

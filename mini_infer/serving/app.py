@@ -22,11 +22,11 @@ from mini_infer.serving.errors import add_error_handlers
 from mini_infer.serving.events import EngineEvents
 from mini_infer.serving.limits import Limits
 from mini_infer.serving.metrics import Metrics
-from mini_infer.serving.middleware import BoundBody, KnowPages, RequireKey
+from mini_infer.serving.middleware import BoundBody, KnowPages, NameRequests, RequireKey, TidyPaths
 from mini_infer.serving.operations import operations_router
 from mini_infer.serving.reference import reference_page
 from mini_infer.serving.results import results_router
-from mini_infer.serving.service import Pools, Service, default_model_name, now
+from mini_infer.serving.service import Pools, Service, default_model_name, fingerprint, now
 from mini_infer.serving.templates import TemplateChildren
 from mini_infer.serving.tokens import tokens_router
 from mini_infer.serving.turns import Turns
@@ -49,7 +49,7 @@ def create_app(
     *,
     api_key: str | Seq[str] | None = None,
     salt_by_key: bool = False,
-    served_model_name: str | None = None,
+    served_model_name: str | Seq[str] | None = None,
     request_timeout: float | None = None,
     step_timeout: float = STEP_TIMEOUT,
     cors: Seq[str] = (),
@@ -64,7 +64,8 @@ def create_app(
         api_key: what callers must send as ``Authorization: Bearer KEY``, or several such; None asks for none. The
             page, ``/docs`` and ``/health`` are open to all. Callers with different keys take turns.
         salt_by_key: share no cached prefixes between callers with different keys.
-        served_model_name: what requests call the model; None is its directory's or Hub name.
+        served_model_name: what requests call the model, or several names of it, of which answers use the first; None is
+            its directory's or Hub name.
         request_timeout: seconds after which a request is given up; None never does.
         step_timeout: seconds after which a step of the engine is taken to be stuck, which ``/health`` tells.
         cors: origins whose pages may call this server, such as ``https://example.org``; "*" is any.
@@ -77,13 +78,15 @@ def create_app(
     """
     keys = check_options(api_key, salt_by_key, request_timeout, step_timeout)
     check_number(InvalidConfigError, "body_timeout", body_timeout, 0, open_low=True)
-    name = served_model_name or default_model_name(engine.config)
+    names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name or ())
+    names = tuple(filter(None, names)) or (default_model_name(engine.config),)
     limits = Limits.of(engine.max_model_len, max_body_bytes, engine.config.max_waiting or MAX_WAITING)
     templates = TemplateChildren(limits.prompt_characters)
     engine.render_with(templates)
     service = Service(
         engine=engine,
-        model_name=name,
+        model_names=names,
+        fingerprint=fingerprint(engine.config),
         admission=Admission(),
         request_timeout=request_timeout,
         step_timeout=step_timeout,
@@ -95,7 +98,7 @@ def create_app(
         pools=Pools.make(),
         started=now(),
     )
-    metrics = Metrics(name)
+    metrics = Metrics(service.model_name)
     engine.observe(metrics.observe)
 
     @asynccontextmanager
@@ -122,10 +125,12 @@ def create_app(
         app.add_middleware(RequireKey, keys=keys)
     else:
         app.add_middleware(KnowPages, hosts=allowed_hosts, origins=cors)
+    app.add_middleware(TidyPaths)
     if cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(NameRequests)
     add_error_handlers(app)
-    events = EngineEvents(engine, name, service.admission.draining)
+    events = EngineEvents(engine, service.model_name, service.admission.draining)
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
     app.include_router(tokens_router(service))

@@ -52,7 +52,7 @@ class _ChatCompletion:
         num_completion = sum(len(completion.token_ids) for completion in output.outputs)
         content = self._frame("chat.completion", choices)
         return Whole(
-            content | {"usage": usage(len(output.prompt_token_ids), num_completion)},
+            content | {"usage": usage(len(output.prompt_token_ids), num_completion, output.num_cached_tokens)},
             num_completion * (self._num_top + 1) if self._body.logprobs else 0,
         )
 
@@ -62,6 +62,7 @@ class _ChatCompletion:
             "message": {"role": "assistant", "content": completion.text},
             "logprobs": self._logprobs(completion.logprobs),
             "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -72,26 +73,31 @@ class _ChatCompletion:
         with await self._service.submit(
             self._request, [await self._prompt()], self._params, request_ids=[self.id], priority=self._body.priority
         ) as increments:
-            num_prompt = len(increments.requests[0].prompt_token_ids)
+            yield b""  # the headers go out: the request is queued
+            (prompt,) = increments.requests
+            begun: set[int] = set()
 
             def chunk(choices: list[dict[str, Any]], counts: bool) -> bytes:
                 frame = self._frame("chat.completion.chunk", choices)
                 if counts_all:
-                    frame["usage"] = usage(num_prompt, num_completion) if counts else None
+                    num_prompt, num_cached = len(prompt.prompt_token_ids), prompt.num_cached_tokens
+                    frame["usage"] = usage(num_prompt, num_completion, num_cached) if counts else None
                 return event(frame)
 
-            for index in range(self._params.n):
-                yield chunk([_choice(index, {"role": "assistant", "content": ""}, None, None)], counts_each)
             async for increment in increments:
+                if increment.index not in begun:  # not before: clients take the first event for the first token
+                    begun.add(increment.index)
+                    yield chunk([_choice(increment.index, {"role": "assistant", "content": ""})], counts_each)
                 num_completion += len(increment.token_ids)
                 if increment.text or increment.logprobs or increment.finish_reason:
                     delta = {"content": increment.text} if increment.text else {}
                     logprobs = self._logprobs(increment.logprobs)
-                    yield chunk([_choice(increment.index, delta, logprobs, increment.finish_reason)], counts_each)
-        yield chunk([], True) + DONE if counts_all else DONE
+                    ending = increment.finish_reason, increment.stop_reason
+                    yield chunk([_choice(increment.index, delta, logprobs, *ending)], counts_each)
+            yield chunk([], True) + DONE if counts_all else DONE
 
     async def _prompt(self) -> Prompt:
-        return await render(self._service, self._body.messages, self._body.chat_template_kwargs)
+        return await render(self._service, self._body.messages, self._body)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -99,6 +105,7 @@ class _ChatCompletion:
             "object": kind,
             "created": self._created,
             "model": self._service.model_name,
+            "system_fingerprint": self._service.fingerprint,
             "choices": choices,
         }
 
@@ -112,6 +119,16 @@ class _ChatCompletion:
 
 
 def _choice(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None, finish_reason: str | None
+    index: int,
+    delta: dict[str, str],
+    logprobs: dict[str, Any] | None = None,
+    finish_reason: str | None = None,
+    stop_reason: str | int | None = None,
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from mini_infer.engine.async_engine import Increments
 from mini_infer.engine.intake import list_prompts
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import CompletionOutput, GenerateOutput, TokenLogprobs
@@ -51,10 +52,12 @@ class _TextCompletion:
             logprobs=body.logprobs,
             prompt_logprobs=(body.logprobs or 0) if self._scores_prompt else None,
         )
-        if not 1 <= len(self._prompts) * self._params.n <= MAX_CHOICES:
+        if not self._prompts:
+            raise ApiError(400, "prompt is an empty list; give at least one text, or token ids", param="prompt")
+        if len(self._prompts) * self._params.n > MAX_CHOICES:
             raise ApiError(
                 400,
-                f"{len(self._prompts)} prompts, n={self._params.n}: a request must have 1 to {MAX_CHOICES} choices",
+                f"{len(self._prompts)} prompts with n={self._params.n}: a request has {MAX_CHOICES} choices at most",
                 param="prompt",
             )
         self._tokenizer = service.engine.tokenizer
@@ -75,10 +78,11 @@ class _TextCompletion:
             for completion in output.outputs
         )
         num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        num_cached = sum(output.num_cached_tokens for output in outputs)
         num_completion = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
         num_places = num_completion + (num_prompt * self._params.n if self._scores_prompt else 0)
         return Whole(
-            self._frame(choices) | {"usage": usage(num_prompt, num_completion)},
+            self._frame(choices) | {"usage": usage(num_prompt, num_completion, num_cached)},
             0 if self._body.logprobs is None else num_places * (self._body.logprobs + 1),
         )
 
@@ -89,7 +93,7 @@ class _TextCompletion:
             made = self._begin_logprobs(echo, output.prompt, output.prompt_token_ids, output.prompt_logprobs)
             made.append(completion.text, completion.token_ids, completion.logprobs or [], left_out=self._left_out)
             logprobs = made.take(is_whole=True)
-        return _choice(index, echo + completion.text, logprobs, completion.finish_reason)
+        return _choice(index, echo + completion.text, logprobs, completion.finish_reason, completion.stop_reason)
 
     # ---- as events -----------------------------------------------------------------------------------------------
 
@@ -104,7 +108,6 @@ class _TextCompletion:
         ) as increments:
             yield b""  # the headers go out: the request is queued
             requests = {request.request_id: (place, request) for place, request in enumerate(increments.requests)}
-            num_prompt = sum(len(request.prompt_token_ids) for request in increments.requests)
             async for increment in increments:
                 place, request = requests[increment.request_id]
                 index = place * self._params.n + increment.index
@@ -121,14 +124,19 @@ class _TextCompletion:
                     )
                     logprobs = made[index].take(is_whole=increment.finish_reason is not None)
                 if text or increment.finish_reason or (logprobs and logprobs["tokens"]):
-                    chunk = self._frame([_choice(index, text, logprobs, increment.finish_reason)])
+                    choice = _choice(index, text, logprobs, increment.finish_reason, increment.stop_reason)
+                    chunk = self._frame([choice])
                     if counts_all:
-                        chunk["usage"] = usage(num_prompt, num_completion) if counts_each else None
+                        chunk["usage"] = self._usage(increments, num_completion) if counts_each else None
                     yield event(chunk)
-        last = self._frame([]) | {"usage": usage(num_prompt, num_completion)}
+            last = self._frame([]) | {"usage": self._usage(increments, num_completion)}
         yield event(last) + DONE if counts_all else DONE
 
     # ---- parts ---------------------------------------------------------------------------------------------------
+
+    def _usage(self, increments: Increments, num_completion: int) -> dict[str, Any]:
+        num_prompt = sum(len(request.prompt_token_ids) for request in increments.requests)
+        return usage(num_prompt, num_completion, sum(request.num_cached_tokens for request in increments.requests))
 
     def _frame(self, choices: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -136,6 +144,7 @@ class _TextCompletion:
             "object": "text_completion",
             "created": self._created,
             "model": self._service.model_name,
+            "system_fingerprint": self._service.fingerprint,
             "choices": choices,
         }
 
@@ -155,5 +164,17 @@ class _TextCompletion:
         return made
 
 
-def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+def _choice(
+    index: int,
+    text: str,
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None,
+    stop_reason: str | int | None,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from mini_infer.exceptions import (
+    ContextLengthError,
     InvalidRequestError,
     MiniInferError,
     NotFiniteError,
@@ -123,6 +124,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _invalid(error: Exception, status: int) -> ApiError:
     """What the engine has against a request. Where that is an option, its name comes first."""
+    if isinstance(error, ContextLengthError):
+        return ApiError(status, str(error), code="context_length_exceeded")
     name = re.match(r"\w+", str(error))
     return ApiError(status, str(error), param=name[0] if name and name[0] in _OPTIONS else None)
 

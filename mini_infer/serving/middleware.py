@@ -4,21 +4,64 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import re
+import secrets
 from collections.abc import Sequence as Seq
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mini_infer.serving.admission import Budget
 from mini_infer.serving.errors import ApiError, respond
 from mini_infer.serving.pools import SMALL
 
+_GIVEN_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a caller's id of a request may be: something that a header can send back, and a log can show."""
+
 _PUBLIC = ("/", "/docs", "/openapi.json", "/health", "/v1/health")
 """What needs no key: it shows nothing of what others ask. So does everything under ``/page/``."""
 
+_ID = "x-request-id"
+
 KEY = "mini_infer.key"
 """Where a request's scope says whose key it showed: the beginning of the key's hash."""
+
+
+class NameRequests:
+    """Gives every answer, errors too, an ``X-Request-Id``: the caller's own, the answer's id, or one that is made."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(_ID, "")
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if _GIVEN_ID.fullmatch(given):
+                    headers[_ID] = given
+                elif _ID not in headers:
+                    headers[_ID] = f"req-{secrets.token_hex(12)}"
+            await send(message)
+
+        await self._app(scope, receive, send_named)
+
+
+class TidyPaths:
+    """A path with a slash behind it means the same without."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith("/page/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 class KnowPages:
@@ -88,7 +131,7 @@ def _is_address(text: str) -> bool:
 
 
 class RequireKey:
-    """Refuses callers that do not show one of the keys, as ``Authorization: Bearer KEY``."""
+    """Refuses callers that do not show one of the keys, as ``Authorization: Bearer KEY`` or ``X-Api-Key: KEY``."""
 
     def __init__(self, app: ASGIApp, keys: Seq[str]) -> None:
         self._app = app
@@ -108,10 +151,11 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
-        kind, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = shown.strip().encode("latin-1")
+        headers = Headers(scope=scope)
+        kind, _, shown = headers.get("authorization", "").partition(" ")
+        given = (shown if kind.lower() == "bearer" else headers.get("x-api-key", "")).strip().encode("latin-1")
         matches = [name for key, name in self._keys.items() if hmac.compare_digest(given, key)]
-        if kind.lower() == "bearer" and matches:
+        if matches:
             scope[KEY] = matches[0]
             return True
         path = scope["path"]

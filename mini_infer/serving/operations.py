@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+import mini_infer
 from mini_infer.serving.answers import Answer
 from mini_infer.serving.errors import ApiError
 from mini_infer.serving.events import EngineEvents
@@ -19,23 +20,29 @@ STATS_SECONDS = 30.0
 def operations_router(service: Service, metrics: Metrics, events: EngineEvents) -> APIRouter:
     router = APIRouter()
 
-    model = {
-        "id": service.model_name,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "mini-infer",
-        "max_model_len": service.engine.max_model_len,
-        "limits": service.limits.as_dict(),
-    }
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "mini-infer",
+            "root": str(service.engine.config.model),
+            "max_model_len": service.engine.max_model_len,
+            "limits": service.limits.as_dict(),
+        }
 
-    @router.get("/v1/models", summary="The model that is served")
+    @router.get("/v1/models", summary="The model that is served, by each of its names")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [card(name) for name in service.model_names]}
 
     @router.get("/v1/models/{model_name:path}", summary="The model that is served, by name")
     async def model_by_name(model_name: str) -> dict[str, Any]:
         service.check_model(model_name)
-        return model
+        return card(model_name)
+
+    @router.get("/version", summary="Which version this is")
+    async def version() -> dict[str, str]:
+        return {"version": mini_infer.__version__}
 
     @router.get("/health", summary="Whether requests are taken")
     @router.get("/v1/health", summary="The same")

@@ -4,9 +4,20 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from mini_infer.compat.http import NEUTRAL
 from mini_infer.engine.tokenizer import whole_text
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
@@ -20,11 +31,34 @@ _NOT_YET = "Not supported yet."
 # Lists stop at their first bad item: collecting a million complaints would hold everybody up.
 _TokenIds = Annotated[list[int], Field(fail_fast=True)]
 _SEVERAL = Field(fail_fast=True, max_length=MAX_CHOICES)
+
+
+def _says(name: str, shape: str) -> WrapValidator:
+    """What a field that takes several shapes says to others, in place of what each of its shapes would say."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if any(problem["type"] in ("too_long", "string_too_long") for problem in error.errors(include_url=False)):
+                raise  # which says the limit
+            raise PydanticCustomError(
+                "shape", "{message}", {"message": f"{name} must be {shape}", "param": name}
+            ) from None
+
+    return WrapValidator(check)
+
+
 _Prompts = Annotated[
-    str | _TokenIds | Annotated[list[str], _SEVERAL] | Annotated[list[_TokenIds], _SEVERAL],
+    str | _TokenIds | Annotated[list[str | _TokenIds], _SEVERAL],
     Field(union_mode="left_to_right"),
+    _says("prompt", "a text, token ids, or a list of either"),
 ]
 _Stop = Annotated[str, Field(max_length=MAX_STOP_STRING_LENGTH)]
+_Stops = Annotated[
+    _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None,
+    _says("stop", "a string, or a list of strings"),
+]
 
 
 def _without_nulls(body: Any) -> Any:
@@ -46,9 +80,7 @@ class SamplingBody(Body):
     temperature: float | None = Field(None, description=_HELP["temperature"])
     top_p: float | None = Field(None, description=_HELP["top_p"])
     n: int | None = Field(None, description=_HELP["n"])
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None = Field(
-        None, description=_HELP["stop"]
-    )
+    stop: _Stops = Field(None, description=_HELP["stop"])
     seed: int | None = Field(None, description=_HELP["seed"])
     presence_penalty: float | None = Field(None, description=_HELP["presence_penalty"])
     frequency_penalty: float | None = Field(None, description=_HELP["frequency_penalty"])
@@ -109,9 +141,24 @@ class OpenAIBody(SamplingBody):
     service_tier: Any = Field(None, description=_IGNORED)
     safety_identifier: Any = Field(None, description=_IGNORED)
     prompt_cache_key: Any = Field(None, description=_IGNORED)
+    prompt_cache_retention: Any = Field(None, description=_IGNORED)
+    prediction: Any = Field(None, description=_IGNORED)
 
     # Values that ask for nothing, and why anything else is refused.
     _NOT_SUPPORTED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        """Fields of other servers; see ``compat/http.py``."""
+        if not isinstance(body, dict):
+            return body
+        for name in NEUTRAL.keys() & body.keys() - cls.model_fields.keys():
+            harmless, instead = NEUTRAL[name]
+            if body[name] is not None and body[name] not in harmless:
+                message = f"{name}={repr(body[name])[:40]} is not supported here: {instead}"
+                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
+        return {name: value for name, value in body.items() if name in cls.model_fields or name not in NEUTRAL}
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there_yet(self) -> "OpenAIBody":
@@ -207,6 +254,12 @@ class ChatBody(OpenAIBody):
     chat_template_kwargs: _TemplateVariables = Field(
         {}, description="Extension. Further variables of the chat template"
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="Extension. Begin an answer behind the messages; true unless continue_final_message is"
+    )
+    continue_final_message: bool = Field(
+        False, description="Extension. Go on with the last message instead of answering it"
+    )
     max_tokens: int | None = Field(None, description="Most tokens to generate; null for as many as the context holds")
     max_completion_tokens: int | None = Field(None, description="The newer name of max_tokens")
     logprobs: bool = Field(False, description="Report each token's log probability")
@@ -240,7 +293,7 @@ class ChatBody(OpenAIBody):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             message = f"max_tokens={self.max_tokens} and max_completion_tokens={self.max_completion_tokens}; give one"
             raise PydanticCustomError("twice", "{message}", {"message": message, "param": "max_completion_tokens"})
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             message = "top_logprobs is given but logprobs is not true; set logprobs to true as well"
             raise PydanticCustomError("logprobs", "{message}", {"message": message, "param": "top_logprobs"})
         return self
@@ -251,6 +304,12 @@ class TokenizeBody(Body):
     prompt: str | None = Field(None, description="A text; or give messages")
     messages: _Messages | None = Field(None, description="A conversation, put into the model's chat template first")
     chat_template_kwargs: _TemplateVariables = Field({}, description="Further variables of the chat template")
+    add_special_tokens: bool | None = Field(
+        None, description="Put around it what the tokenizer adds to a text; true for prompt, false for messages"
+    )
+    add_generation_prompt: bool | None = Field(None, description="Of messages, as in chats")
+    continue_final_message: bool = Field(False, description="Of messages, as in chats")
+    return_token_strs: bool = Field(False, description="Give the tokens' names in the vocabulary as well")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TokenizeBody":

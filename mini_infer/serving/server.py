@@ -43,7 +43,7 @@ def serve(
     port: int = 8000,
     api_key: str | Seq[str] | None = None,
     salt_by_key: bool = False,
-    served_model_name: str | None = None,
+    served_model_name: str | Seq[str] | None = None,
     request_timeout: float | None = None,
     step_timeout: float = STEP_TIMEOUT,
     cors: Seq[str] = (),

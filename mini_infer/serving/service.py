@@ -1,16 +1,18 @@
 """What all endpoints that generate have in common: the engine, the model's name, and how an answer is run."""
 
 import asyncio
+import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
+import mini_infer
 from mini_infer.config import EngineConfig
 from mini_infer.engine import AsyncLLMEngine
 from mini_infer.engine.async_engine import Increments
@@ -65,7 +67,8 @@ class Service:
     """One engine, as it is served.
 
     Attributes:
-        model_name: what requests call the model.
+        model_names: what requests may call the model; answers call it by the first.
+        fingerprint: the same as long as everything is that decides which tokens a seed gives.
         admission: counts the requests under way.
         request_timeout: seconds a request may take; None for any time.
         step_timeout: seconds after which a step of the engine is taken to be stuck.
@@ -79,7 +82,8 @@ class Service:
     """
 
     engine: AsyncLLMEngine
-    model_name: str
+    model_names: tuple[str, ...]
+    fingerprint: str
     admission: Admission
     request_timeout: float | None
     step_timeout: float
@@ -90,6 +94,11 @@ class Service:
     held_logprobs: Budget
     pools: Pools
     started: int
+
+    @property
+    def model_name(self) -> str:
+        """What answers call the model."""
+        return self.model_names[0]
 
     @property
     def defaults(self) -> SamplingParams:
@@ -108,10 +117,10 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise ``ApiError`` unless a request means the model that is here."""
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.model_names:
             raise ApiError(
                 404,
-                f"the model {name!r} is not served here; this is {self.model_name!r}",
+                f"the model {name!r} is not served here; this is {' or '.join(map(repr, self.model_names))}",
                 param="model",
                 code="model_not_found",
             )
@@ -181,7 +190,15 @@ class Service:
         return [outputs[request_id] for request_id in request_ids]
 
 
-async def render(service: Service, messages: Seq[Message], variables: Mapping[str, Any]) -> str:
+class Conversation(Protocol):
+    """What a body says of a chat template and its messages."""
+
+    chat_template_kwargs: dict[str, Any]
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+
+
+async def render(service: Service, messages: Seq[Message], how: Conversation) -> str:
     """The prompt that the chat template makes of a conversation.
 
     Raises:
@@ -189,6 +206,9 @@ async def render(service: Service, messages: Seq[Message], variables: Mapping[st
         ApiError: too many wait for theirs.
     """
     conversation = [message.for_template() for message in messages]
+    begins = not how.continue_final_message if how.add_generation_prompt is None else how.add_generation_prompt
+    options = {"add_generation_prompt": begins, "continue_final_message": how.continue_final_message}
+    variables = options | how.chat_template_kwargs
     return await service.pools.templates.run(partial(service.engine.render_chat, conversation, **variables))
 
 
@@ -198,15 +218,21 @@ def default_model_name(config: EngineConfig) -> str:
     return path.resolve().name if path.is_dir() else str(config.model)
 
 
+def fingerprint(config: EngineConfig) -> str:
+    """A name for the version and the configuration, as OpenAI's ``system_fingerprint`` is one."""
+    return "fp_" + hashlib.sha256(f"{mini_infer.__version__} {config!r}".encode()).hexdigest()[:12]
+
+
 def now() -> int:
     """Unix seconds, for the field ``created``."""
     return int(time.time())
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, int]:
-    """The tokens that a request took."""
+def usage(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
+    """The tokens that a request took, and how many of its prompts' were found in the prefix cache."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }

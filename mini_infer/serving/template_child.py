@@ -27,9 +27,7 @@ def main() -> None:
     def render(template: str, variables: dict[str, Any], most: int) -> dict[str, str]:
         messages = variables.pop("messages")
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
-            )
+            rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **variables)
         except Exception as error:
             return {"error": str(error)[:1000] or type(error).__name__}
         text: str = rendered[0][0]

@@ -22,9 +22,18 @@ def tokens_router(service: Service) -> APIRouter:
             text = body.prompt or ""
             limits.check_text("prompt", text)
         else:
-            text = await render(service, body.messages, body.chat_template_kwargs)
-        tokens = await pool.run(partial(engine.tokenize, text))
-        return {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens}
+            text = await render(service, body.messages, body)
+            if body.add_special_tokens:
+                text = str(text)  # as any other text
+        adds = body.add_special_tokens is not False
+        tokens = await pool.run(partial(engine.tokenize, text, add_special_tokens=adds))
+        names = engine.tokenizer.hf.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+        return {
+            "count": len(tokens),
+            "max_model_len": engine.max_model_len,
+            "tokens": tokens,
+            "token_strs": names,
+        }
 
     @router.post("/detokenize", summary="The text of token ids")
     async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, Any]:

@@ -104,9 +104,15 @@ PROMPTS: dict[str, tuple[Any, str]] = {
     "bytes": (b"Hello", "b'Hello' (bytes)"),
     "set": ({1}, "{1} (set)"),
     "object": (len, "<built-in function len>"),
-    "longer than the model": ([1] * (MAX_MODEL_LEN + 1), f"{MAX_MODEL_LEN + 1} tokens but max_model_len is 256"),
+    "longer than the model": (
+        [1] * (MAX_MODEL_LEN + 1),
+        f"context length is 256 tokens, but the prompt has {MAX_MODEL_LEN + 1} tokens",
+    ),
     "long text": ("x" * 300, "300"),
-    "no room to generate": ([1] * MAX_MODEL_LEN, f"{MAX_MODEL_LEN} tokens but max_model_len is 256"),
+    "no room to generate": (
+        [1] * MAX_MODEL_LEN,
+        f"context length is 256 tokens, but the prompt has {MAX_MODEL_LEN} tokens",
+    ),
     "10 MB of text": ("lorem ipsum " * 900_000, "10800000 characters"),
     "10 MB of Chinese": ("注意力" * 1_200_000, "3600000 characters"),
     "10 million ids": ([1] * 10_000_000, "10000000 tokens"),
@@ -483,7 +489,7 @@ class TestMemory:
             llm = LLM(checkpoint, block_size=4, num_gpu_blocks=10)
         assert llm.max_model_len == 40
         assert "max_model_len=40" in caplog.text and "256" in caplog.text
-        with pytest.raises(InvalidRequestError, match="41 tokens but max_model_len is 40"):
+        with pytest.raises(InvalidRequestError, match="context length is 40 tokens, but the prompt has 41 tokens"):
             llm.add_request([1] * 41)
 
     def test_more_than_the_models_own_is_clipped(self, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -54,7 +54,7 @@ $(VENV)/core.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/core.stamp
 	@echo "Adding what tests, linters, the server and the documentation need."
-	@$(PIP_INSTALL) -e '.[cpu,dev,docs,serve]'
+	@$(PIP_INSTALL) -e '.[cpu,dev,docs,grammar,serve]'
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/core.stamp

@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from mini_infer.engine import LLM, AsyncLLMEngine, LLMEngine
     from mini_infer.outputs import GenerateOutput
     from mini_infer.sampling import SamplingParams
+    from mini_infer.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "AsyncLLMEngine", "EngineConfig", "GenerateOutput", "LLMEngine", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLMEngine",
+    "EngineConfig",
+    "GenerateOutput",
+    "LLMEngine",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 # Imported on first use: the scheduler and the block manager are usable, and quick to import, without torch.
 _HOME = {
@@ -27,6 +36,7 @@ _HOME = {
     "EngineConfig": "mini_infer.config",
     "GenerateOutput": "mini_infer.outputs",
     "SamplingParams": "mini_infer.sampling",
+    "StructuredOutputsParams": "mini_infer.structured",
 }
 
 

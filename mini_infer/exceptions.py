@@ -55,6 +55,10 @@ class NotFiniteError(RequestError, ArithmeticError):
     """A request's logits are infinite or not numbers, so that no token follows; a wider dtype may help."""
 
 
+class DeadEndError(RequestError):
+    """Nothing continues a request's text under its grammar: no token does, or the grammar takes too long to follow."""
+
+
 class EngineError(MiniInferError, RuntimeError):
     """The engine was called where it cannot be: by its own listener, after it was closed, or in a forked process."""
 

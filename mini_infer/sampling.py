@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mini_infer.compat.options import SAMPLING_ALIASES, SAMPLING_REFUSED
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import check_bool, check_int, check_number, named_options, option, plain, plain_ids
+from mini_infer.structured import StructuredOutputsParams
 
 MAX_STOP_STRINGS = 64
 """Most stop strings of a request."""
@@ -55,6 +56,9 @@ class SamplingParams:
     prompt_logprobs: int | None = option(None, "The same for the prompt's tokens; max_tokens may then be 0")
     cache_salt: str | None = option(None, "Share cached prefixes only with requests of the same salt")
     skip_special_tokens: bool = option(True, "Leave special tokens out of the text")
+    structured_outputs: StructuredOutputsParams | None = option(
+        None, "What the text must match: a JSON schema, a regular expression, choices or a grammar"
+    )
 
     def __post_init__(self) -> None:
         error = InvalidRequestError
@@ -78,6 +82,13 @@ class SamplingParams:
             raise error(f"cache_salt must be a non-empty string, got {self.cache_salt!r}; leave it out for none")
         check_bool(error, "ignore_eos", self.ignore_eos)
         check_bool(error, "skip_special_tokens", self.skip_special_tokens)
+        if isinstance(self.structured_outputs, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**self.structured_outputs))
+        elif self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise error(
+                "structured_outputs must be a StructuredOutputsParams, got "
+                f"{repr(self.structured_outputs)[:80]}; StructuredOutputsParams(json=schema), for example"
+            )
         self._settle_collections()
 
     def _settle_collections(self) -> None:

@@ -16,17 +16,21 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 NO_INTS: Ints = np.zeros(0, dtype=np.int64)
 NO_FLOATS: Floats = np.zeros(0, dtype=np.float64)
 NO_COPIES: Ints = np.zeros((0, 2), dtype=np.int64)
+NO_MASKS: npt.NDArray[np.uint8] = np.zeros((0, 0), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class LogitEdits:
     """What requests change in the logits that their tokens are drawn from, before anything else: first the factors,
-    then the terms. Entries for the same place add up.
+    then the terms, then the masks. Entries for the same place add up. No draw has two masks or two forced tokens.
 
     Attributes:
         scaled_draws, scaled_ids, factors: ``[F]``; a positive logit is divided by its factor, a negative one multiplied
             (the repetition penalty of Keskar et al., "CTRL", 2019). No place occurs twice.
         added_draws, added_ids, terms: ``[E]``; -inf bans a token.
+        masked_draws, masks: ``[M]`` and uint8 ``[M, ceil(vocab / 8)]``; token ``i`` may be drawn if bit ``i % 8`` of
+            byte ``i // 8`` is set.
+        forced_draws, forced_ids: ``[K]``; these draws give these tokens, whatever the logits say.
     """
 
     scaled_draws: Ints = field(default_factory=lambda: NO_INTS)
@@ -35,6 +39,10 @@ class LogitEdits:
     added_draws: Ints = field(default_factory=lambda: NO_INTS)
     added_ids: Ints = field(default_factory=lambda: NO_INTS)
     terms: Floats = field(default_factory=lambda: NO_FLOATS)
+    masked_draws: Ints = field(default_factory=lambda: NO_INTS)
+    masks: npt.NDArray[np.uint8] = field(default_factory=lambda: NO_MASKS)
+    forced_draws: Ints = field(default_factory=lambda: NO_INTS)
+    forced_ids: Ints = field(default_factory=lambda: NO_INTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from mini_infer.cli.flags import engine_flags, sampling_flags
 from mini_infer.cli.group import Group
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import MiniInferError
+from mini_infer.structured import StructuredOutputsParams
 
 CHECKOUT = Path(mini_infer.__file__).parents[1]
 """Of the repository, where the package is used from one; the course is there."""
@@ -97,6 +98,10 @@ def generate(
         ),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Name bad prompts and go on without them.")] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option("--json-schema", help="Answer with JSON of the schema in this file.", show_default=False),
+    ] = None,
 ) -> None:
     """Complete prompts: arguments, the lines of a file, or whatever is piped in.
 
@@ -107,6 +112,8 @@ def generate(
     """
     from mini_infer.cli.generate import run_generate
 
+    if json_schema is not None:
+        sampling["structured_outputs"] = StructuredOutputsParams(json=json_schema.read_text(encoding="utf-8"))
     raise typer.Exit(run_generate(config, sampling, prompts or [], file, jsonl, output, skip_bad))
 
 

@@ -136,6 +136,8 @@ def _flags(
     cls: type, panel: str, table: Mapping[str, str], *, prefixed: Container[str] = (), show_defaults: bool = True
 ) -> Iterator[_Flag]:
     for field, hint in zip(fields(cls), hints(cls).values(), strict=True):
+        if field.name == "structured_outputs":
+            continue  # no word on a command line; commands that take a schema have a flag for it
         name = f"sampling_{field.name}" if field.name in prefixed else field.name
         kinds, aliases = _kinds(hint), aliases_of(field.name, table)
         several = list in kinds or Mapping in kinds

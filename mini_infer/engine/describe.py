@@ -12,7 +12,7 @@ from mini_infer.scheduler import BlockCopy, ScheduledSequence, SchedulerOutputs,
 from mini_infer.scheduler import Sequence as TokenSequence
 from mini_infer.scheduler.sequence import PLACEHOLDER
 from mini_infer.step import NO_COPIES, Draws, Ints, Scores, StepInput, StepOutput, TokenScore
-from mini_infer.typing import BlockTable
+from mini_infer.typing import BlockTable, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Wanted:
         key: tuple[int, int, int],
         params: SamplingParams,
         rules: Iterable[Rule],
+        drafts: TokenIds,
     ) -> None:
         """Draw a sequence's next token from the logits after a row.
 
@@ -59,9 +60,10 @@ class Wanted:
             key: the random number's: seed, index among ``n``, position of the token.
             params: how it is drawn.
             rules: what they change in the logits.
+            drafts: the last tokens before it that are not certain.
         """
         for rule in rules:
-            rule.apply(len(self._rows), key[2], self._edits)
+            rule.apply(len(self._rows), key[2], drafts, self._edits)
         self._sequences.append(sequence)
         self._rows.append(row)
         self._keys.append(key)

@@ -13,7 +13,7 @@ from mini_infer.engine.decoding.beams import BeamOptions, BeamSearch
 from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.request import Completion, Request
-from mini_infer.engine.rules import make_rules
+from mini_infer.engine.rules import Grammar, Grammars, make_rules
 from mini_infer.exceptions import ContextLengthError, InvalidRequestError
 from mini_infer.fields import check_int, plain_ids
 from mini_infer.outputs import Increment
@@ -33,7 +33,8 @@ Prompt: TypeAlias = str | Seq[int]
 class Intake:
     """Makes requests of prompts and sampling parameters.
 
-    Holds no state but a counter, so requests may be made on any thread while the engine runs on another.
+    Holds no state but a counter and compiled grammars, so requests may be made on any thread while the engine runs on
+    another.
 
     Args:
         tokenizer: reads text prompts.
@@ -41,6 +42,9 @@ class Intake:
         vocab_size: token ids are below this.
         max_model_len: most tokens of prompt and completion together.
         config: says how many sequences run at once, and the seed that those of requests without one follow from.
+
+    Attributes:
+        grammars: compiles those of structured outputs.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Intake:
         self._max_num_seqs = config.max_num_seqs
         self._seed = config.seed
         self._numbers = count()
+        self.grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
 
     def make_request(
         self,
@@ -93,11 +98,11 @@ class Intake:
         stop_token_ids = self._stop_token_ids(params)
         completions = self._completions(params, token_ids)
         sequences = self._sequences(request_id, token_ids, params, priority, caller)
+        rules = make_rules(params, token_ids, stop_token_ids)
+        grammars = self._compile(params, stop_token_ids)
         streams = {
-            sequence: Stream(completion, rules)
-            for sequence, completion, rules in zip(
-                sequences, completions, make_rules(params, token_ids, stop_token_ids), strict=True
-            )
+            sequence: Stream(completion, own if grammar is None else (*own, grammar), grammar)
+            for sequence, completion, own, grammar in zip(sequences, completions, rules, grammars, strict=True)
         }
         decoding = Autoregressive(streams, stop_token_ids, seed, self._tokenizer.token_text)
         text = str(prompt) if isinstance(prompt, str) else None
@@ -150,6 +155,12 @@ class Intake:
         others = [make() for _ in range(params.n - 1)]
         num_seats = self._max_num_seqs if caller is None else seats_for_one(self._max_num_seqs)
         return [make(forks=tuple(others[: num_seats - 1])), *others]
+
+    def _compile(self, params: SamplingParams, stop_token_ids: frozenset[int]) -> Seq[Grammar | None]:
+        """The grammar of each completion."""
+        if params.structured_outputs is None:
+            return [None] * params.n
+        return self.grammars.compile(params.structured_outputs, stop_token_ids, params.n)
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
         stop_token_ids = frozenset(params.stop_token_ids or ())

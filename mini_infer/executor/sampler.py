@@ -35,8 +35,10 @@ def sample(logits: Tensor, draws: Draws, kernels: Kernels) -> tuple[Tensor, Tens
     """
     raw_ids, raw_logprobs = kernels.argmax_logprob(logits)
     adjusted = _edit(logits, draws.edits)
-    drawing = np.flatnonzero(draws.temperature > 0)
-    if adjusted is logits and not len(drawing):
+    is_drawn = draws.temperature > 0
+    is_drawn[draws.edits.forced_draws] = False
+    drawing = np.flatnonzero(is_drawn)
+    if adjusted is logits and not len(drawing) and not len(draws.edits.forced_draws):
         return raw_ids, raw_logprobs
     token_ids = raw_ids if adjusted is logits else adjusted.argmax(dim=-1)
     if len(drawing) == len(draws):  # then no row needs to be copied
@@ -44,6 +46,9 @@ def sample(logits: Tensor, draws: Draws, kernels: Kernels) -> tuple[Tensor, Tens
     elif len(drawing):
         rows = send(torch.from_numpy(drawing), logits.device)
         token_ids = token_ids.index_copy(0, rows, _draw(adjusted[rows], _Filters.of(draws, drawing)))
+    if len(draws.edits.forced_draws):
+        forced = (_sent(draws.edits.forced_draws, logits), _sent(draws.edits.forced_ids, logits))
+        token_ids = token_ids.index_copy(0, *forced)
     # logprob(a) - logprob(b) = logit(a) - logit(b): the sum over the vocabulary is made once.
     chosen_logits, largest = (_wide(logits.gather(1, ids[:, None])[:, 0]) for ids in (token_ids, raw_ids))
     behind = torch.where(token_ids == raw_ids, 0, chosen_logits - largest)  # 0 for inf - inf, too
@@ -56,7 +61,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _edit(logits: Tensor, edits: LogitEdits) -> Tensor:
     """The logits with all edits; the very same tensor if there are none."""
-    if not len(edits.scaled_draws) and not len(edits.added_draws):
+    if not len(edits.scaled_draws) and not len(edits.added_draws) and not len(edits.masked_draws):
         return logits
     logits = logits.clone() if logits.dtype is torch.float64 else logits.to(torch.float32, copy=True)
     if len(edits.scaled_draws):
@@ -67,7 +72,18 @@ def _edit(logits: Tensor, edits: LogitEdits) -> Tensor:
     if len(edits.added_draws):
         place = (_sent(edits.added_draws, logits), _sent(edits.added_ids, logits))
         logits.index_put_(place, _sent(edits.terms, logits).to(logits.dtype), accumulate=True)
+    if len(edits.masked_draws):
+        banned = _sent(_unpacked(edits.masks, logits.shape[-1]), logits).logical_not_()
+        if len(edits.masked_draws) == len(logits):
+            logits.masked_fill_(banned, -torch.inf)
+        else:
+            rows = _sent(edits.masked_draws, logits)
+            logits[rows] = logits[rows].masked_fill_(banned, -torch.inf)
     return logits
+
+
+def _unpacked(masks: npt.NDArray[np.uint8], vocab_size: int) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(masks, axis=-1, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 class _Filters:

@@ -51,6 +51,18 @@ def results(path: Path) -> dict[int, dict[str, Any]]:
     return by_index
 
 
+def test_a_json_schema(checkpoint: str, tmp_path: Path) -> None:
+    schema, output = tmp_path / "schema.json", tmp_path / "out.jsonl"
+    schema.write_text(json.dumps({"enum": [[1, "a"], {"好": None}]}), encoding="utf-8")
+    generate(checkpoint, "x", "y", "--json-schema", schema, "-o", output, "--max-tokens", "40")
+    assert all(json.loads(line["text"]) in ([1, "a"], {"好": None}) for line in results(output).values())
+    lines = [{"prompt": "x", "max_tokens": 9, "structured_outputs": {"choice": ["one", "two"]}}]
+    done = generate(checkpoint, "--jsonl", typed="\n".join(map(json.dumps, lines)))
+    assert done.stdout.strip() in ("one", "two")
+    schema.write_text('{"type": "tree"}', encoding="utf-8")
+    assert "structured outputs" in generate(checkpoint, "x", "--json-schema", schema, status=2).stderr
+
+
 # ---- in ----------------------------------------------------------------------------------------------------------
 
 

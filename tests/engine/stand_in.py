@@ -7,19 +7,21 @@ attention does. So a block that is shared, copied, swapped, freed or written wro
 Nothing here imports torch, directly or by way of Mini-Infer.
 """
 
+import ctypes
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer import EngineConfig, LLMEngine, SamplingParams, StructuredOutputsParams
 from mini_infer.engine.build import Parts, make_loop, make_scheduler
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
 from mini_infer.engine.no_tokenizer import NoTokenizer
+from mini_infer.engine.rules import Grammar
 from mini_infer.random import uniforms
 from mini_infer.scheduler import PreemptionCosts
 from mini_infer.step import Draws, Floats, StepFuture, StepInput, StepOutput, TokenScore
@@ -42,11 +44,77 @@ def log_softmax(logits: Floats) -> Floats:
 
 def choose(logits: Floats, temperature: float, key: tuple[int, int, int]) -> int:
     """The likeliest token, or the one that the random number of this key falls on."""
-    if temperature == 0:
+    if temperature == 0 or np.isneginf(logits).all():
         return int(logits.argmax())
     cumulative = np.exp(log_softmax(logits / temperature)).cumsum()
     uniform = uniforms([key[0]], [key[1]], [key[2]])[0]
     return int(min(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), VOCAB_SIZE - 1))
+
+
+TOY = StructuredOutputsParams(grammar="toy")
+"""Asks for the grammar that `ways_on` is."""
+
+
+@cache
+def ways_on(generated: tuple[int, ...]) -> tuple[frozenset[int], bool]:
+    """Which tokens a text of the toy grammar goes on with, and whether it may end here: one way, several, or none."""
+    draw = random.Random(repr(generated[-2:]) + str(len(generated)))
+    if len(generated) == 14:
+        return frozenset(), True
+    if draw.random() < 0.6:
+        return frozenset({draw.randrange(4, EOS)}), False
+    return frozenset({*draw.sample(range(EOS), 5), draw.randrange(4, EOS)}), draw.random() < 0.3
+
+
+class ToyMatcher:
+    """The toy grammar, as llguidance's matchers are called."""
+
+    def __init__(self) -> None:
+        self._taken: tuple[int, ...] = ()
+
+    def compute_ff_tokens(self) -> list[int]:
+        taken = self._taken
+        while len(ways := ways_on(taken)[0]) == 1:
+            taken = (*taken, *ways)
+        return list(taken[len(self._taken) :])
+
+    def try_consume_tokens(self, token_ids: Sequence[int]) -> int:
+        for place, token_id in enumerate(token_ids):
+            if token_id not in ways_on(self._taken)[0]:
+                return place
+            self._taken += (token_id,)
+        return len(token_ids)
+
+    def consume_token(self, token_id: int) -> bool:
+        assert self.try_consume_tokens([token_id]) == 1
+        return True
+
+    def validate_tokens(self, token_ids: Sequence[int]) -> int:
+        num_taken = self.try_consume_tokens(token_ids)
+        self.rollback(num_taken)
+        return num_taken
+
+    def rollback(self, num_tokens: int) -> None:
+        self._taken = self._taken[: len(self._taken) - num_tokens]
+
+    def is_accepting(self) -> bool:
+        return ways_on(self._taken)[1]
+
+    def is_error(self) -> bool:
+        return False
+
+    def unsafe_compute_mask_ptr(self, pointer: int, num_bytes: int) -> None:
+        bits = np.zeros(num_bytes * 8, dtype=np.uint8)
+        bits[list(ways_on(self._taken)[0])] = 1
+        ctypes.memmove(pointer, np.packbits(bits, bitorder="little").tobytes(), num_bytes)
+
+
+class ToyGrammars:
+    """Compiles the toy grammar."""
+
+    def compile(self, params: StructuredOutputsParams, stop_token_ids: Collection[int], count: int) -> list[Grammar]:
+        assert params == TOY
+        return [Grammar(ToyMatcher(), VOCAB_SIZE, {EOS}, stop_token_ids) for _ in range(count)]  # type: ignore[arg-type]
 
 
 def completions_alone(
@@ -76,7 +144,17 @@ def completions_alone(
                 logits[token_id] += bias
             if len(generated) < params.min_tokens:
                 logits[list(stop)] = -np.inf
-            token_id = choose(logits, params.temperature, (params.seed, index, len(prompt) + len(generated)))
+            ways, is_complete = ways_on(tuple(generated)) if params.structured_outputs else (frozenset(), False)
+            if params.structured_outputs:
+                allowed = ways | (stop if is_complete else frozenset())
+                logits[[i for i in range(VOCAB_SIZE) if i not in allowed]] = -np.inf
+                if is_complete and np.isneginf(logits).all():
+                    reason = "stop"
+                    break
+            if len(ways) == 1:
+                (token_id,) = ways
+            else:
+                token_id = choose(logits, params.temperature, (params.seed, index, len(prompt) + len(generated)))
             generated.append(token_id)
             total += float(log_softmax(raw)[token_id])
             if token_id in stop:
@@ -186,6 +264,10 @@ class StandIn:
             logits[token_id] *= 1 / factor if logits[token_id] > 0 else factor
         some = edits.added_draws == draw
         np.add.at(logits, edits.added_ids[some], edits.terms[some])
+        for mask in edits.masks[edits.masked_draws == draw]:
+            logits[np.unpackbits(mask, count=VOCAB_SIZE, bitorder="little") == 0] = -np.inf
+        for token_id in edits.forced_ids[edits.forced_draws == draw]:
+            return int(token_id)
         key = (int(draws.seeds[draw]), int(draws.indices[draw]), int(draws.positions[draw]))
         return choose(logits, float(draws.temperature[draw]), key)
 
@@ -220,4 +302,5 @@ def make_stand_in_engine(depth: int = 1, *, num_blocks: int = 64, max_model_len:
     loop = make_loop(config, scheduler, executor)
     tokenizer = NoTokenizer()
     intake = Intake(tokenizer, defaults, VOCAB_SIZE, max_model_len, config)
+    intake.grammars = ToyGrammars()  # type: ignore[assignment]
     return LLMEngine.of(config, Parts(tokenizer, defaults, intake, loop, executor, max_model_len))

@@ -91,7 +91,7 @@ def draws_of(rows: Seq[Row]) -> Draws:
     wanted = Wanted()
     for place, row in enumerate(rows):
         sequence = Sequence("row", [], 0, 1)
-        wanted.draw(place, sequence, (row.seed, row.index, row.length), row.params, row.rules)
+        wanted.draw(place, sequence, (row.seed, row.index, row.length), row.params, row.rules, [])
     return wanted.draws(range(len(rows)))
 
 

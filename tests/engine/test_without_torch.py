@@ -10,7 +10,7 @@ import pytest
 
 from mini_infer import SamplingParams
 from mini_infer.outputs import GenerateOutput
-from tests.engine.stand_in import EOS, VOCAB_SIZE, completions_alone, make_stand_in_engine
+from tests.engine.stand_in import EOS, TOY, VOCAB_SIZE, completions_alone, make_stand_in_engine
 
 MAX_LEN = 48
 
@@ -29,6 +29,7 @@ def draw_params(draw: random.Random) -> SamplingParams:
         frequency_penalty=draw.choice([0.0, 0.0, 0.0, 0.5]),
         logprobs=draw.choice([None, None, 2]),
         prompt_logprobs=draw.choice([None, None, None, 1]),
+        structured_outputs=draw.choice([None, None, TOY]),
     )
 
 

@@ -1,17 +1,25 @@
-"""One token after the other, each drawn from the logits after the last one."""
+"""One token after the other, each drawn from the logits after the last one.
+
+Where some of the next tokens can be foreseen they are *drafts*: one step computes them all, and draws a token after
+each. As long as the drawn token is the draft that stands there, the one after it was drawn rightly, too. So what comes
+out is the same with drafts and without, token for token; drafts that turn out right are steps saved.
+"""
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 from mini_infer.engine.describe import Answer, Wanted
 from mini_infer.engine.request import Completion, Request
-from mini_infer.engine.rules import Rule, needs_last_token
+from mini_infer.engine.rules import Grammar, Rule, needs_last_token
 from mini_infer.engine.token_logprobs import token_logprobs
 from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, Sequence
+from mini_infer.step import TokenScore
+from mini_infer.typing import TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +31,12 @@ class Stream:
     Attributes:
         completion: where they go.
         rules: what they change in the logits.
+        grammar: the one among them that the text must keep to, if there is one; it foresees tokens.
     """
 
     completion: Completion
     rules: tuple[Rule, ...]
+    grammar: Grammar | None = None
 
 
 class Autoregressive:
@@ -64,12 +74,15 @@ class Autoregressive:
             raise
 
     def want(self, request: Request, item: ScheduledSequence, first_row: int, wanted: Wanted) -> None:
-        last_row = first_row + item.num_tokens - 1
         if item.num_logits:
+            known = item.end + 1 - item.num_logits
+            first_drawn = first_row + known - 1 - item.start
             for sequence in (item.sequence, *item.forks):
                 stream = self._streams[sequence]
-                key = (self._seed, stream.completion.index, item.end)
-                wanted.draw(last_row, sequence, key, request.params, stream.rules)
+                drafts = sequence.token_ids[known : item.end]
+                for place in range(item.num_logits):
+                    key = (self._seed, stream.completion.index, known + place)
+                    wanted.draw(first_drawn + place, sequence, key, request.params, stream.rules, drafts[:place])
         num_top = request.params.prompt_logprobs
         if num_top is not None and self._streams[item.sequence].completion.index == 0:
             # The row of each token predicts the one after it. After a preemption, what is known is not asked for again.
@@ -80,18 +93,38 @@ class Autoregressive:
     def decide(self, request: Request, item: ScheduledSequence, answer: Answer) -> list[Outcome]:
         if not item.num_logits:
             return [] if item.end < item.sequence.max_length else [Outcome(item.sequence, (), item.end)]
+        known = item.end + 1 - item.num_logits
         outcomes = []
-        for sequence, token_ids, logprobs in zip(
-            (item.sequence, *item.forks), answer.token_ids, answer.logprobs, strict=True
-        ):
-            if any(map(math.isnan, logprobs)):
-                outcomes.append(Outcome(sequence, (), item.end, "error"))
-                continue
-            (token_id,) = token_ids
-            num_generated = item.end + 1 - sequence.num_prompt_tokens
-            stops = token_id in self._stop_token_ids and num_generated > request.params.min_tokens
-            outcomes.append(Outcome(sequence, (token_id,), item.end, "stop" if stops else None))
+        for sequence, token_ids, logprobs, _ in _drawn(item, answer):
+            drafts = sequence.token_ids[known : item.end]
+            num_right = next((i for i, draft in enumerate(drafts) if token_ids[i] != draft), len(drafts)) + 1
+            settled = token_ids[:num_right]
+            reason: FinishReason | None = None
+            for place, token_id in enumerate(settled):
+                if math.isnan(logprobs[place]):
+                    settled, reason = settled[:place], "error"
+                    break
+                if self._stops(request, sequence, known + place, token_id):
+                    settled, reason = settled[: place + 1], "stop"
+                    break
+            settled, reason = self._within_grammar(sequence, settled, reason)
+            outcomes.append(Outcome(sequence, tuple(settled), known + max(len(settled) - 1, 0), reason))
         return outcomes
+
+    def _stops(self, request: Request, sequence: Sequence, position: int, token_id: int) -> bool:
+        num_generated = position + 1 - sequence.num_prompt_tokens
+        return token_id in self._stop_token_ids and num_generated > request.params.min_tokens
+
+    def _within_grammar(
+        self, sequence: Sequence, token_ids: TokenIds, reason: FinishReason | None
+    ) -> tuple[TokenIds, FinishReason | None]:
+        """What is left of some tokens under the completion's grammar. Where that allows nothing, not even an end, the
+        draw gives a token all the same."""
+        grammar = self._streams[sequence].grammar
+        if grammar is None or (num_accepted := grammar.num_accepted(token_ids)) == len(token_ids):
+            return token_ids, reason
+        token_ids = token_ids[:num_accepted]
+        return token_ids, "stop" if grammar.is_complete_after(token_ids) else "error"
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
         if request.params.prompt_logprobs is not None and self._streams[item.sequence].completion.index == 0:
@@ -101,38 +134,49 @@ class Autoregressive:
                 self.stop(request, scheduler, item.sequence.finish_reason)
             return 0
         num_generated = 0
-        scores = answer.token_scores if request.params.logprobs is not None else [[]] * len(answer.token_ids)
-        for sequence, (token_id,), (logprob,), score in zip(
-            (item.sequence, *item.forks), answer.token_ids, answer.logprobs, scores, strict=True
-        ):
-            completion = self._streams[sequence].completion
-            if completion.finish_reason is not None:  # it ended before this token
+        known = item.end + 1 - item.num_logits
+        for sequence, _, logprobs, scores in _drawn(item, answer):
+            stream = self._streams[sequence]
+            completion = stream.completion
+            if completion.finish_reason is not None:  # it ended before these tokens
                 continue
+            text, num_new = "", 0
+            for token_id, logprob, score in zip(
+                sequence.token_ids[known : sequence.num_known_tokens], logprobs, scores or repeat(None), strict=False
+            ):
+                stops = sequence.finish_reason == "stop" and self._stops(request, sequence, known + num_new, token_id)
+                if not stops:
+                    for rule in stream.rules:
+                        rule.accept(token_id)
+                place = None if score is None else token_logprobs(token_id, score, self._decode_token)
+                text += completion.append(token_id, logprob, place, is_text=not stops)
+                num_new += 1
+                if stops:
+                    asked_for = token_id in (request.params.stop_token_ids or ())
+                    completion.stop_reason = token_id if asked_for else None
+                elif completion.stop_reason is not None:
+                    scheduler.finish(sequence, "stop")  # also if it was the last token allowed
+                    break
+            num_generated += num_new
             if sequence.finish_reason == "error":
-                request.error = NotFiniteError(
-                    f"request {request.request_id!r}: its logits are not finite; a wider dtype may help"
-                )
-                logger.error("%s", request.error)
-                self._close(request, sequence, completion, "error", "", 0)
+                self._blame(request, stream, logprobs[num_new])
+            if sequence.finish_reason is not None:
+                self._close(request, sequence, completion, sequence.finish_reason, text, num_new)
                 continue
-            for rule in self._streams[sequence].rules:
-                rule.accept(token_id)
-            stops = sequence.finish_reason == "stop"
-            places = [token_logprobs(token_id, known, self._decode_token) for known in score]
-            text = completion.append(token_id, logprob, places[0] if places else None, is_text=not stops)
-            num_generated += 1
-            if stops:
-                asked_for = token_id in (request.params.stop_token_ids or ())
-                completion.stop_reason = token_id if asked_for else None
-            elif completion.stop_reason is not None:
-                scheduler.finish(sequence, "stop")
-                self._close(request, sequence, completion, "stop", text, 1)  # also if it was the last token allowed
-                continue
-            if sequence.finish_reason is None:
-                request.emit(completion, text, 1)
-            else:
-                self._close(request, sequence, completion, sequence.finish_reason, text, 1)
+            request.emit(completion, text, num_new)
+            if stream.grammar is not None:
+                scheduler.propose(sequence, stream.grammar.forced)
         return num_generated
+
+    def _blame(self, request: Request, stream: Stream, logprob: float) -> None:
+        """Say why a completion has ended with an error, from the log probability of the token that should follow."""
+        if math.isnan(logprob) or stream.grammar is None:
+            request.error = NotFiniteError(
+                f"request {request.request_id!r}: its logits are not finite; a wider dtype may help"
+            )
+        else:
+            request.error = stream.grammar.dead_end(request.request_id)
+        logger.error("%s", request.error)
 
     def stop(self, request: Request, scheduler: Scheduler, reason: FinishReason) -> None:
         going_on = [
@@ -167,3 +211,16 @@ class Autoregressive:
             if position == len(request.prompt_logprobs):
                 token_id = item.sequence.token_ids[position]
                 request.prompt_logprobs.append(token_logprobs(token_id, score, self._decode_token))
+
+
+def _drawn(
+    item: ScheduledSequence, answer: Answer
+) -> Iterator[tuple[Sequence, TokenIds, list[float], list[TokenScore]]]:
+    """What was drawn for a sequence, one token or one after each of its drafts, and for those that fork from it: the
+    tokens, their log probabilities, and their scores if those were asked for."""
+    token_ids = list(chain.from_iterable(answer.token_ids))
+    logprobs = list(chain.from_iterable(answer.logprobs))
+    scores = list(chain.from_iterable(answer.token_scores))
+    for place, sequence in enumerate((item.sequence, *item.forks)):
+        own = slice(place * item.num_logits, (place + 1) * item.num_logits)
+        yield sequence, token_ids[own], logprobs[own], scores[own]

@@ -11,11 +11,12 @@ import numpy as np
 
 from mini_infer.engine.rules.bias import Ban, Bias
 from mini_infer.engine.rules.edits import Edits
+from mini_infer.engine.rules.grammar import Grammar, Grammars
 from mini_infer.engine.rules.penalties import Penalties
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
 
-__all__ = ["Ban", "Bias", "Edits", "Penalties", "Rule", "make_rules"]
+__all__ = ["Ban", "Bias", "Edits", "Grammar", "Grammars", "Penalties", "Rule", "make_rules"]
 
 
 class Rule(Protocol):
@@ -28,12 +29,14 @@ class Rule(Protocol):
     @property
     def needs_last_token(self) -> bool: ...
 
-    def apply(self, draw: int, position: int, edits: Edits) -> None:
+    def apply(self, draw: int, position: int, drafts: TokenIds, edits: Edits) -> None:
         """Add what changes for one draw.
 
         Args:
             draw: which row of the step's draws.
             position: which token of the sequence is drawn.
+            drafts: the tokens before it that ``accept`` has not told of, since they are not certain. Only a rule that
+                needs the last token is ever given some that it must look at.
             edits: where to.
         """
 

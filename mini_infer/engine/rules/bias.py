@@ -4,6 +4,7 @@ import numpy as np
 
 from mini_infer.engine.rules.edits import Edits
 from mini_infer.step import Floats, Ints
+from mini_infer.typing import TokenIds
 
 
 class Bias:
@@ -19,7 +20,7 @@ class Bias:
     def __init__(self, token_ids: Ints, terms: Floats) -> None:
         self._token_ids, self._terms = token_ids, terms
 
-    def apply(self, draw: int, position: int, edits: Edits) -> None:
+    def apply(self, draw: int, position: int, drafts: TokenIds, edits: Edits) -> None:
         edits.add(draw, self._token_ids, self._terms)
 
     def accept(self, token_id: int) -> None:
@@ -40,7 +41,7 @@ class Ban:
         self._token_ids, self._before = token_ids, before
         self._terms = np.full(len(token_ids), -np.inf)
 
-    def apply(self, draw: int, position: int, edits: Edits) -> None:
+    def apply(self, draw: int, position: int, drafts: TokenIds, edits: Edits) -> None:
         if position < self._before:
             edits.add(draw, self._token_ids, self._terms)
 

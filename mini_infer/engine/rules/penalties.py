@@ -7,6 +7,7 @@ import numpy as np
 from mini_infer.engine.rules.edits import Edits
 from mini_infer.sampling import SamplingParams
 from mini_infer.step import Ints
+from mini_infer.typing import TokenIds
 
 
 class Penalties:
@@ -34,15 +35,15 @@ class Penalties:
     def of(cls, params: SamplingParams, prompt_ids: Ints, in_prompt: frozenset[int]) -> "Penalties":
         return cls(params.repetition_penalty, params.presence_penalty, params.frequency_penalty, prompt_ids, in_prompt)
 
-    def apply(self, draw: int, position: int, edits: Edits) -> None:
+    def apply(self, draw: int, position: int, drafts: TokenIds, edits: Edits) -> None:
+        counts = self._counts + Counter(drafts) if drafts else self._counts
         if self._repetition != 1:
             edits.scale(draw, self._prompt_ids, self._repetition)
-            others = [token_id for token_id in self._counts if token_id not in self._in_prompt]
+            others = [token_id for token_id in counts if token_id not in self._in_prompt]
             edits.scale(draw, np.array(others, dtype=np.int64), self._repetition)
-        if self._counts and (self._presence or self._frequency):
-            counts = np.fromiter(self._counts.values(), dtype=np.float64)
-            terms = -(self._presence + self._frequency * counts)
-            edits.add(draw, np.fromiter(self._counts, dtype=np.int64), terms)
+        if counts and (self._presence or self._frequency):
+            terms = -(self._presence + self._frequency * np.fromiter(counts.values(), dtype=np.float64))
+            edits.add(draw, np.fromiter(counts, dtype=np.int64), terms)
 
     def accept(self, token_id: int) -> None:
         self._counts[token_id] += 1

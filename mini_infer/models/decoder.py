@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mini_infer.kernels import Kernels
 from mini_infer.models.attention import Attention, KVCache, RotaryTables
 from mini_infer.models.batch import Batch
 from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
-from mini_infer.models.linear import Linear, Norm, Weighted
+from mini_infer.models.linear import Embedding, Linear, Norm
 from mini_infer.models.rope import Rope, rotary_tables
 
 
@@ -43,7 +42,7 @@ class Decoder(nn.Module):
         self.config, self.dtype, self.kernels = config, dtype, kernels
         vocab_size, hidden_size = config.vocab_size, config.hidden_size
         # A tied embedding is the output layer's weight, and looked up there.
-        self.embedding = None if config.tie_word_embeddings else Weighted((vocab_size, hidden_size), dtype)
+        self.embedding = None if config.tie_word_embeddings else Embedding((vocab_size, hidden_size), dtype)
         tables = _rotary_tables(config, torch.device(device))
         self.layers = nn.ModuleList(Layer(config, layer, tables, dtype, kernels) for layer in config.layers)
         self.norm = Norm(hidden_size, config.rms_norm_eps, dtype, kernels)
@@ -62,10 +61,7 @@ class Decoder(nn.Module):
         Returns:
             Hidden states after the final norm, ``[T, hidden_size]``.
         """
-        if self.embedding is None:
-            hidden = self.output.rows(batch.token_ids)
-        else:
-            hidden = functional.embedding(batch.token_ids, self.embedding.weight)
+        hidden = (self.output if self.embedding is None else self.embedding).rows(batch.token_ids)
         residual = torch.zeros_like(hidden)
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             hidden, residual = layer(hidden, residual, batch, layer_cache)

@@ -5,20 +5,26 @@ tensors of the checkpoint that it is made of; gets memory; is filled part by par
 module knows that queries, keys and values lie in one matrix, or that a kernel wants its weight in another order.
 
 A `Format` is how one matrix is written down: which tensors it takes, along which of their dimensions it may be cut, and
-how it is multiplied. A quantised format would be one more class with these two methods. What is done to all matrices of
-a model (quantise, cut into shards, add adapters) is a plain function that walks `model.modules()` in the same way,
-before or after they are filled.
+what matrix they are: plain numbers, or a `QuantizedMatrix`. What is done to all matrices of a model (quantise, cut into
+shards, add adapters) is a plain function that walks `model.modules()` in the same way, before or after they are filled.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from mini_infer.kernels import Kernels, PackedLinear
+from mini_infer.kernels import Kernels, QuantizedMatrix, large_memory
+from mini_infer.models.matrices import bytes_of, join
+
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Plain numbers, as safetensors and GGUF call them."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,16 @@ class TensorSpec:
         shape: there.
         outputs: the dimension that runs along the outputs; None if all outputs share the tensor.
         inputs: the dimension that runs along the inputs, likewise.
+        dtypes: what it may be stored as, in safetensors' words or GGUF's.
+        optional: a checkpoint may lack it.
     """
 
     name: str
     shape: tuple[int, ...]
     outputs: int | None
     inputs: int | None
+    dtypes: frozenset[str] = FLOATS
+    optional: bool = False
 
     def shard(self, along: Literal["outputs", "inputs"], rank: int, size: int) -> tuple[slice, ...]:
         """The index of the part that rank ``rank`` of ``size`` holds if a matrix is cut along its outputs or inputs.
@@ -54,27 +64,31 @@ class TensorSpec:
 
 
 class Format(Protocol):
-    """How a matrix ``[outputs, inputs]``, and perhaps a bias, is written down and multiplied."""
+    """How a matrix ``[outputs, inputs]``, and perhaps a bias, is written down."""
 
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
         """The tensors of one matrix."""
 
-    def pack(self, tensors: Mapping[str, Tensor], kernels: Kernels) -> PackedLinear:
-        """The product with the matrix, and its rows, from these tensors, which are not needed afterwards."""
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor | QuantizedMatrix:
+        """The matrix that these tensors are."""
 
 
 class Dense:
     """Floating-point numbers, as they are."""
 
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
-        weight = TensorSpec("weight", (outputs, inputs), outputs=0, inputs=1)
-        return (weight, TensorSpec("bias", (outputs,), outputs=0, inputs=None)) if bias else (weight,)
+        return (TensorSpec("weight", (outputs, inputs), outputs=0, inputs=1), *bias_spec(outputs, bias))
 
-    def pack(self, tensors: Mapping[str, Tensor], kernels: Kernels) -> PackedLinear:
-        return kernels.pack_linear(tensors["weight"], tensors.get("bias"))
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"]
 
 
 DENSE = Dense()
+
+
+def bias_spec(outputs: int, bias: bool) -> tuple[TensorSpec, ...]:
+    """A bias, if there is one: it is never quantised."""
+    return (TensorSpec("bias", (outputs,), outputs=0, inputs=None),) if bias else ()
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,9 @@ class Part:
     Attributes:
         name: in the checkpoint.
         shape: there.
-        parameter: of the module.
+        parameter: of the module; "" if the module makes something of it first.
         dim, start: it takes ``shape[dim]`` places of the parameter's dimension ``dim``, from ``start``.
+        dtypes, optional: see `TensorSpec`.
     """
 
     name: str
@@ -93,6 +108,8 @@ class Part:
     parameter: str
     dim: int = 0
     start: int = 0
+    dtypes: frozenset[str] = FLOATS
+    optional: bool = False
 
 
 class Weighted(nn.Module):
@@ -111,6 +128,15 @@ class Weighted(nn.Module):
     def parts(self, names: Sequence[str]) -> list[Part]:
         """What the checkpoint has to hold, given what it calls this module."""
         return [Part(f"{names[0]}.weight", tuple(self.weight.shape), "weight")]
+
+    def fill(self, parts: Sequence[Part], read: Callable[[str], Tensor], device: torch.device) -> None:
+        """Give the parameters memory, and values from the checkpoint: what ``read`` gives for a part's name."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            self.register_parameter(name, _with_memory(parameter, device))
+        for part in parts:
+            place = getattr(self, part.parameter).narrow(part.dim, part.start, part.shape[part.dim])
+            place.copy_(read(part.name))
+        self.finish()
 
     def finish(self) -> None:
         """All parts are there."""
@@ -140,41 +166,61 @@ class Linear(Weighted):
         inputs: features of x.
         outputs: rows of each of the matrices.
         bias: they have biases.
-        dtype: of the parameters.
+        dtype: of the parameters, of x and of the result.
         kernels: who multiplies.
-        format: how the matrices are written down.
+
+    Attributes:
+        formats: how each of the matrices is written down; set by whoever knows the checkpoint, before it is filled.
+        scheme: makes few bits of the matrix if it has plain numbers; None leaves them as they are.
+        bytes: what the matrix takes, once it is filled.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: Sequence[int],
-        bias: bool,
-        dtype: torch.dtype,
-        kernels: Kernels,
-        format: Format = DENSE,
+        self, inputs: int, outputs: Sequence[int], bias: bool, dtype: torch.dtype, kernels: Kernels
     ) -> None:
         nn.Module.__init__(self)
-        self.kernels, self.format = kernels, format
-        self.matrices = [format.tensors(rows, inputs, bias) for rows in outputs]
-        for spec in format.tensors(sum(outputs), inputs, bias):
+        self.inputs, self.outputs, self.bias_wanted, self.dtype, self.kernels = inputs, outputs, bias, dtype, kernels
+        self.formats: Sequence[Format] = [DENSE] * len(outputs)
+        self.scheme: Callable[[Tensor], QuantizedMatrix] | None = None
+        for spec in DENSE.tensors(sum(outputs), inputs, bias):
             self.register_parameter(spec.name, empty_parameter(spec.shape, dtype))
 
     def parts(self, names: Sequence[str]) -> list[Part]:
+        plain = all(format is DENSE for format in self.formats)
         parts = []
         start: Counter[str] = Counter()
-        for name, specs in zip(names, self.matrices, strict=True):
-            for spec in specs:
-                dim = spec.outputs or 0
-                parts.append(Part(f"{name}.{spec.name}", spec.shape, spec.name, dim, start[spec.name]))
-                start[spec.name] += spec.shape[dim]
+        for name, format, rows in zip(names, self.formats, self.outputs, strict=True):
+            for spec in format.tensors(rows, self.inputs, self.bias_wanted):
+                dim, parameter = spec.outputs or 0, spec.name if plain else ""
+                place = (dim, start[spec.name]) if plain else (0, 0)
+                parts.append(Part(f"{name}.{spec.name}", spec.shape, parameter, *place, spec.dtypes, spec.optional))
+                start[spec.name] += spec.shape[dim] if spec.shape else 0
         return parts
 
+    def fill(self, parts: Sequence[Part], read: Callable[[str], Tensor], device: torch.device) -> None:
+        if all(part.parameter for part in parts):
+            return super().fill(parts, read, device)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for part in parts:  # those of one matrix share what stands before their last word
+            matrix, _, name = part.name.rpartition(".")
+            tensors.setdefault(matrix, {})[name] = read(part.name).to(device)
+        biases = [some["bias"].to(self.dtype) for some in tensors.values() if "bias" in some]
+        matrices = [format.matrix(some) for format, some in zip(self.formats, tensors.values(), strict=True)]
+        self._pack(join(matrices, self.dtype), torch.cat(biases) if biases else None)
+
     def finish(self) -> None:
-        """Hand the tensors to the kernels, which may keep them in another order, and let go of them."""
-        tensors = {name: parameter.data for name, parameter in self.named_parameters()}
-        self._product = self.format.pack(tensors, self.kernels)
-        for name in tensors:
+        self._pack(self.weight.data, getattr(self, "bias", None))
+
+    def _pack(self, matrix: Tensor | QuantizedMatrix, bias: Tensor | None) -> None:
+        """Hand the matrix to the kernels, which may keep it in another order, and let go of it."""
+        if self.scheme is not None and isinstance(matrix, Tensor):
+            matrix = self.scheme(matrix)
+        if isinstance(matrix, Tensor):
+            self._product = self.kernels.pack_linear(matrix, bias)
+        else:
+            self._product = self.kernels.pack_quantized(matrix, bias, self.dtype)
+        self.bytes = matrix.nbytes if isinstance(matrix, Tensor) else bytes_of(matrix)
+        for name, _ in list(self.named_parameters()):
             self.register_parameter(name, None)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -184,6 +230,48 @@ class Linear(Weighted):
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``, without a module's detour by way of its hooks."""
         return self._product(x)
+
+
+class Embedding(Weighted):
+    """A matrix of which only rows are looked up.
+
+    Attributes:
+        format: how it is written down.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__(shape, dtype)
+        self.dtype = dtype
+        self.formats: Sequence[Format] = [DENSE]
+        self._matrix: QuantizedMatrix | None = None
+
+    def parts(self, names: Sequence[str]) -> list[Part]:
+        outputs, inputs = self.weight.shape
+        parameter = "weight" if self.formats[0] is DENSE else ""
+        specs = self.formats[0].tensors(outputs, inputs, False)
+        return [Part(f"{names[0]}.{s.name}", s.shape, parameter, dtypes=s.dtypes, optional=s.optional) for s in specs]
+
+    def fill(self, parts: Sequence[Part], read: Callable[[str], Tensor], device: torch.device) -> None:
+        if all(part.parameter for part in parts):
+            return super().fill(parts, read, device)
+        tensors = {part.name.rpartition(".")[2]: read(part.name).to(device) for part in parts}
+        matrix = self.formats[0].matrix(tensors)
+        if isinstance(matrix, Tensor):
+            self.weight = nn.Parameter(matrix.to(self.dtype), requires_grad=False)
+        else:
+            self._matrix = matrix
+            self.register_parameter("weight", None)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix, ``[N, inputs]``, for ids ``[N]``."""
+        if self._matrix is not None:
+            return self._matrix.rows(ids).dequantize(self.dtype)
+        return functional.embedding(ids, self.weight)
+
+
+def _with_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    empty = large_memory.empty if device.type == "cpu" else partial(torch.empty, device=device)
+    return nn.Parameter(empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

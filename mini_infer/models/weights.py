@@ -1,4 +1,4 @@
-"""Filling a decoder from safetensors files.
+"""Filling a decoder from the files of a checkpoint.
 
 Everything that can be wrong with the files shows in their headers, and is looked at before anything is built. Then the
 modules are filled one after the other: each tensor is mapped from its file and copied straight to where it belongs,
@@ -9,24 +9,26 @@ one layer's.
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
 from mini_infer.kernels import Kernels, large_memory
+from mini_infer.models.checkpoint import Checkpoint, Stored
 from mini_infer.models.config import ModelConfig
 from mini_infer.models.decoder import Decoder
 from mini_infer.models.families import FAMILIES, Names
-from mini_infer.models.linear import Part, Weighted
+from mini_infer.models.gguf import GgufModel, is_gguf
+from mini_infer.models.linear import DENSE, Embedding, Format, Linear, Part, Weighted
+from mini_infer.models.quantization import Quantization, quantize
 from mini_infer.models.rope import LongRope
 
 logger = logging.getLogger(__name__)
@@ -34,18 +36,31 @@ logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_STORED_DTYPES = {"F64", "F32", "F16", "BF16"}
 _ROWS_AT_ONCE = 4096
 """Of two large matrices that are compared."""
 
 
-class _Stored(NamedTuple):
-    """A tensor of the checkpoint, as the header of its file has it."""
+class Safetensors:
+    """The safetensors files of a directory.
 
-    name: str
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
+    Args:
+        directory: where they are.
+        quantization: how its config.json says that the matrices are written down; None is as plain numbers.
+    """
+
+    def __init__(self, directory: Path, quantization: Quantization | None) -> None:
+        self.stored: Mapping[str, Stored] = _headers(weight_files(directory))
+        self._quantization = quantization
+
+    @contextmanager
+    def reading(self, names: Collection[str]) -> Iterator[Callable[[str], Tensor]]:
+        with ExitStack() as stack:
+            paths = {self.stored[name].path for name in names}
+            readers = {path: stack.enter_context(_reading(path)) for path in paths}
+            yield lambda name: readers[self.stored[name].path].get_tensor(name)
+
+    def format(self, matrix: str) -> Format:
+        return DENSE if self._quantization is None else self._quantization.format(matrix)
 
 
 class _Fill(NamedTuple):
@@ -57,28 +72,36 @@ class _Fill(NamedTuple):
 
 
 def load_model(
-    directory: str | Path, config: ModelConfig, dtype: torch.dtype, device: str | torch.device, kernels: Kernels
+    directory: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    kernels: Kernels,
+    quantization: str | None = None,
 ) -> Decoder:
-    """Build the decoder that `config` describes and fill it from the safetensors files in `directory`.
+    """Build the decoder that `config` describes and fill it from the files in `directory`.
 
     Where files and config contradict each other, the model is what transformers makes of them, or it is refused; see
     docs/compatibility.md.
 
     Args:
         directory: holds model.safetensors, or model.safetensors.index.json and the files it names; with both, the
-            index is ignored.
+            index is ignored. Or a .gguf file.
         config: from `read_config`. A smaller max_position_embeddings saves rotary tables never used, and decides which
             of LongRoPE's two sets of frequencies holds.
         dtype: of all parameters; tensors are converted as they are read.
         device: where the parameters live.
         kernels: who computes.
+        quantization: what becomes of matrices that are plain numbers: None, "int8" or "int4". It is done matrix by
+            matrix, so there is never more than one of them in its original size.
 
     Raises:
         InvalidCheckpointError: a file or tensor is missing, unexpected, misshapen or unreadable.
         OutOfMemoryError: the device cannot hold the weights.
     """
     directory, device = Path(directory), torch.device(device)
-    stored = _headers(weight_files(directory))
+    checkpoint: Checkpoint = GgufModel(directory) if is_gguf(directory) else Safetensors(directory, config.quantization)
+    stored = checkpoint.stored
     if config.num_layers > len(stored):  # or building what cannot be filled would take its time
         raise InvalidCheckpointError(
             f"the checkpoint in {directory} has {len(stored)} tensors, too few for the {config.num_layers} layers of "
@@ -89,17 +112,18 @@ def load_model(
     _mention_longrope(config)
     with _explaining_memory(directory, config, dtype, device, kernels):
         model = Decoder(config, dtype, device, kernels)
+        quantize(model, quantization)
         fills = [
-            _fill_of(path, module, names) for path, module in model.named_modules() if isinstance(module, Weighted)
+            _fill_of(path, module, names, checkpoint)
+            for path, module in model.named_modules()
+            if isinstance(module, Weighted)
         ]
         _check(stored, [part for fill in fills for part in fill.parts], config, directory)
         for _, layer in groupby(fills, key=lambda fill: fill.layer):
             together = list(layer)
-            with ExitStack() as stack:
-                needed = {stored[part.name].path for fill in together for part in fill.parts}
-                readers = {path: stack.enter_context(_reading(path)) for path in needed}
+            with checkpoint.reading({part.name for fill in together for part in fill.parts}) as read:
                 for fill in together:
-                    _fill(fill, stored, readers, device)
+                    fill.module.fill(fill.parts, read, device)
     return model
 
 
@@ -156,13 +180,13 @@ def _reading(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
+def _headers(files: Sequence[Path]) -> dict[str, Stored]:
     """Every tensor of the checkpoint."""
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     for path in files:
         with _reading(path) as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118  (it is no mapping)
-            found = {name: _Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            found = {name: Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         twice = stored.keys() & found.keys()
         if twice:
             raise InvalidCheckpointError(f"{path} repeats {_few(twice)} of another file; keep one copy of each tensor")
@@ -170,15 +194,18 @@ def _headers(files: Sequence[Path]) -> dict[str, _Stored]:
     return stored
 
 
-def _fill_of(path: str, module: Weighted, names: Names) -> _Fill:
+def _fill_of(path: str, module: Weighted, names: Names, checkpoint: Checkpoint) -> _Fill:
     """What to do for the module at ``path`` of the model, given what the checkpoint calls it."""
     layer = path.split(".")[1] if path.startswith("layers.") else ""
-    patterns = names[path.replace(f".{layer}.", ".*.", 1)]
-    return _Fill(layer, module, module.parts([pattern.replace("*", layer) for pattern in patterns]))
+    called = [pattern.replace("*", layer) for pattern in names[path.replace(f".{layer}.", ".*.", 1)]]
+    if isinstance(module, Linear | Embedding):
+        module.formats = [checkpoint.format(name) for name in called]
+    parts = [part for part in module.parts(called) if not part.optional or part.name in checkpoint.stored]
+    return _Fill(layer, module, parts)
 
 
 def _untangle_embeddings(
-    config: ModelConfig, names: Names, stored: Mapping[str, _Stored], dtype: torch.dtype
+    config: ModelConfig, names: Names, stored: Mapping[str, Stored], dtype: torch.dtype
 ) -> tuple[ModelConfig, Names]:
     """Config and names, so that they agree with the files about the output projection.
 
@@ -203,7 +230,7 @@ def _untangle_embeddings(
     return config, {**names, "output": names["embedding"]}
 
 
-def _equal(one: _Stored, other: _Stored, dtype: torch.dtype) -> bool:
+def _equal(one: Stored, other: Stored, dtype: torch.dtype) -> bool:
     """Whether two matrices hold the same numbers once they are of this dtype."""
     if one.shape != other.shape or len(one.shape) != 2:
         return False
@@ -223,23 +250,7 @@ def _mention_longrope(config: ModelConfig) -> None:
             )
 
 
-def _fill(fill: _Fill, stored: Mapping[str, _Stored], readers: Mapping[Path, Any], device: torch.device) -> None:
-    """Give a module's parameters memory and values."""
-    module = fill.module
-    empty = large_memory.empty if device.type == "cpu" else partial(torch.empty, device=device)
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(empty(parameter.shape, dtype=parameter.dtype), requires_grad=False))
-    for part in fill.parts:
-        place = getattr(module, part.parameter).narrow(part.dim, part.start, part.shape[part.dim])
-        _copy(readers[stored[part.name].path], part.name, place)
-    module.finish()
-
-
-def _copy(reader: Any, name: str, place: Tensor) -> None:
-    place.copy_(reader.get_tensor(name))
-
-
-def _check(stored: Mapping[str, _Stored], parts: Collection[Part], config: ModelConfig, directory: Path) -> None:
+def _check(stored: Mapping[str, Stored], parts: Collection[Part], config: ModelConfig, directory: Path) -> None:
     """Refuse a checkpoint that is not made of exactly these tensors."""
     wanted = {part.name for part in parts}
     missing = wanted - stored.keys()
@@ -262,9 +273,10 @@ def _check(stored: Mapping[str, _Stored], parts: Collection[Part], config: Model
                 f"{part.name} in {found.path} has shape {list(found.shape)} but config.json implies "
                 f"{list(part.shape)}; they belong to different models"
             )
-        if found.dtype not in _STORED_DTYPES:
+        if found.dtype not in part.dtypes:
             raise InvalidCheckpointError(
-                f"{part.name} in {found.path} is {found.dtype}, as in a quantized model; use the unquantized checkpoint"
+                f"{part.name} in {found.path} is {found.dtype}, but config.json implies {' or '.join(sorted(part.dtypes))}; "
+                "a quantised checkpoint needs its quantization_config there"
             )
 
 

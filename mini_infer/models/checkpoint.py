@@ -1,0 +1,40 @@
+"""What weights are read from, whatever kind of file it is."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from mini_infer.models.linear import Format
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, as the header of its file has it.
+
+    Attributes:
+        name: as checkpoints on the Hub call it.
+        dtype: as safetensors spells it, or the name of a block type of GGUF.
+    """
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint(Protocol):
+    """The files of a model.
+
+    Attributes:
+        stored: its tensors by name.
+    """
+
+    stored: Mapping[str, Stored]
+
+    def reading(self, names: Collection[str]) -> AbstractContextManager[Callable[[str], Tensor]]:
+        """What reads these tensors, while their files are open."""
+
+    def format(self, matrix: str) -> Format:
+        """How a matrix is written down, by its name without ``.weight``."""

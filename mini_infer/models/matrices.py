@@ -1,0 +1,91 @@
+"""Several matrices as one: what is stored apart is multiplied together.
+
+Checkpoints may hold the parts of a fused projection in formats of their own; the values of what is joined are theirs,
+exactly.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mini_infer.kernels import QuantizedMatrix
+
+
+def join(matrices: Sequence[Tensor | QuantizedMatrix], dtype: torch.dtype) -> Tensor | QuantizedMatrix:
+    """The matrices one below the other.
+
+    If one has plain numbers, or 8-bit floating point meets another kind, so has the result, in ``dtype``. Else it has
+    codes: those of the parts where they are of one kind, and int8 with the smallest group's scales where not.
+    """
+    if len(matrices) == 1:
+        return matrices[0].to(dtype) if isinstance(matrices[0], Tensor) else matrices[0]
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    floats = {matrix.codes.dtype is torch.float8_e4m3fn for matrix in quantized}
+    if len(quantized) < len(matrices) or len(floats) > 1:
+        plain = [m.to(dtype) if isinstance(m, Tensor) else m.dequantize(dtype) for m in matrices]
+        return torch.cat(plain)
+    group = math.gcd(*(_group(matrix) for matrix in quantized))
+    alike = [_with_group(matrix, group) for matrix in quantized]
+    if len({(m.codes.dtype, None if m.table is None else tuple(m.table.tolist())) for m in alike}) > 1:
+        alike = [_as_int8(matrix) for matrix in alike]
+    if any(matrix.offsets is not None for matrix in alike):
+        alike = [m if m.offsets is not None else replace(m, offsets=torch.zeros_like(m.scales)) for m in alike]
+    scales = alike[0].scales.dtype if len({matrix.scales.dtype for matrix in alike}) == 1 else torch.float32
+    return QuantizedMatrix(
+        codes=torch.cat([matrix.codes for matrix in alike]),
+        scales=torch.cat([matrix.scales.to(scales) for matrix in alike]),
+        group=group,
+        offsets=None if alike[0].offsets is None else torch.cat([m.offsets.to(scales) for m in alike if m.offsets is not None]),
+        table=alike[0].table,
+    )
+
+
+def bytes_of(matrix: QuantizedMatrix) -> int:
+    """What codes, scales and offsets take."""
+    parts = (matrix.codes, matrix.scales, matrix.offsets)
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+def unpacked(codes: Tensor) -> Tensor:
+    """Two codes per byte as one code per byte, ``[N, inputs]``."""
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """One code per byte, 0 to 15, as two codes per byte, ``[N, inputs / 2]``."""
+    codes = codes.to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _group(matrix: QuantizedMatrix) -> int:
+    """Inputs that share a scale; all, where a row has one."""
+    return matrix.shape[1] if matrix.scales.shape[1] == 1 else matrix.group
+
+
+def _with_group(matrix: QuantizedMatrix, group: int) -> QuantizedMatrix:
+    """The same values with scales for smaller groups."""
+    repeats, groups = _group(matrix) // group, -(-matrix.shape[1] // group)
+    if repeats == 1:
+        return replace(matrix, group=group)
+    offsets = matrix.offsets
+    return replace(
+        matrix,
+        scales=matrix.scales.repeat_interleave(repeats, dim=1)[:, :groups],
+        offsets=None if offsets is None else offsets.repeat_interleave(repeats, dim=1)[:, :groups],
+        group=group,
+    )
+
+
+def _as_int8(matrix: QuantizedMatrix) -> QuantizedMatrix:
+    """The same values with 8-bit codes. Every table there is holds integers, or their halves."""
+    if matrix.codes.dtype is torch.int8:
+        return matrix
+    codes = unpacked(matrix.codes)
+    if matrix.table is None:
+        return replace(matrix, codes=codes.to(torch.int8))
+    unit = 1.0 if bool((matrix.table == matrix.table.round()).all()) else 0.5
+    whole = (matrix.table / unit).to(torch.int8)[codes.long()]
+    return replace(matrix, codes=whole, scales=matrix.scales * unit, table=None)

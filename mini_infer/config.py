@@ -26,6 +26,8 @@ PreemptionMode: TypeAlias = Literal["recompute", "swap", "auto"]
 
 DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
+QUANTIZATIONS = ("int8", "int4")
+
 POLICY_NAMES = ("fcfs", "priority")
 
 MAX_DEPTH = 4
@@ -37,7 +39,7 @@ class CheckpointOptions:
     """Which model and tokenizer, from where, and in which dtype: what loading reads."""
 
     model: str | os.PathLike[str] | None = option(
-        None, "Checkpoint directory or Hugging Face Hub name; None is the bundled tutor"
+        None, "Checkpoint directory, .gguf file or Hugging Face Hub name; None is the bundled tutor"
     )
     tokenizer: str | os.PathLike[str] | None = option(None, "Tokenizer directory or Hub name; None is the model's own")
     tokenizer_mode: str = option("auto", "'auto' takes the fast tokenizer where there is one, 'slow' never does")
@@ -45,6 +47,9 @@ class CheckpointOptions:
     trust_remote_code: bool = option(False, "Let a tokenizer run code from its repository; models never do")
     cache_dir: str | os.PathLike[str] | None = option(None, "Where Hub downloads are kept; None is its own default")
     dtype: str = option("auto", "auto (the checkpoint's own), float16, bfloat16, float32 or float64")
+    quantization: str | None = option(
+        None, "Quantise weights that are not yet, while they load: int8 or int4; None leaves all as they are"
+    )
 
     def __post_init__(self) -> None:
         if self.model is None:
@@ -54,6 +59,8 @@ class CheckpointOptions:
         check_choice(InvalidConfigError, "tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         check_bool(InvalidConfigError, "trust_remote_code", self.trust_remote_code)
         check_choice(InvalidConfigError, "dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            check_choice(InvalidConfigError, "quantization", self.quantization, QUANTIZATIONS)
 
 
 @dataclass(frozen=True)

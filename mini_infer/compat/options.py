@@ -17,9 +17,7 @@ ENGINE_ALIASES: Mapping[str, str] = {
 SAMPLING_ALIASES: Mapping[str, str] = {"stop_strings": "stop"}
 """Other names for fields of ``SamplingParams``."""
 
-ENGINE_REFUSED: Mapping[str, str] = {
-    "quantization": "quantised weights are not supported yet; use a checkpoint in its original dtype"
-}
+ENGINE_REFUSED: Mapping[str, str] = {}
 """Options of an engine that others have and this one does not, each with the reason."""
 
 SAMPLING_REFUSED: Mapping[str, str] = dict.fromkeys(

@@ -69,7 +69,7 @@ def build(config: EngineConfig) -> Parts:
     model_config = read_config(directory)
     tokenizer = Tokenizer(tokenizer_directory, config, model_config.vocab_size)
     local = build_local(config, directory, model_config)
-    defaults = GenerationDefaults.from_directory(directory, tokenizer.hf.eos_token_id, model_config.vocab_size)
+    defaults = GenerationDefaults.from_directory(directory, tokenizer.end_token_ids, model_config.vocab_size)
     scheduler = make_scheduler(
         config, local.max_model_len, local.num_gpu_blocks, _preemption_costs(local), _fair_size(local)
     )

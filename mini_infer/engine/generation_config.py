@@ -1,7 +1,7 @@
 """What a checkpoint's ``generation_config.json`` says about stopping and sampling."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class GenerationDefaults:
     sampling: SamplingParams
 
     @classmethod
-    def from_directory(cls, directory: Path, tokenizer_eos: int | None, vocab_size: int) -> "GenerationDefaults":
+    def from_directory(cls, directory: Path, tokenizer_ends: Collection[int], vocab_size: int) -> "GenerationDefaults":
         """Read them.
 
         Every token that any of three places names as the end of a sequence is one: ``generation_config.json``,
@@ -51,7 +51,7 @@ class GenerationDefaults:
         ends = {
             *_eos_token_ids(path, generation),
             *_eos_token_ids(directory / "config.json", _read_json(directory / "config.json")),
-            *([] if tokenizer_eos is None else [tokenizer_eos]),
+            *tokenizer_ends,
         }
         return cls(frozenset(token_id for token_id in ends if 0 <= token_id < vocab_size), sampling)
 

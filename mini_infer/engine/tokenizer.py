@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer
 from mini_infer.exceptions import ContextLengthError, InvalidCheckpointError, InvalidRequestError, MiniInferError
+from mini_infer.models.gguf import is_gguf, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,13 @@ class Tokenizer:
     """A transformers tokenizer and what the engine needs of it.
 
     Args:
-        directory: where its files are.
+        directory: where its files are, or a GGUF file that holds it.
         config: how to read them.
         vocab_size: the model's; ids from there on exist for the tokenizer alone, and never leave this class.
 
     Attributes:
         hf: the tokenizer itself.
+        end_token_ids: those that end a text.
         special_tokens: id and text of each token that can be left out of a text.
         byte_tokens: ids of SentencePiece's byte tokens, such as ``<0xF0>``, several of which spell a character. A
             byte-level vocabulary, every token of which is made of bytes, has none.
@@ -51,12 +53,7 @@ class Tokenizer:
     renderer: Renderer | None = None
 
     def __init__(self, directory: Path, config: EngineConfig, vocab_size: int) -> None:
-        try:
-            self.hf: Any = AutoTokenizer.from_pretrained(
-                directory, use_fast=config.tokenizer_mode == "auto", trust_remote_code=config.trust_remote_code
-            )
-        except Exception as error:  # transformers raises almost anything for a damaged or missing tokenizer
-            raise InvalidCheckpointError(_why_unusable(directory, error)) from error
+        self.hf, self.end_token_ids = _read(directory, config)
         self._vocab_size = vocab_size
         vocab: dict[str, int] = self.hf.get_vocab()
         self._longest_token = max(map(len, vocab), default=1)
@@ -259,6 +256,19 @@ class Tokenizer:
         if letter is None or self.decode([letter], skip_special_tokens=False) != chr(byte_tokens[letter]):
             return {}
         return byte_tokens
+
+
+def _read(path: Path, config: EngineConfig) -> tuple[Any, frozenset[int]]:
+    """The tokenizer of transformers, and the ids of the tokens that end a text."""
+    if is_gguf(path):
+        return read_tokenizer(path)
+    try:
+        hf: Any = AutoTokenizer.from_pretrained(
+            path, use_fast=config.tokenizer_mode == "auto", trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # transformers raises almost anything for a damaged or missing tokenizer
+        raise InvalidCheckpointError(_why_unusable(path, error)) from error
+    return hf, frozenset() if hf.eos_token_id is None else frozenset({hf.eos_token_id})
 
 
 def whole_text(content: Any) -> Any:

@@ -81,7 +81,7 @@ def _build(
     memory = plan(torch.cuda.mem_get_info(device)[1] if on_gpu else CPU_KV_CACHE_BYTES)
     memory.check(str(device))
     shortened = replace(model_config, max_position_embeddings=memory.max_model_len)
-    model = load_model(directory, shortened, dtype, device, kernels)
+    model = load_model(directory, shortened, dtype, device, kernels, config.quantization)
     if on_gpu and config.num_gpu_blocks is None:
         memory = plan(_free_gpu_bytes(config, model, device))
         memory.check(str(device))

@@ -25,13 +25,11 @@ class Stored(NamedTuple):
 
 
 class Checkpoint(Protocol):
-    """The files of a model.
+    """The files of a model."""
 
-    Attributes:
-        stored: its tensors by name.
-    """
-
-    stored: Mapping[str, Stored]
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """Its tensors by name."""
 
     def reading(self, names: Collection[str]) -> AbstractContextManager[Callable[[str], Tensor]]:
         """What reads these tensors, while their files are open."""

@@ -7,6 +7,7 @@ import torch
 
 from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.memory.cache_spec import PagedKV
+from mini_infer.models.quantization import Quantization
 from mini_infer.models.rope import Rope
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -97,6 +98,7 @@ class ModelConfig:
         rms_norm_eps: keeps the norm of a zero vector finite.
         tie_word_embeddings: the output projection is the embedding.
         dtype: of the checkpoint's weights; None where its config does not say.
+        quantization: how its matrices are written down; None is as plain numbers, or as the files themselves say.
     """
 
     architecture: str
@@ -107,6 +109,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     dtype: torch.dtype | None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self, "vocab_size", "hidden_size", "num_layers", "max_position_embeddings")

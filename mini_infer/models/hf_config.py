@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from mini_infer.exceptions import InvalidCheckpointError, ModelNotFoundError, UnsupportedModelError
 from mini_infer.models.config import DTYPES, LARGEST_SIZE, AttentionConfig, LayerConfig, ModelConfig
+from mini_infer.models.quantization import read_quantization
 from mini_infer.models.rope import (
     LinearRope,
     Llama3Rope,
@@ -82,10 +83,6 @@ def model_config(hf: PretrainedConfig, architecture: str, layers: tuple[LayerCon
         InvalidCheckpointError: the fields contradict each other.
         UnsupportedModelError: they describe a model that Mini-Infer does not implement.
     """
-    if getattr(hf, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "quantized checkpoints (quantization_config) are not supported; use the unquantized model"
-        )
     if hf.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act must be 'silu'; got {_short(hf.hidden_act)}")
     if getattr(hf, "transformers_weights", None):
@@ -103,6 +100,7 @@ def model_config(hf: PretrainedConfig, architecture: str, layers: tuple[LayerCon
         rms_norm_eps=hf.rms_norm_eps,
         tie_word_embeddings=hf.tie_word_embeddings,
         dtype=_dtype(hf),
+        quantization=read_quantization(getattr(hf, "quantization_config", None)),
     )
 
 

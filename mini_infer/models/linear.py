@@ -11,7 +11,7 @@ shards, add adapters) is a plain function that walks `model.modules()` in the sa
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mini_infer.kernels import Kernels, QuantizedMatrix, large_memory
-from mini_infer.models.matrices import bytes_of, join
-
+from mini_infer.exceptions import UnsupportedModelError
+from mini_infer.kernels import Kernels, PackedLinear, QuantizedMatrix, large_memory
+from mini_infer.models.matrices import Matrix, Ordered, bytes_of, join
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Plain numbers, as safetensors and GGUF call them."""
@@ -69,7 +69,7 @@ class Format(Protocol):
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
         """The tensors of one matrix."""
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor | QuantizedMatrix:
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Matrix:
         """The matrix that these tensors are."""
 
 
@@ -175,9 +175,7 @@ class Linear(Weighted):
         bytes: what the matrix takes, once it is filled.
     """
 
-    def __init__(
-        self, inputs: int, outputs: Sequence[int], bias: bool, dtype: torch.dtype, kernels: Kernels
-    ) -> None:
+    def __init__(self, inputs: int, outputs: Sequence[int], bias: bool, dtype: torch.dtype, kernels: Kernels) -> None:
         nn.Module.__init__(self)
         self.inputs, self.outputs, self.bias_wanted, self.dtype, self.kernels = inputs, outputs, bias, dtype, kernels
         self.formats: Sequence[Format] = [DENSE] * len(outputs)
@@ -211,15 +209,12 @@ class Linear(Weighted):
     def finish(self) -> None:
         self._pack(self.weight.data, getattr(self, "bias", None))
 
-    def _pack(self, matrix: Tensor | QuantizedMatrix, bias: Tensor | None) -> None:
+    def _pack(self, matrix: Matrix, bias: Tensor | None) -> None:
         """Hand the matrix to the kernels, which may keep it in another order, and let go of it."""
         if self.scheme is not None and isinstance(matrix, Tensor):
             matrix = self.scheme(matrix)
-        if isinstance(matrix, Tensor):
-            self._product = self.kernels.pack_linear(matrix, bias)
-        else:
-            self._product = self.kernels.pack_quantized(matrix, bias, self.dtype)
-        self.bytes = matrix.nbytes if isinstance(matrix, Tensor) else bytes_of(matrix)
+        self.bytes = bytes_of(matrix)
+        self._product = _packed(matrix, bias, self.dtype, self.kernels)
         for name, _ in list(self.named_parameters()):
             self.register_parameter(name, None)
 
@@ -259,6 +254,8 @@ class Embedding(Weighted):
         if isinstance(matrix, Tensor):
             self.weight = nn.Parameter(matrix.to(self.dtype), requires_grad=False)
         else:
+            if isinstance(matrix, Ordered):
+                raise UnsupportedModelError(f"{parts[0].name}: an embedding with its inputs reordered is not supported")
             self._matrix = matrix
             self.register_parameter("weight", None)
 
@@ -267,6 +264,21 @@ class Embedding(Weighted):
         if self._matrix is not None:
             return self._matrix.rows(ids).dequantize(self.dtype)
         return functional.embedding(ids, self.weight)
+
+
+def _packed(matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, kernels: Kernels) -> PackedLinear:
+    """The product with a matrix, and its rows."""
+    if isinstance(matrix, Tensor):
+        return kernels.pack_linear(matrix, bias)
+    if isinstance(matrix, QuantizedMatrix):
+        return kernels.pack_quantized(matrix, bias, dtype)
+    inner = kernels.pack_quantized(matrix.matrix, bias, dtype)
+    order, places = matrix.order, matrix.order.argsort()
+    return replace(
+        inner,
+        multiply=lambda x: inner.multiply(x.index_select(-1, order)),
+        rows=lambda ids: inner.rows(ids).index_select(-1, places),
+    )
 
 
 def _with_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -6,22 +6,63 @@ exactly.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.kernels import QuantizedMatrix
 
 
-def join(matrices: Sequence[Tensor | QuantizedMatrix], dtype: torch.dtype) -> Tensor | QuantizedMatrix:
+@dataclass(frozen=True)
+class Ordered:
+    """A matrix whose inputs are in another order: its input j is input ``order[j]`` of x."""
+
+    matrix: QuantizedMatrix
+    order: Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values, ``[outputs, inputs]``, in x's order."""
+        return self.matrix.dequantize(dtype)[:, self.order.argsort()]
+
+
+Matrix: TypeAlias = Tensor | QuantizedMatrix | Ordered
+
+
+def in_groups(matrix: QuantizedMatrix, index: Tensor) -> QuantizedMatrix | Ordered:
+    """A matrix whose input k has the scale of group ``index[k]``, with the inputs of a group side by side.
+
+    Raises:
+        InvalidCheckpointError: the groups are not as large as they should be.
+    """
+    inputs = matrix.shape[1]
+    order = torch.argsort(index, stable=True)
+    wanted = torch.arange(inputs, device=index.device) // matrix.group
+    if not torch.equal(index[order].long(), wanted):
+        raise InvalidCheckpointError(f"g_idx does not put {inputs} inputs into groups of {matrix.group}")
+    if torch.equal(index.long(), wanted):
+        return matrix
+    is_packed = matrix.codes.dtype is torch.uint8
+    codes = packed(unpacked(matrix.codes)[:, order]) if is_packed else matrix.codes[:, order]
+    return Ordered(replace(matrix, codes=codes), order)
+
+
+def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
     """The matrices one below the other.
 
-    If one has plain numbers, or 8-bit floating point meets another kind, so has the result, in ``dtype``. Else it has
-    codes: those of the parts where they are of one kind, and int8 with the smallest group's scales where not.
+    If one has plain numbers, or inputs in an order that not all share, or 8-bit floating point meets another kind, the
+    result has plain numbers, in ``dtype``. Else it has codes: those of the parts where they are of one kind, and int8
+    with the smallest group's scales where not.
     """
     if len(matrices) == 1:
         return matrices[0].to(dtype) if isinstance(matrices[0], Tensor) else matrices[0]
+    ordered = [matrix for matrix in matrices if isinstance(matrix, Ordered)]
+    if len(ordered) == len(matrices) and all(torch.equal(m.order, ordered[0].order) for m in ordered):
+        together = join([m.matrix for m in ordered], dtype)
+        assert isinstance(together, QuantizedMatrix)
+        return Ordered(together, ordered[0].order)
     quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
     floats = {matrix.codes.dtype is torch.float8_e4m3fn for matrix in quantized}
     if len(quantized) < len(matrices) or len(floats) > 1:
@@ -38,13 +79,19 @@ def join(matrices: Sequence[Tensor | QuantizedMatrix], dtype: torch.dtype) -> Te
         codes=torch.cat([matrix.codes for matrix in alike]),
         scales=torch.cat([matrix.scales.to(scales) for matrix in alike]),
         group=group,
-        offsets=None if alike[0].offsets is None else torch.cat([m.offsets.to(scales) for m in alike if m.offsets is not None]),
+        offsets=None
+        if alike[0].offsets is None
+        else torch.cat([m.offsets.to(scales) for m in alike if m.offsets is not None]),
         table=alike[0].table,
     )
 
 
-def bytes_of(matrix: QuantizedMatrix) -> int:
-    """What codes, scales and offsets take."""
+def bytes_of(matrix: Matrix) -> int:
+    """What its numbers take: codes, scales and offsets."""
+    if isinstance(matrix, Tensor):
+        return matrix.nbytes
+    if isinstance(matrix, Ordered):
+        return bytes_of(matrix.matrix)
     parts = (matrix.codes, matrix.scales, matrix.offsets)
     return sum(part.nbytes for part in parts if part is not None)
 

@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_NOT_NEEDED = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
+"""Old checkpoints store RoPE's frequencies, which follow from the config; some of 8-bit floats, what a KV cache of such
+would be scaled by."""
+
 _ROWS_AT_ONCE = 4096
 """Of two large matrices that are compared."""
 
@@ -60,7 +64,7 @@ class Safetensors:
             yield lambda name: readers[self.stored[name].path].get_tensor(name)
 
     def format(self, matrix: str) -> Format:
-        return DENSE if self._quantization is None else self._quantization.format(matrix)
+        return DENSE if self._quantization is None else self._quantization.format(matrix, self.stored)
 
 
 class _Fill(NamedTuple):
@@ -254,8 +258,8 @@ def _check(stored: Mapping[str, Stored], parts: Collection[Part], config: ModelC
     """Refuse a checkpoint that is not made of exactly these tensors."""
     wanted = {part.name for part in parts}
     missing = wanted - stored.keys()
-    # Old checkpoints store RoPE's frequencies, which follow from the config; tied ones may repeat the embedding.
-    extra = {name for name in stored.keys() - wanted if not name.endswith(".rotary_emb.inv_freq")}
+    # Tied checkpoints may repeat the embedding.
+    extra = {name for name in stored.keys() - wanted if not name.endswith(_NOT_NEEDED)}
     if config.tie_word_embeddings:
         extra.discard(f"{FAMILIES[config.architecture].NAMES['output'][0]}.weight")
     if missing or extra:
@@ -275,8 +279,8 @@ def _check(stored: Mapping[str, Stored], parts: Collection[Part], config: ModelC
             )
         if found.dtype not in part.dtypes:
             raise InvalidCheckpointError(
-                f"{part.name} in {found.path} is {found.dtype}, but config.json implies {' or '.join(sorted(part.dtypes))}; "
-                "a quantised checkpoint needs its quantization_config there"
+                f"{part.name} in {found.path} is {found.dtype}, but config.json implies "
+                f"{' or '.join(sorted(part.dtypes))}; a quantised checkpoint needs its quantization_config there"
             )
 
 

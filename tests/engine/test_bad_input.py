@@ -398,7 +398,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"npu_queue_limit": 5}, "overlap=5"),
     ({"overlap": "yes"}, "'yes'"),
     ({"overlap": None}, "None"),
-    ({"quantization": "awq"}, "quantization='awq'"),
+    ({"quantization": "awq"}, "'awq'"),
     ({"dtype": "int8"}, "'int8'"),
     ({"dtype": torch.float32}, "torch.float32"),
     ({"device": 0}, "got 0"),

@@ -45,9 +45,9 @@ def test_a_path_to_nowhere_is_a_missing_directory(
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(ModelNotFoundError, match=r"model\.gguf is not a directory"):
-        resolve_model(tmp_path / "model.gguf")
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ModelNotFoundError, match=r"model\.bin is not a directory"):
+        resolve_model(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("name", ["", "two words", "org/", "a--b", "-x"])

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mini_infer import kernels
 from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
+from mini_infer.kernels import large_memory
 from mini_infer.models import Decoder, load_model, read_config
-from mini_infer.models import weights as weights_module
 from mini_infer.models.linear import Linear
 
 from .checkpoints import FAMILIES, make_checkpoint
@@ -195,7 +195,7 @@ def test_a_device_that_runs_out_of_memory(whole: Path, monkeypatch: pytest.Monke
     def no_room(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(weights_module, "_copy", no_room)
+    monkeypatch.setattr(large_memory, "empty", no_room)
     with pytest.raises(OutOfMemoryError, match=rf"the weights in {whole} need \d+\.\d GiB as torch.float32.*cpu"):
         load(whole)
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
 from mini_infer.models.config import ModelConfig
+from mini_infer.models.gguf import GgufModel, is_gguf
 from mini_infer.models.hf_config import hf_config, read_json, shorten
 
 Names = Mapping[str, tuple[str, ...]]
@@ -38,15 +39,20 @@ FAMILIES: Mapping[str, Family] = {family.ARCHITECTURE: family for family in _mod
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """Read ``directory/config.json``, as written by transformers 4 or 5. No code in the directory is run.
+    """Read ``directory/config.json``, as written by transformers 4 or 5, or what a GGUF file says. No code in the
+    directory is run.
 
     Raises:
         ModelNotFoundError: there is no such directory, or no config.json in it.
         InvalidCheckpointError: the file is malformed or contradicts itself.
         UnsupportedModelError: it describes a model that Mini-Infer does not implement.
     """
-    path = Path(directory) / "config.json"
-    fields = read_json(path)
+    path = Path(directory)
+    if is_gguf(path):
+        fields = GgufModel(path).fields
+    else:
+        path = path / "config.json"
+        fields = read_json(path)
     try:
         family = _family(fields.get("architectures"))
         if fields.get("model_type", family.MODEL_TYPE) != family.MODEL_TYPE:

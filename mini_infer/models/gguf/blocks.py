@@ -1,9 +1,9 @@
 """The block types of GGUF: what is stored, and the `QuantizedMatrix` that it is.
 
-Each reader takes blocks as uint8 ``[N, blocks of a row, bytes of a block]`` and gives their numbers exactly: the products
-and sums that ggml computes in float32 when it dequantises are those of `QuantizedMatrix.dequantize`. Four-bit codes
-stay in four bits; those of five and six bits become int8, those of two and three become four. Scales are float16 where
-a block holds them so, and float32 where they are products.
+Each reader takes blocks as uint8 ``[N, blocks of a row, bytes of a block]`` and gives their numbers exactly: the
+products and sums that ggml computes in float32 when it dequantises are those of `QuantizedMatrix.dequantize`. Four-bit
+codes stay in four bits; those of five and six bits become int8, those of two and three become four. Scales are float16
+where a block holds them so, and float32 where they are products.
 
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
@@ -179,7 +179,8 @@ def _fields(packed: Tensor, bits: int, run: int) -> Tensor:
     """Numbers of a few bits, one byte each: of each ``run`` bytes first the lowest bits of all, then the next ones."""
     runs = packed.unflatten(-1, (-1, 1, run))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1)
-    return (runs >> shifts & (1 << bits) - 1).flatten(-3)
+    fields: Tensor = runs >> shifts & (1 << bits) - 1
+    return fields.flatten(-3)
 
 
 def _bit_per_element(packed: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,19 @@ MAX_METADATA = 1 << 28
 MAX_SIZE = 2**31 - 1
 MAX_ALIGNMENT = 1 << 20
 
-_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -145,7 +158,7 @@ class _Header:
                 )
             tensors[name] = GgufTensor(name, type_name, shape, start, start + length)
         in_order = sorted(tensors.values(), key=lambda tensor: tensor.start)
-        for one, other in zip(in_order, in_order[1:], strict=False):
+        for one, other in pairwise(in_order):
             if other.start < one.end:
                 raise _Damaged(f"tensors {_short(one.name)} and {_short(other.name)} overlap")
         return metadata, tensors
@@ -231,7 +244,9 @@ def split_files(path: Path) -> list[Path]:
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})", path.stem)
     if match is None:
         return [path]
-    files = [path.with_name(f"{match[1]}-{number + 1:05}-of-{match[3]}{path.suffix}") for number in range(int(match[3]))]
+    files = [
+        path.with_name(f"{match[1]}-{number + 1:05}-of-{match[3]}{path.suffix}") for number in range(int(match[3]))
+    ]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise InvalidCheckpointError(

@@ -136,11 +136,11 @@ class GgufModel:
         where its rows need not move."""
         file, stored = self.tensors[name]
         dense = file.tensors[stored].type in DENSE_TYPES
-        tensor = file.floats(stored) if dense else file.bytes_of(stored)
+        tensor: Tensor = file.floats(stored) if dense else file.bytes_of(stored)
         if self._architecture.pairs_are_neighbours:
             for what, heads in (("q_proj.", self._num_heads), ("k_proj.", self._num_kv_heads)):
                 if what in name:
-                    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+                    tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
     def _on_the_hub(self, name: str) -> str:
@@ -166,12 +166,13 @@ class GgufModel:
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._integer(key, head_dim) != head_dim:
                 raise UnsupportedModelError(
-                    f"{self.path}: {self._name}.{key} must be {head_dim}, the width of a head; "
-                    f"got {self._integer(key)}"
+                    f"{self.path}: {self._name}.{key} must be {head_dim}, the width of a head; got {self._integer(key)}"
                 )
         for key in ("expert_count", "attention.sliding_window"):
             if self._integer(key, 0):
-                raise UnsupportedModelError(f"{self.path}: {self._name}.{key} is not supported; got {self._integer(key)}")
+                raise UnsupportedModelError(
+                    f"{self.path}: {self._name}.{key} is not supported; got {self._integer(key)}"
+                )
         context = self._integer("context_length")
         return {
             "architectures": [self._architecture.hf],
@@ -196,7 +197,7 @@ class GgufModel:
         }
 
     def _dtype(self) -> str:
-        """What computing in loses nothing: a file of one type of floating point says it, blocks are fine in bfloat16."""
+        """What to compute in: a file of one type of floating point says it, and blocks are fine in bfloat16."""
         types = {file.tensors[name].type for file, name in self.tensors.values() if len(file.tensors[name].shape) > 1}
         return {"F32": "float32", "F16": "float16"}.get(types.pop(), "bfloat16") if len(types) == 1 else "bfloat16"
 
@@ -239,8 +240,10 @@ class GgufModel:
         value = self._key(key, *default)
         if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
             value = value[0].item()  # one for each layer, all the same
-        if not default and (type(value) is not int or value < 1) or (type(value) is not int and value is not None):
-            raise InvalidCheckpointError(f"{self.path}: {self._name}.{key} must be a positive integer; got {_short(value)}")
+        if (not default and (type(value) is not int or value < 1)) or (type(value) is not int and value is not None):
+            raise InvalidCheckpointError(
+                f"{self.path}: {self._name}.{key} must be a positive integer; got {_short(value)}"
+            )
         return value
 
     def _number(self, key: str, *default: float) -> float:

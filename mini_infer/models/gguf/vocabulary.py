@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file, as one of transformers': the vocabulary is the file's, the work is theirs.
 
-A file names how a text is cut up before pairs are merged (``tokenizer.ggml.pre``), but not with which pattern. Those are
-known here for the tokenizers of the families; with another one the ids could be silently wrong, so it is refused.
+A file names how a text is cut up before pairs are merged (``tokenizer.ggml.pre``), but not with which pattern. Those
+are known here for the tokenizers of the families; with another one the ids could be silently wrong, so it is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,10 +108,12 @@ class _Keys:
 
     def token(self, key: str, tokens: Sequence[str]) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if value is None or type(value) is int and value >= 2**31:  # how some files write that there is none
+        if value is None or (type(value) is int and value >= 2**31):  # how some files write that there is none
             return None
         if type(value) is not int or not 0 <= value < len(tokens):
-            raise InvalidCheckpointError(f"tokenizer.ggml.{key}_token_id must be one of {len(tokens)} tokens; got {value!r}")
+            raise InvalidCheckpointError(
+                f"tokenizer.ggml.{key}_token_id must be one of {len(tokens)} tokens; got {value!r}"
+            )
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -137,7 +139,11 @@ def _vocabulary(keys: _Keys) -> Vocabulary:
                 f"tokenizer {kind[:80]!r} is not supported; supported are gpt2 and llama, or give --tokenizer"
             )
     for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [AddedToken(token, normalized=False, special=special) for token, t in zip(tokens, types, strict=True) if t == wanted]
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, t in zip(tokens, types, strict=True)
+            if t == wanted
+        ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     ids = {name: keys.token(name, tokens) for name in ("bos", "eos", "unknown", "padding", "eot", "eom")}
     named = {name: None if token_id is None else tokens[token_id] for name, token_id in ids.items()}
@@ -166,10 +172,10 @@ def _byte_level(keys: _Keys, vocab: Mapping[str, int]) -> tuple[Tokenizer, bool]
     """GPT-2's kind: every token is made of bytes, written as characters; and whether texts begin with BOS unless the
     file says otherwise."""
     pre, merges = keys.text("ggml.pre"), keys.texts("merges")
-    if pre not in _PRE_TOKENIZERS:
+    if pre is None or pre not in _PRE_TOKENIZERS:
         raise UnsupportedModelError(
-            f"tokenizer.ggml.pre {str(pre)[:80]!r}, how texts are cut up, is not known here: ids would be wrong. Known are "
-            f"{', '.join(_PRE_TOKENIZERS)}; give --tokenizer the directory or Hub name of the original"
+            f"tokenizer.ggml.pre {str(pre)[:80]!r}, how texts are cut up, is not known here: ids would be wrong. Known "
+            f"are {', '.join(_PRE_TOKENIZERS)}; give --tokenizer the directory or Hub name of the original"
         )
     if merges is None:
         raise InvalidCheckpointError("tokenizer.ggml.merges is missing")

@@ -1,0 +1,81 @@
+"""Few bits from many: int8 with a scale for each output, and int4 with a scale for each 32 inputs of one.
+
+Both are symmetric, so that a code of 0 is 0 and a product needs no correction. 8 bits are enough for the largest weight
+of a row to be the unit. Of 4 bits that would waste half: for each group some smaller units are tried, and that with
+which the squared error is least is kept.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from mini_infer.kernels import QuantizedMatrix
+from mini_infer.models.linear import Linear
+from mini_infer.models.matrices import packed
+
+INT4_GROUP = 32
+SIGNED = torch.arange(-8.0, 8.0)
+"""What four-bit codes stand for that are stored with 8 added."""
+
+_ROWS_AT_ONCE = 1024
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def int8(weight: Tensor) -> QuantizedMatrix:
+    """A scale for each output, float32: its largest weight is 127."""
+    scales = weight.abs().amax(dim=1, keepdim=True).float() / 127
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        codes[rows] = _divided(weight[rows].float(), scales[rows]).round_().clamp_(-127, 127)
+    return QuantizedMatrix(codes, scales, weight.shape[1])
+
+
+def int4(weight: Tensor, group: int = INT4_GROUP) -> QuantizedMatrix:
+    """A scale for each ``group`` inputs of an output, bfloat16. A matrix with odd inputs becomes `int8`."""
+    outputs, inputs = weight.shape
+    if inputs % 2:
+        return int8(weight)
+    parts = [_int4_rows(weight[start : start + _ROWS_AT_ONCE], group) for start in range(0, outputs, _ROWS_AT_ONCE)]
+    codes, scales = (torch.cat(some) for some in zip(*parts, strict=True))
+    return QuantizedMatrix(packed(codes[:, :inputs]), scales, group, table=SIGNED.to(weight.device))
+
+
+def _int4_rows(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes from 0 to 15, one per byte and with those of a padded last group, and scales."""
+    groups = pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+    at = groups.abs().argmax(dim=-1, keepdim=True)
+    largest = groups.gather(-1, at)  # gets the code -8, of which there is no positive one
+    best_error = torch.full_like(largest, torch.inf)
+    best_scale, best_codes = torch.zeros_like(largest), torch.zeros_like(groups)
+    for shrink in _SHRINKS:
+        scale = (largest * (shrink / -8)).bfloat16().float()
+        codes = _divided(groups, scale).round_().clamp_(-8, 7)
+        error = (codes * scale - groups).square_().sum(dim=-1, keepdim=True)
+        better = error < best_error
+        best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
+        best_codes = torch.where(better, codes, best_codes)
+    return (best_codes + 8).to(torch.uint8).flatten(1), best_scale.squeeze(-1).bfloat16()
+
+
+def _divided(weight: Tensor, scales: Tensor) -> Tensor:
+    """``weight / scales``, where nothing divided by nothing is nothing."""
+    return weight / torch.where(scales == 0, 1, scales)
+
+
+SCHEMES: Mapping[str, Callable[[Tensor], QuantizedMatrix]] = {"int8": int8, "int4": int4}
+
+
+def quantize(model: nn.Module, scheme: str | None) -> None:
+    """Have every projection of a model that is not filled yet be quantised as soon as it is.
+
+    The output projection, which may be the embedding, too, becomes int8 with either scheme: it is where four bits cost
+    most. Norms, biases and an embedding of its own stay as they are.
+    """
+    if scheme is None:
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.scheme = int8 if path == "output" else SCHEMES[scheme]

@@ -192,7 +192,7 @@ def test_no_weights(whole: Path) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_a_device_that_runs_out_of_memory(whole: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def no_room(*_: object) -> None:
+    def no_room(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(large_memory, "empty", no_room)

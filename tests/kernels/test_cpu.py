@@ -118,6 +118,13 @@ PROGRAM = textwrap.dedent("""
         tables = torch.randperm(12).view(2, 6).int()
         lengths = torch.tensor([70, 33]).int()
         query, weight, x = draw(2, 6, 64), draw(130, 96), draw(13, 96)
+        nibbles = torch.randint(0, 256, (130, 48), dtype=torch.uint8)
+        of_groups, odd = torch.rand(130, 3) / 8 + 0.1, torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10.0])
+        quantized = [
+            kernels.QuantizedMatrix(torch.randint(-128, 128, (130, 96), dtype=torch.int8), of_groups[:, :1], 96),
+            kernels.QuantizedMatrix(nibbles, of_groups, 32, -8 * of_groups),
+            kernels.QuantizedMatrix(nibbles, of_groups, 32, None, torch.cat((odd, -odd))),
+        ]
 
         def results(backend):
             with kernels.use_backend(backend):
@@ -131,6 +138,7 @@ PROGRAM = textwrap.dedent("""
                     kernels.paged_attention(query, *own, tables, lengths),
                     kernels.paged_prefill_attention(query, *own, tables, lengths, starts),
                     kernels.argmax_logprob(x)[1],
+                    *(kernels.pack_quantized(matrix, None, dtype)(x) for matrix in quantized),
                 ]
 
         for fast, slow in zip(results("cpu"), results("reference")):

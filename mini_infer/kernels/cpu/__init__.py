@@ -14,8 +14,19 @@ from mini_infer.kernels.cpu import (
     norm,
     paged_attention,
     prefill_attention,
+    quantized,
     rotary,
     sampling,
 )
 
-__all__ = ["activation", "kv_cache", "linear", "norm", "paged_attention", "prefill_attention", "rotary", "sampling"]
+__all__ = [
+    "activation",
+    "kv_cache",
+    "linear",
+    "norm",
+    "paged_attention",
+    "prefill_attention",
+    "quantized",
+    "rotary",
+    "sampling",
+]

@@ -70,6 +70,12 @@ class Tokenizer:
         self._left_out = {False: self.unused_ids, True: self.unused_ids | self.special_tokens.keys()}
         self._token_bytes: dict[int, bytes] = {}  # of those that were asked for
 
+    @property
+    def chat_template(self) -> str:
+        """The model's own; empty if it has none."""
+        template = self.hf.chat_template or ""
+        return template if isinstance(template, str) else str(template.get("default", ""))
+
     # ---- text to ids ---------------------------------------------------------------------------------------------
 
     def encode(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> list[int]:

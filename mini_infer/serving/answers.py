@@ -33,9 +33,10 @@ _ITEMS = 64
 """Items of a list that are encoded at once."""
 
 
-def event(content: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode(content) + b"\n\n"
+def event(content: Any, kind: str | None = None) -> bytes:
+    """One server-sent event, of a kind if there are several."""
+    head = b"" if kind is None else b"event: " + kind.encode() + b"\n"
+    return head + b"data: " + encode(content) + b"\n\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from mini_infer.serving.metrics import Metrics
 from mini_infer.serving.middleware import BoundBody, KnowPages, NameRequests, RequireKey, TidyPaths
 from mini_infer.serving.operations import operations_router
 from mini_infer.serving.reference import reference_page
+from mini_infer.serving.responses import responses_router
 from mini_infer.serving.results import results_router
 from mini_infer.serving.service import Pools, Service, default_model_name, fingerprint, now
 from mini_infer.serving.templates import TemplateChildren
@@ -133,6 +134,7 @@ def create_app(
     events = EngineEvents(engine, service.model_name, service.admission.draining)
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
+    app.include_router(responses_router(service))
     app.include_router(tokens_router(service))
     app.include_router(results_router(service))
     app.include_router(operations_router(service, metrics, events))

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from mini_infer.engine.intake import Prompt
-from mini_infer.outputs import CompletionOutput, TokenLogprobs
+from mini_infer.outputs import CompletionOutput, GenerateOutput, Increment, TokenLogprobs
 from mini_infer.serving.answers import DONE, Whole, event
 from mini_infer.serving.logprobs import chat_logprobs, check_num_top
 from mini_infer.serving.protocol import ChatBody
+from mini_infer.serving.reasoning import Thinking, num_reasoning_tokens, thinks
 from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, render, usage
 
@@ -38,6 +39,7 @@ class _ChatCompletion:
         self._body = body
         self._created = now()
         self._num_top = body.top_logprobs or 0
+        self._thinks = thinks(service.template)
         self._params = body.sampling_params(
             service.defaults,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
@@ -48,18 +50,22 @@ class _ChatCompletion:
         (output,) = await self._service.complete(
             self._request, [await self._prompt()], self._params, [self.id], self._body.priority
         )
-        choices = map(self._whole_choice, output.outputs)
+        choices = (self._whole_choice(output.prompt or "", completion) for completion in output.outputs)
         num_completion = sum(len(completion.token_ids) for completion in output.outputs)
         content = self._frame("chat.completion", choices)
         return Whole(
-            content | {"usage": usage(len(output.prompt_token_ids), num_completion, output.num_cached_tokens)},
+            content | {"usage": self._whole_usage(output)},
             num_completion * (self._num_top + 1) if self._body.logprobs else 0,
         )
 
-    def _whole_choice(self, completion: CompletionOutput) -> dict[str, Any]:
+    def _whole_choice(self, prompt: str, completion: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text}
+        if self._thinks:
+            piece = Thinking(prompt).feed(completion.text, is_last=True)
+            message |= {"content": piece.content, "reasoning_content": piece.reasoning or None}
         return {
             "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text},
+            "message": message,
             "logprobs": self._logprobs(completion.logprobs),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
@@ -69,13 +75,13 @@ class _ChatCompletion:
         options = self._body.stream_options
         counts_all = options is not None and options.include_usage
         counts_each = options is not None and options.include_usage and options.continuous_usage_stats
-        num_completion = 0
+        num_completion, output = 0, None
         with await self._service.submit(
             self._request, [await self._prompt()], self._params, request_ids=[self.id], priority=self._body.priority
         ) as increments:
             yield b""  # the headers go out: the request is queued
             (prompt,) = increments.requests
-            begun: set[int] = set()
+            texts: dict[int, Thinking | None] = {}
 
             def chunk(choices: list[dict[str, Any]], counts: bool) -> bytes:
                 frame = self._frame("chat.completion.chunk", choices)
@@ -85,19 +91,23 @@ class _ChatCompletion:
                 return event(frame)
 
             async for increment in increments:
-                if increment.index not in begun:  # not before: clients take the first event for the first token
-                    begun.add(increment.index)
+                if increment.index not in texts:  # not before: clients take the first event for the first token
+                    texts[increment.index] = Thinking(prompt.prompt or "") if self._thinks else None
                     yield chunk([_choice(increment.index, {"role": "assistant", "content": ""})], counts_each)
                 num_completion += len(increment.token_ids)
-                if increment.text or increment.logprobs or increment.finish_reason:
-                    delta = {"content": increment.text} if increment.text else {}
+                delta = _delta(increment, texts[increment.index])
+                if delta or increment.logprobs or increment.finish_reason:
                     logprobs = self._logprobs(increment.logprobs)
                     ending = increment.finish_reason, increment.stop_reason
                     yield chunk([_choice(increment.index, delta, logprobs, *ending)], counts_each)
-            yield chunk([], True) + DONE if counts_all else DONE
+                output = increment.output
+            last = self._frame("chat.completion.chunk", [])
+            if output is not None:
+                last["usage"] = self._whole_usage(output)
+            yield event(last) + DONE if counts_all else DONE
 
     async def _prompt(self) -> Prompt:
-        return await render(self._service, self._body.messages, self._body)
+        return await render(self._service, self._body.messages, self._body, self._body.reasoning_effort)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -112,10 +122,27 @@ class _ChatCompletion:
     def _logprobs(self, places: list[TokenLogprobs] | None) -> dict[str, Any] | None:
         return chat_logprobs(places or [], self._num_top, self._bytes_of) if self._body.logprobs else None
 
+    def _whole_usage(self, output: GenerateOutput) -> dict[str, Any]:
+        reasoning = None
+        if self._thinks:
+            reasoning = sum(
+                num_reasoning_tokens(answer.text, output.prompt or "", answer.token_ids, self._bytes_of)
+                for answer in output.outputs
+            )
+        num_completion = sum(len(completion.token_ids) for completion in output.outputs)
+        return usage(len(output.prompt_token_ids), num_completion, output.num_cached_tokens, reasoning)
+
     def _bytes_of(self, token_id: int) -> bytes:
-        tokenizer = self._service.engine.tokenizer
-        is_left_out = self._params.skip_special_tokens and token_id in tokenizer.special_tokens
-        return b"" if is_left_out else tokenizer.token_bytes(token_id)
+        return self._service.bytes_of(token_id, self._params)
+
+
+def _delta(increment: Increment, thinking: Thinking | None) -> dict[str, str]:
+    """What an increment adds to its choice's message."""
+    if thinking is None:
+        return {"content": increment.text} if increment.text else {}
+    piece = thinking.feed(increment.text, is_last=increment.finish_reason is not None)
+    parts = {"reasoning_content": piece.reasoning, "content": piece.content}
+    return {name: text for name, text in parts.items() if text}
 
 
 def _choice(

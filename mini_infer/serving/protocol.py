@@ -1,6 +1,6 @@
 """What requests may say: the bodies of every endpoint, and what each of their fields means."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -220,7 +220,7 @@ _TEXT_PARTS = {
 
 class Message(Body):
     """Unlike anywhere else, fields that are not known are ignored: answers come back as part of a conversation with
-    whatever a server or a client put into them, such as ``annotations`` or ``reasoning_content``."""
+    whatever a server or a client put into them, such as ``annotations``."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -229,6 +229,7 @@ class Message(Body):
         description="Text, or a list of text parts, which are put on lines of their own"
     )
     name: str | None = Field(None, description="Handed to the chat template")
+    reasoning_content: Any = Field(None, description="What an answer of the model's own came with; for the template")
     tool_calls: Any = Field(None, description=_NOT_YET)
     function_call: Any = Field(None, description=_NOT_YET)
 
@@ -240,8 +241,15 @@ class Message(Body):
                 raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
         return self
 
+    @classmethod
+    def of(cls, role: str, content: Any) -> "Message":
+        """A plain one; raises pydantic's ``ValidationError`` unless it is."""
+        return cls.model_validate({"role": role, "content": content})
+
     def for_template(self) -> dict[str, str]:
         message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if isinstance(self.reasoning_content, str):
+            message["reasoning_content"] = self.reasoning_content
         return message if self.name is None else {**message, "name": self.name}
 
 
@@ -272,7 +280,9 @@ class ChatBody(OpenAIBody):
     response_format: Any = Field(None, description=_NOT_YET)
     modalities: Any = Field(None, description=_NOT_YET)
     audio: Any = Field(None, description=_NOT_YET)
-    reasoning_effort: Any = Field(None, description=_NOT_YET)
+    reasoning_effort: str | None = Field(
+        None, description="How much to think, where the chat template has a switch for that"
+    )
 
     _NOT_SUPPORTED: ClassVar = {
         "tools": (([],), "tools are not supported yet; leave them out"),
@@ -282,10 +292,6 @@ class ChatBody(OpenAIBody):
         "response_format": (({"type": "text"},), "response_format is not supported yet; only plain text is"),
         "modalities": ((["text"],), "only text is supported; leave modalities out"),
         "audio": ((), "only text is supported; leave audio out"),
-        "reasoning_effort": (
-            ("none",),
-            "reasoning_effort is not supported; where a chat template has such a switch, use chat_template_kwargs",
-        ),
     }
 
     @model_validator(mode="after")
@@ -297,6 +303,116 @@ class ChatBody(OpenAIBody):
             message = "top_logprobs is given but logprobs is not true; set logprobs to true as well"
             raise PydanticCustomError("logprobs", "{message}", {"message": message, "param": "top_logprobs"})
         return self
+
+
+class ReasoningOptions(Body):
+    effort: str | None = Field(None, description="How much to think, where the chat template has a switch for that")
+    summary: Any = Field(None, description="Accepted and ignored: reasoning is given whole.")
+    generate_summary: Any = Field(None, description="Accepted and ignored.")
+
+
+class TextOptions(Body):
+    format: Any = Field(None, description=_NOT_YET)
+    verbosity: Any = Field(None, description=_NOT_YET)
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_there_yet(self) -> "TextOptions":
+        for name, harmless in (("format", {"type": "text"}), ("verbosity", "medium")):
+            if getattr(self, name) not in (None, harmless):
+                message = f"text.{name} is not supported yet; leave it out"
+                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": f"text.{name}"})
+        return self
+
+
+_LOGPROBS = "message.output_text.logprobs"
+
+_Items = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ResponsesBody(OpenAIBody):
+    input: Annotated[
+        str | _Items, Field(union_mode="left_to_right"), _says("input", "a text, or a list of input items")
+    ] = Field(description="A text, or items: messages, and the items of earlier responses")
+    instructions: str | None = Field(None, description="A system message for this response alone")
+    previous_response_id: str | None = Field(None, description="Go on from this response, which must still be kept")
+    store: bool | None = Field(None, description="false keeps nothing, so that no request can go on from this response")
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = Field(None, description="Given back with the response")
+    max_output_tokens: int | None = Field(
+        None, description="Most tokens to generate, reasoning included; null for as many as the context holds"
+    )
+    reasoning: ReasoningOptions | None = Field(None, description="How much to think")
+    text: TextOptions | None = Field(None, description="The form of the answer")
+    include: list[str] | None = Field(None, description=f"Only {_LOGPROBS} is there to be included")
+    top_logprobs: int | None = Field(None, description="With that, this many of the likeliest tokens at each place")
+    chat_template_kwargs: _TemplateVariables = Field(
+        {}, description="Extension. Further variables of the chat template"
+    )
+    add_generation_prompt: bool | None = Field(None, description="Extension. As in chats")
+    continue_final_message: bool = Field(False, description="Extension. As in chats")
+    tools: Any = Field(None, description=_NOT_YET)
+    tool_choice: Any = Field(None, description=_NOT_YET)
+    parallel_tool_calls: Any = Field(None, description=_IGNORED)
+    max_tool_calls: Any = Field(None, description=_IGNORED)
+    truncation: Any = Field(None, description=_NOT_YET)
+    background: Any = Field(None, description=_NOT_YET)
+    conversation: Any = Field(None, description=_NOT_YET)
+    prompt: Any = Field(None, description=_NOT_YET)
+
+    _NOT_SUPPORTED: ClassVar = {
+        "tools": (([],), "tools are not supported yet; leave them out"),
+        "tool_choice": (("none", "auto"), "tools are not supported yet, so none can be chosen; leave tool_choice out"),
+        "truncation": (("disabled",), "nothing is cut off in silence; leave truncation out"),
+        "background": ((False,), "background is not supported; /v1/generate is asked now and fetched later"),
+        "conversation": ((), "conversations are not kept here; use previous_response_id"),
+        "prompt": ((), "prompts are not kept here; send it as input"),
+        "n": ((1,), "a response is one answer; ask for it n times"),
+        "include": (([], [_LOGPROBS]), f"nothing but {_LOGPROBS} can be included"),
+    }
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token's log probability is to be reported."""
+        return bool(self.include) or bool(self.top_logprobs)
+
+    def messages(self) -> list[Message]:
+        """What the input adds to the conversation.
+
+        Raises:
+            InvalidRequestError: an item is of a kind that is not known here, or malformed.
+        """
+        if isinstance(self.input, str):
+            return [Message.of("user", self.input)]
+        return [message for place, item in enumerate(self.input) for message in _messages_of(place, item)]
+
+
+def _messages_of(place: int, item: Mapping[str, Any]) -> Iterator[Message]:
+    """The message that an input item is; the reasoning of an earlier response is none."""
+    kind = item.get("type", "message")
+    if kind == "reasoning":
+        return
+    if kind != "message":
+        raise InvalidRequestError(f"input[{place}] is of type {repr(kind)[:40]}; only messages are supported")
+    content = item.get("content")
+    if isinstance(content, list):
+        content = [_plain_part(part) for part in content]
+    try:
+        yield Message.model_validate({"role": item.get("role"), "content": content})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequestError(f"input[{place}].{where}: {first['msg']}") from error
+
+
+def _plain_part(part: Any) -> Any:
+    """A part of a message as chats have it."""
+    if isinstance(part, dict) and part.get("type") in ("input_text", "output_text"):
+        return {"type": "text", "text": part.get("text")}
+    return part
 
 
 class TokenizeBody(Body):

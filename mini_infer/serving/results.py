@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -12,6 +11,7 @@ from fastapi import APIRouter, Request
 from mini_infer.engine.async_engine import Increments
 from mini_infer.engine.intake import Prompt
 from mini_infer.serving.errors import ApiError, as_api_error
+from mini_infer.serving.kept import Kept
 from mini_infer.serving.limits import MAX_CHOICES
 from mini_infer.serving.protocol import GenerateBatchBody, GenerateBody, GenerateOptions
 from mini_infer.serving.routes import body_router
@@ -22,6 +22,9 @@ KEPT_SECONDS = 600
 
 KEPT_RESULTS = 4096
 """How many results are kept at most; those that finished first go first."""
+
+KEPT_CHARACTERS = 64 << 20
+"""What their texts may come to."""
 
 _BITS = 53
 """Of a result's number: as many as every language's numbers hold exactly."""
@@ -57,9 +60,8 @@ class Results:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._tasks: set[asyncio.Task[None]] = set()
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._finished: dict[int, float] = {}  # when, by ``time.monotonic``; in that order
         self._running: dict[int, Increments] = {}
+        self._finished: Kept[int, dict[str, Any]] = Kept(KEPT_RESULTS, KEPT_SECONDS, KEPT_CHARACTERS)
 
     async def submit(self, request: Request, prompts: Seq[Prompt], options: GenerateOptions) -> list[int]:
         """Queue prompts, all or none of them; their numbers, which nobody guesses.
@@ -82,7 +84,6 @@ class Results:
                 request, prompts, params, request_ids=[_name(number) for number in numbers], priority=options.priority
             )
             for number in numbers:
-                self._answers[number] = {"request_id": number, "status": "running", "text": None}
                 self._running[number] = increments
             task = asyncio.create_task(self._follow(increments, numbers))
             self._tasks.add(task)  # the event loop itself would not keep it alive
@@ -95,15 +96,17 @@ class Results:
         Raises:
             ApiError: there is none, or no longer; 404.
         """
-        self._drop_old()
-        if number not in self._answers:
+        if number in self._running:
+            return {"request_id": number, "status": "running", "text": None}
+        finished = self._finished.get(number)
+        if finished is None:
             raise ApiError(
                 404,
                 f"no result {number}, or no longer: the last {KEPT_RESULTS} are kept for {KEPT_SECONDS} seconds",
                 param="request_id",
                 code="result_not_found",
             )
-        return self._answers[number]
+        return finished
 
     def delete(self, number: int) -> None:
         """Forget a result; what still runs for it is given up.
@@ -115,8 +118,7 @@ class Results:
         increments = self._running.pop(number, None)
         if increments is not None:
             self._service.turns.cancel(increments, _name(number))
-        self._finished.pop(number, None)
-        del self._answers[number]
+        self._finished.pop(number)
 
     async def _follow(self, increments: Increments, numbers: Seq[int]) -> None:
         """Take in what the engine sends until the last result is there."""
@@ -143,16 +145,8 @@ class Results:
     def _finish(self, number: int, status: str, text: str | None, error: str | None = None) -> None:
         if self._running.pop(number, None) is None:
             return  # it was deleted
-        self._answers[number] |= {"status": status, "text": text} | ({} if error is None else {"error": error})
-        self._finished[number] = time.monotonic()
-        self._drop_old()
-
-    def _drop_old(self) -> None:
-        while self._finished:
-            oldest = next(iter(self._finished))
-            if len(self._finished) <= KEPT_RESULTS and time.monotonic() - self._finished[oldest] <= KEPT_SECONDS:
-                return
-            del self._finished[oldest], self._answers[oldest]
+        answer = {"request_id": number, "status": status, "text": text} | ({} if error is None else {"error": error})
+        self._finished.put(number, answer, len(text or ""))
 
 
 def _name(number: int) -> str:

@@ -26,6 +26,7 @@ from mini_infer.serving.limits import Limits
 from mini_infer.serving.middleware import KEY
 from mini_infer.serving.pools import SMALL, Pool
 from mini_infer.serving.protocol import Message
+from mini_infer.serving.reasoning import switches
 from mini_infer.serving.turns import Turns
 
 
@@ -101,6 +102,11 @@ class Service:
         return self.model_names[0]
 
     @property
+    def template(self) -> str:
+        """The model's chat template."""
+        return self.engine.tokenizer.chat_template
+
+    @property
     def defaults(self) -> SamplingParams:
         """What the model's authors recommend, for requests that do not say."""
         return self.engine.default_sampling_params
@@ -130,6 +136,12 @@ class Service:
     ) -> Answer:
         headers = {"x-request-id": request_id}
         return Answer(work, self.admission, self.request_timeout, headers, self.pools.answers)
+
+    def bytes_of(self, token_id: int, params: SamplingParams) -> bytes:
+        """What a token adds to a text; nothing if it is left out."""
+        tokenizer = self.engine.tokenizer
+        is_left_out = params.skip_special_tokens and token_id in tokenizer.special_tokens
+        return b"" if is_left_out else tokenizer.token_bytes(token_id)
 
     async def submit(
         self,
@@ -198,8 +210,11 @@ class Conversation(Protocol):
     continue_final_message: bool
 
 
-async def render(service: Service, messages: Seq[Message], how: Conversation) -> str:
+async def render(service: Service, messages: Seq[Message], how: Conversation, effort: str | None = None) -> str:
     """The prompt that the chat template makes of a conversation.
+
+    Args:
+        effort: how much the model should think, in OpenAI's words.
 
     Raises:
         InvalidRequestError: it makes none of this one.
@@ -208,7 +223,7 @@ async def render(service: Service, messages: Seq[Message], how: Conversation) ->
     conversation = [message.for_template() for message in messages]
     begins = not how.continue_final_message if how.add_generation_prompt is None else how.add_generation_prompt
     options = {"add_generation_prompt": begins, "continue_final_message": how.continue_final_message}
-    variables = options | how.chat_template_kwargs
+    variables = options | dict(switches(service.template, effort)) | how.chat_template_kwargs
     return await service.pools.templates.run(partial(service.engine.render_chat, conversation, **variables))
 
 
@@ -228,11 +243,17 @@ def now() -> int:
     return int(time.time())
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
-    """The tokens that a request took, and how many of its prompts' were found in the prefix cache."""
-    return {
+def usage(
+    num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int, num_reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """The tokens that a request took, how many of its prompts' were found in the prefix cache, and how many were
+    reasoning, if that is known."""
+    counts: dict[str, Any] = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
     }
+    if num_reasoning_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+    return counts

@@ -219,3 +219,15 @@ class _LateStep:
             first = self._executor.left.pop(0)
             first._output = self._executor.inner.submit(first._step).result()
         return self._output
+
+
+class Saying(Passing):
+    """Draws the tokens of a script, whatever the model would have drawn; for one sequence at a time."""
+
+    def __init__(self, inner: Executor, script: list[int]) -> None:
+        super().__init__(inner)
+        self._left = list(script)
+
+    def submit(self, step: StepInput, /) -> StepFuture:
+        token_ids = [[self._left.pop(0)] for _ in range(len(step.draws))]
+        return Then(self.inner.submit(step), lambda output: replace(output, token_ids=token_ids))

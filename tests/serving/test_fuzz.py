@@ -18,6 +18,7 @@ EXAMPLES = 12
 OPERATIONS = [
     ("post", "/v1/completions"),
     ("post", "/v1/chat/completions"),
+    ("post", "/v1/responses"),
     ("post", "/tokenize"),
     ("post", "/detokenize"),
     ("post", "/v1/generate"),
@@ -25,13 +26,17 @@ OPERATIONS = [
     ("get", "/v1/result/{request_id}"),
     ("delete", "/v1/result/{request_id}"),
     ("get", "/v1/models/{model_name}"),
+    ("get", "/v1/responses/{response_id}"),
+    ("delete", "/v1/responses/{response_id}"),
 ]
+NAMES = OPERATIONS[-3:]
+"""Those that take any text as a name, so that none is malformed."""
 
 
 @pytest.mark.parametrize(
     ("mode", "method", "path"),
     [(GenerationMode.POSITIVE, *operation) for operation in OPERATIONS]
-    + [(GenerationMode.NEGATIVE, *operation) for operation in OPERATIONS[:-1]],  # no model name is malformed
+    + [(GenerationMode.NEGATIVE, *operation) for operation in OPERATIONS if operation not in NAMES],
 )
 def test_it_never_fails(server: Running, http: httpx.Client, mode: GenerationMode, method: str, path: str) -> None:
     schema = schemathesis.openapi.from_dict(http.get("/openapi.json").json())
@@ -61,12 +66,15 @@ def test_it_never_fails(server: Running, http: httpx.Client, mode: GenerationMod
 def _bound(body: Any) -> None:
     """How much a valid request may ask for is not what this is about."""
     if isinstance(body, dict):
-        for name, most in (("max_tokens", 3), ("max_completion_tokens", 3), ("gen_length", 3), ("n", 2)):
+        names = ["max_tokens", "max_completion_tokens", "gen_length"]
+        if "input" in body:
+            names = ["max_output_tokens"]
+        for name, most in (*((name, 3) for name in names), ("n", 2)):
             value = body.get(name)
             if isinstance(value, int) and value > most:
                 body[name] = most
-        if not {"max_tokens", "max_completion_tokens", "gen_length"} & body.keys() or body.get("max_tokens", 0) is None:
-            body["max_tokens"] = 3
+        if not set(names) & body.keys() or body.get(names[0], 0) is None:
+            body[names[0]] = 3
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,5 +1,6 @@
 """Ask now, fetch later: the bodies of dLLM-Serve's document, field by field."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -7,7 +8,7 @@ import pytest
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.executor.runner import ModelRunner
-from mini_infer.serving import results
+from mini_infer.serving import kept, results
 from tests.engine.executors import runner_of
 
 from .running import Running, running, wait_until
@@ -109,17 +110,22 @@ def test_neither_json_nor_a_number(http: httpx.Client) -> None:
     assert_error(http.get("/v1/result/abc"), 422)
 
 
-def test_old_results_go(http: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finished() -> int:
-        (number,) = http.post("/v1/generate", json={"prompt": "Once", "max_tokens": 1}).json()["request_ids"]
-        fetch(http, number)
-        return number
-
+def test_old_results_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "KEPT_RESULTS", 2)
-    numbers = [finished() for _ in range(4)]
-    assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404, 404, 200, 200]
-    monkeypatch.setattr(results, "KEPT_SECONDS", 0)
-    assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404] * 4
+    now = 0.0
+    monkeypatch.setattr(kept, "time", SimpleNamespace(monotonic=lambda: now))
+    engine = AsyncLLMEngine(num_gpu_blocks=64, max_model_len=256)
+    with running(engine) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+
+        def finished() -> int:
+            (number,) = http.post("/v1/generate", json={"prompt": "Once", "max_tokens": 1}).json()["request_ids"]
+            fetch(http, number)
+            return int(number)
+
+        numbers = [finished() for _ in range(4)]
+        assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404, 404, 200, 200]
+        now = results.KEPT_SECONDS + 1.0
+        assert [http.get(f"/v1/result/{number}").status_code for number in numbers] == [404] * 4
 
 
 def test_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,312 @@
+"""``/v1/responses``: OpenAI's newer endpoint, whose answers are kept, so that the next request goes on from them."""
+
+import secrets
+from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+from fastapi import APIRouter, Request, Response
+
+from mini_infer.engine.intake import Prompt
+from mini_infer.outputs import GenerateOutput, TokenLogprobs
+from mini_infer.serving.answers import Whole, event
+from mini_infer.serving.errors import ApiError
+from mini_infer.serving.kept import Kept
+from mini_infer.serving.limits import MAX_MESSAGES
+from mini_infer.serving.logprobs import chat_logprobs, check_num_top
+from mini_infer.serving.protocol import Message, ResponsesBody
+from mini_infer.serving.reasoning import Piece, Thinking, num_reasoning_tokens, thinks
+from mini_infer.serving.routes import body_router
+from mini_infer.serving.service import Service, now, render
+
+KEPT_RESPONSES = 4096
+"""How many responses are kept at most; the oldest go first."""
+
+KEPT_SECONDS = 3600
+"""How long each is kept."""
+
+KEPT_CHARACTERS = 64 << 20
+"""What their conversations may come to."""
+
+
+class KeptResponse(NamedTuple):
+    """A response, and what the next request goes on from.
+
+    Attributes:
+        response: as its caller got it.
+        conversation: all messages up to its end, without the instructions, which are those of one request.
+    """
+
+    response: dict[str, Any]
+    conversation: tuple[Message, ...]
+
+
+def responses_router(service: Service) -> APIRouter:
+    router = body_router(service.limits, service.pools.bodies)
+    kept: Kept[str, KeptResponse] = Kept(KEPT_RESPONSES, KEPT_SECONDS, KEPT_CHARACTERS)
+
+    @router.post("/v1/responses", summary="Answer a conversation, and remember it")
+    async def create_response(request: Request, body: ResponsesBody) -> Response:
+        response = _Response(service, kept, request, body)
+        return service.answer(response.events if body.stream else response.whole, response.id)
+
+    @router.get("/v1/responses/{response_id}", summary="Fetch a response again")
+    async def fetch_response(response_id: str) -> dict[str, Any]:
+        return _found(kept.get(response_id), response_id, 404).response
+
+    @router.delete("/v1/responses/{response_id}", summary="Forget a response")
+    async def delete_response(response_id: str) -> dict[str, Any]:
+        _found(kept.pop(response_id), response_id, 404)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    return router
+
+
+def _found(kept: KeptResponse | None, response_id: str, status: int, param: str | None = None) -> KeptResponse:
+    if kept is None:
+        raise ApiError(
+            status,
+            f"no response {response_id[:100]!r}, or no longer: the last {KEPT_RESPONSES} are kept for {KEPT_SECONDS} "
+            "seconds, unless they were asked for with store=false",
+            param=param,
+            code="response_not_found" if status == 404 else "previous_response_not_found",
+        )
+    return kept
+
+
+class _Response:
+    """One call of the endpoint."""
+
+    def __init__(self, service: Service, kept: Kept[str, KeptResponse], request: Request, body: ResponsesBody) -> None:
+        service.check_model(body.model)
+        check_num_top("top_logprobs", body.top_logprobs)
+        self.id = f"resp_{secrets.token_hex(24)}"
+        self._request_id = f"response-{secrets.token_hex(12)}"  # which events and logs show; the other opens the store
+        self._service = service
+        self._kept = kept
+        self._request = request
+        self._body = body
+        self._created = now()
+        self._thinks = thinks(service.template)
+        self._params = body.sampling_params(
+            service.defaults,
+            max_tokens=body.max_output_tokens,
+            logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
+        )
+        before: tuple[Message, ...] = ()
+        if (previous := body.previous_response_id) is not None:
+            before = _found(kept.get(previous), previous, 400, "previous_response_id").conversation
+        self._conversation = (*before, *body.messages())
+        if len(self._conversation) > MAX_MESSAGES:
+            raise ApiError(400, f"{len(self._conversation)} messages, but at most {MAX_MESSAGES}", param="input")
+
+    async def whole(self) -> Whole:
+        (output,) = await self._service.complete(
+            self._request, [await self._prompt()], self._params, [self._request_id], self._body.priority
+        )
+        items = _Items(self._thinking(output.prompt))
+        for _ in items.add(output.text, self._places(output), is_last=True):
+            pass  # nobody listens
+        return Whole(self._finish(output, items), self._num_places(output))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        number = 0
+
+        def say(kind: str, fields: dict[str, Any]) -> bytes:
+            nonlocal number
+            content = {"type": kind, "sequence_number": number} | fields
+            number += 1
+            return event(content, kind)
+
+        with await self._service.submit(
+            self._request,
+            [await self._prompt()],
+            self._params,
+            request_ids=[self._request_id],
+            priority=self._body.priority,
+        ) as increments:
+            begun = {"response": self._frame("in_progress", [])}
+            yield say("response.created", begun) + say("response.in_progress", begun)
+            items = _Items(self._thinking(increments.requests[0].prompt))
+            async for increment in increments:
+                places = self._entries(increment.logprobs)
+                for kind, fields in items.add(increment.text, places, is_last=increment.finish_reason is not None):
+                    yield say(kind, fields)
+                if increment.output is not None:
+                    last = self._finish(increment.output, items)
+                    yield say(f"response.{last['status']}", {"response": last})
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    async def _prompt(self) -> Prompt:
+        body = self._body
+        instructions = [] if body.instructions is None else [Message.of("system", body.instructions)]
+        effort = None if body.reasoning is None else body.reasoning.effort
+        return await render(self._service, [*instructions, *self._conversation], body, effort)
+
+    def _thinking(self, prompt: str | None) -> Thinking | None:
+        return Thinking(prompt or "") if self._thinks else None
+
+    def _places(self, output: GenerateOutput) -> list[dict[str, Any]]:
+        """Log probabilities of the answer's tokens, without those of the reasoning."""
+        return self._entries((output.logprobs or [])[self._num_reasoning(output) :])
+
+    def _num_places(self, output: GenerateOutput) -> int:
+        """Log probabilities in the answer."""
+        return len(output.token_ids) * ((self._body.top_logprobs or 0) + 1) if self._body.wants_logprobs else 0
+
+    def _entries(self, places: list[TokenLogprobs] | None) -> list[dict[str, Any]]:
+        if not self._body.wants_logprobs:
+            return []
+        entries: list[dict[str, Any]] = chat_logprobs(places or [], self._body.top_logprobs or 0, self._bytes_of)[
+            "content"
+        ]
+        return [entry | {"bytes": entry["bytes"] or []} for entry in entries]
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        return self._service.bytes_of(token_id, self._params)
+
+    def _num_reasoning(self, output: GenerateOutput) -> int:
+        if not self._thinks:
+            return 0
+        return num_reasoning_tokens(output.text, output.prompt or "", output.token_ids, self._bytes_of)
+
+    def _finish(self, output: GenerateOutput, items: "_Items") -> dict[str, Any]:
+        """The whole response, which is kept from now on, unless it should not be."""
+        is_cut = output.finish_reason == "length"
+        if is_cut:
+            items.done[-1]["status"] = "incomplete"
+        response = self._frame("incomplete" if is_cut else "completed", items.done)
+        num_prompt, num_completion = len(output.prompt_token_ids), len(output.token_ids)
+        response |= {
+            "completed_at": None if is_cut else now(),
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "usage": {
+                "input_tokens": num_prompt,
+                "input_tokens_details": {"cached_tokens": output.num_cached_tokens},
+                "output_tokens": num_completion,
+                "output_tokens_details": {"reasoning_tokens": self._num_reasoning(output)},
+                "total_tokens": num_prompt + num_completion,
+            },
+        }
+        if self._body.store is not False:
+            conversation = (*self._conversation, Message.of("assistant", items.content))
+            size = sum(len(message.content) for message in conversation) + len(output.text)
+            size += len(self._body.instructions or "") + len(str(self._body.metadata)) + 100 * self._num_places(output)
+            self._kept.put(self.id, KeptResponse(response, conversation), size)
+        return response
+
+    def _frame(self, status: str, output: Seq[dict[str, Any]]) -> dict[str, Any]:
+        body = self._body
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "completed_at": None,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self._service.model_name,
+            "output": output,
+            "parallel_tool_calls": True,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
+            "store": body.store is not False,
+            "temperature": self._params.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": self._params.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+
+
+class _Items:
+    """The items of a response as they grow: the reasoning, if there is any, then the message.
+
+    Args:
+        thinking: tells the two apart; None where there is no reasoning.
+
+    Attributes:
+        done: items that are whole.
+        content: the text of the message.
+    """
+
+    def __init__(self, thinking: Thinking | None) -> None:
+        self._thinking = thinking
+        self.done: list[dict[str, Any]] = []
+        self.content = ""
+        self._open: dict[str, Any] | None = None
+
+    def add(self, text: str, logprobs: list[dict[str, Any]], *, is_last: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+        """More text; the events that tell of it, by kind.
+
+        Args:
+            logprobs: of the tokens that came with it; those of reasoning have no place to go.
+            is_last: no more comes.
+        """
+        was_thinking = self._thinking is not None and self._thinking.is_open
+        piece = Piece("", text) if self._thinking is None else self._thinking.feed(text, is_last=is_last)
+        if piece.reasoning:
+            yield from self._begin("reasoning")
+            yield from self._grow("response.reasoning_text.delta", piece.reasoning, {})
+        is_thinking = self._thinking is not None and self._thinking.is_open
+        places = [] if (was_thinking and not is_last) or is_thinking else logprobs
+        if piece.content or places or (is_last and not is_thinking):
+            yield from self._begin("message")
+        if piece.content or places:
+            self.content += piece.content
+            yield from self._grow("response.output_text.delta", piece.content, {"logprobs": places})
+        if is_last:
+            if self._open is None:
+                yield from self._begin("message")  # there is always one
+            yield from self._end()
+
+    def _begin(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._open is not None:
+            if self._open["type"] == kind:
+                return
+            yield from self._end()
+        if kind == "reasoning":
+            item: dict[str, Any] = {"type": kind, "id": f"rs_{secrets.token_hex(12)}", "summary": []}
+            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"type": kind, "id": f"msg_{secrets.token_hex(12)}", "role": "assistant"}
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._open = item | {"status": "in_progress", "content": [part]}
+        yield "response.output_item.added", {"output_index": len(self.done), "item": self._open | {"content": []}}
+        yield "response.content_part.added", self._place() | {"part": dict(part)}
+
+    def _grow(self, kind: str, text: str, more: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        assert self._open is not None
+        (part,) = self._open["content"]
+        part["text"] += text
+        if "logprobs" in more:
+            part["logprobs"] += more["logprobs"]
+        yield kind, self._place() | {"delta": text} | more
+
+    def _end(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        assert self._open is not None
+        item, self._open = self._open, self._open | {"status": "completed"}
+        (part,) = item["content"]
+        if item["type"] == "reasoning":
+            yield "response.reasoning_text.done", self._place() | {"text": part["text"]}
+        else:
+            yield (
+                "response.output_text.done",
+                self._place() | {"text": part["text"], "logprobs": part["logprobs"]},
+            )
+        yield "response.content_part.done", self._place() | {"part": part}
+        place = {"output_index": len(self.done)}
+        done, self._open = self._open, None
+        self.done.append(done)
+        yield "response.output_item.done", place | {"item": done}
+
+    def _place(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open["id"], "output_index": len(self.done), "content_index": 0}

@@ -34,7 +34,7 @@ _EXPLAINED = {
 }
 """Of what the framework itself raises, the errors whose own words say less."""
 
-_OPTIONS = {"prompt", *(field.name for field in fields(SamplingParams))}
+_OPTIONS = {"prompt", "reasoning_effort", *(field.name for field in fields(SamplingParams))}
 
 _TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 

@@ -52,8 +52,8 @@ def switches(template: str, effort: str | None) -> Mapping[str, Any]:
     found = {name: value for name, value in wanted.items() if name in template}
     if not found and effort != "none":
         raise InvalidRequestError(
-            f"reasoning_effort={effort!r} is not supported by this model: its chat template has no switch for it; leave "
-            "it out"
+            f"reasoning_effort={effort!r} is not supported by this model: its chat template has no switch for it; "
+            "leave it out"
         )
     return found
 

@@ -1,10 +1,11 @@
 """What comes back: finished outputs, and the increments of one step."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from mini_infer.compat.mapping import ReadsAsMapping
-from mini_infer.exceptions import MiniInferError
+from mini_infer.exceptions import MiniInferError, NotFiniteError
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
@@ -90,6 +91,8 @@ class GenerateOutput(ReadsAsMapping):
         prompt_logprobs: per prompt token, if asked for; None for the first token, which nothing precedes.
         metrics: when things happened.
         num_cached_tokens: leading tokens of the prompt that were found in the prefix cache, and not computed again.
+        prompt_embedding: the mean of the prompt's hidden states after the model's last norm, ``[hidden_size]``, if it
+            was asked for.
         error: why a completion has finish reason "error"; None if none has.
     """
 
@@ -100,6 +103,7 @@ class GenerateOutput(ReadsAsMapping):
     prompt_logprobs: list[TokenLogprobs | None] | None
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_embedding: list[float] | None = None
     error: MiniInferError | None = None
 
     @property
@@ -124,6 +128,42 @@ class GenerateOutput(ReadsAsMapping):
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """What ``embed`` makes of one prompt.
+
+    Attributes:
+        request_id: the request's.
+        prompt: as given; None if it was given as token ids.
+        prompt_token_ids: as the model saw it.
+        embedding: the mean of the model's hidden states after its last norm, over all tokens of the prompt,
+            ``[hidden_size]``; of any length, so divide by it where only the direction matters.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: list[float]
+
+    @property
+    def outputs(self) -> "EmbeddingOutput":
+        """This itself, for code that reads ``output.outputs.embedding`` as vLLM's."""
+        return self
+
+
+def as_embedding(output: GenerateOutput) -> EmbeddingOutput:
+    """The vector of an output that was asked for one.
+
+    Raises:
+        NotFiniteError: it has numbers that are none.
+    """
+    vector = output.prompt_embedding
+    assert vector is not None
+    if not all(map(math.isfinite, vector)):
+        raise NotFiniteError(f"request {output.request_id!r}: its hidden states are not finite; a wider dtype may help")
+    return EmbeddingOutput(output.request_id, output.prompt, output.prompt_token_ids, vector)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,9 @@ class SamplingParams:
     ignore_eos: bool = option(False, "Go on after the model's end-of-sequence token")
     logprobs: int | None = option(None, "Report each token's log probability and those of this many likeliest")
     prompt_logprobs: int | None = option(None, "The same for the prompt's tokens; max_tokens may then be 0")
+    prompt_embedding: bool = option(
+        False, "Report the mean of the prompt's last hidden states; max_tokens may then be 0"
+    )
     cache_salt: str | None = option(None, "Share cached prefixes only with requests of the same salt")
     skip_special_tokens: bool = option(True, "Leave special tokens out of the text")
     structured_outputs: StructuredOutputsParams | None = option(
@@ -73,13 +76,14 @@ class SamplingParams:
         if self.seed is not None:
             check_int(error, "seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
-            check_int(error, "max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1)
+            check_int(error, "max_tokens", self.max_tokens, 0 if self.reads_whole_prompt else 1)
         check_int(error, "min_tokens", self.min_tokens, 0, self.max_tokens)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(error, name, getattr(self, name), 0)
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise error(f"cache_salt must be a non-empty string, got {self.cache_salt!r}; leave it out for none")
+        check_bool(error, "prompt_embedding", self.prompt_embedding)
         check_bool(error, "ignore_eos", self.ignore_eos)
         check_bool(error, "skip_special_tokens", self.skip_special_tokens)
         if isinstance(self.structured_outputs, Mapping):
@@ -130,6 +134,11 @@ class SamplingParams:
         return tuple(self.stop or ())
 
     @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether something is asked of every token of the prompt, so that none may come from the prefix cache."""
+        return self.prompt_logprobs is not None or self.prompt_embedding
+
+    @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken, and nothing is drawn."""
         return self.temperature == 0
@@ -138,3 +147,7 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether the next token depends on which tokens came before, beside the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+EMBEDDING = SamplingParams(max_tokens=0, prompt_embedding=True)
+"""Of requests that ask for nothing but a vector."""

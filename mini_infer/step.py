@@ -96,6 +96,21 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Pools:
+    """Runs of rows whose hidden states are summed, for the mean over a prompt that several steps may compute.
+
+    Attributes:
+        starts, ends: int64 ``[E]``; run ``e`` is the step's tokens ``starts[e]:ends[e]``, at least one.
+    """
+
+    starts: Ints = field(default_factory=lambda: NO_INTS)
+    ends: Ints = field(default_factory=lambda: NO_INTS)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """What an executor computes: copies of blocks first, in the order of the fields, then one forward pass, then draws.
 
@@ -117,6 +132,7 @@ class StepInput:
         num_decodes: leading sequences that compute exactly one token.
         draws: the tokens to draw.
         scores: the log probabilities to report.
+        pools: the sums of hidden states to report.
     """
 
     swap_out: Ints
@@ -136,6 +152,7 @@ class StepInput:
     num_decodes: int
     draws: Draws
     scores: Scores
+    pools: Pools = field(default_factory=Pools)
 
 
 class TokenScore(NamedTuple):
@@ -161,12 +178,14 @@ class StepOutput:
         logprobs: the log probability of each of them; NaN where the logits are not finite.
         token_scores: for each draw that asked for log probabilities, in its order, one for each token.
         scores: one for each of ``StepInput.scores``.
+        pooled: float32 ``[hidden_size]`` for each of ``StepInput.pools``, hidden states after the model's last norm.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     token_scores: list[list[TokenScore]]
     scores: list[TokenScore]
+    pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
 class StepFuture(Protocol):

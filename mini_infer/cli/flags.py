@@ -23,6 +23,10 @@ from mini_infer.sampling import SamplingParams
 
 Command: TypeAlias = Callable[..., None]
 
+NO_FLAGS = ("prompt_embedding", "structured_outputs")
+"""Options that are no words on a command line: one of outputs that it does not show, and one that is a whole schema,
+for which commands have a flag of their own."""
+
 
 @overload
 def engine_flags(command: Command, /) -> Command: ...
@@ -136,8 +140,8 @@ def _flags(
     cls: type, panel: str, table: Mapping[str, str], *, prefixed: Container[str] = (), show_defaults: bool = True
 ) -> Iterator[_Flag]:
     for field, hint in zip(fields(cls), hints(cls).values(), strict=True):
-        if field.name == "structured_outputs":
-            continue  # no word on a command line; commands that take a schema have a flag for it
+        if field.name in NO_FLAGS:
+            continue
         name = f"sampling_{field.name}" if field.name in prefixed else field.name
         kinds, aliases = _kinds(hint), aliases_of(field.name, table)
         several = list in kinds or Mapping in kinds

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from mini_infer.engine.rules import Edits, Rule
 from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import BlockCopy, ScheduledSequence, SchedulerOutputs, SequenceStatus
 from mini_infer.scheduler import Sequence as TokenSequence
 from mini_infer.scheduler.sequence import PLACEHOLDER
-from mini_infer.step import NO_COPIES, Draws, Ints, Scores, StepInput, StepOutput, TokenScore
+from mini_infer.step import NO_COPIES, Draws, Ints, Pools, Scores, StepInput, StepOutput, TokenScore
 from mini_infer.typing import BlockTable, TokenIds
 
 
@@ -23,12 +24,14 @@ class Answer:
         token_ids, logprobs: for each of its draws, the tokens and their log probabilities.
         token_scores: for each of its draws, one for each token; empty lists if none were asked for.
         scores: of the rows that it wanted scored.
+        pooled: of the runs of rows that it wanted summed.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     token_scores: list[list[TokenScore]]
     scores: list[TokenScore]
+    pooled: list[npt.NDArray[np.float32]]
 
 
 class Wanted:
@@ -41,7 +44,8 @@ class Wanted:
         self._params: list[SamplingParams] = []
         self._edits = Edits()
         self._scores: list[tuple[int, int, int]] = []
-        self._ends: list[tuple[int, int]] = []
+        self._pools: list[tuple[int, int]] = []
+        self._ends: list[tuple[int, int, int]] = []
 
     def draw(
         self,
@@ -73,9 +77,13 @@ class Wanted:
         """Report the log probability of a token after a row (-1: of none), and of the likeliest ones."""
         self._scores.append((row, target, num_top))
 
+    def pool(self, start: int, end: int) -> None:
+        """Report the sum of the hidden states of some of the step's tokens, ``start`` to ``end`` without that."""
+        self._pools.append((start, end))
+
     def end_sequence(self) -> None:
         """All that the next sequence of the plan wants was said."""
-        self._ends.append((len(self._rows), len(self._scores)))
+        self._ends.append((len(self._rows), len(self._scores), len(self._pools)))
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -105,15 +113,28 @@ class Wanted:
         columns = np.array(self._scores, dtype=np.int64).reshape(-1, 3).T
         return Scores(*(np.ascontiguousarray(column) for column in columns))
 
+    def pools(self) -> Pools:
+        """As arrays."""
+        if not self._pools:
+            return Pools()
+        starts, ends = zip(*self._pools, strict=True)
+        return Pools(np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64))
+
     def answers(self, output: StepOutput) -> Iterator[Answer]:
         """What the step gave, for each sequence of the plan."""
         token_scores = iter(output.token_scores)
         asked = [next(token_scores) if params.logprobs is not None else [] for params in self._params]
-        draw, score = 0, 0
-        for draw_end, score_end in self._ends:
-            draws, scores = slice(draw, draw_end), slice(score, score_end)
-            yield Answer(output.token_ids[draws], output.logprobs[draws], asked[draws], output.scores[scores])
-            draw, score = draw_end, score_end
+        draw, score, pool = 0, 0, 0
+        for draw_end, score_end, pool_end in self._ends:
+            draws, scores, pools = slice(draw, draw_end), slice(score, score_end), slice(pool, pool_end)
+            yield Answer(
+                output.token_ids[draws],
+                output.logprobs[draws],
+                asked[draws],
+                output.scores[scores],
+                output.pooled[pools],
+            )
+            draw, score, pool = draw_end, score_end, pool_end
 
 
 class Describer:
@@ -175,6 +196,7 @@ class Describer:
             num_decodes=int((counts == 1).sum()),
             draws=wanted.draws(draw_rows),
             scores=wanted.scores(),
+            pools=wanted.pools(),
         )
 
     def forget(self) -> None:

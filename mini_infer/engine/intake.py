@@ -147,7 +147,7 @@ class Intake:
                 priority=priority,
                 caller=caller,
                 cache_salt=params.cache_salt,
-                reads_prefix_cache=params.prompt_logprobs is None,
+                reads_prefix_cache=not params.reads_whole_prompt,
                 forks=forks,
                 num_seats=1 + len(forks),
             )

@@ -21,8 +21,8 @@ from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
 from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
-from mini_infer.outputs import GenerateOutput, Increment
-from mini_infer.sampling import SamplingParams
+from mini_infer.outputs import EmbeddingOutput, GenerateOutput, Increment, as_embedding
+from mini_infer.sampling import EMBEDDING, SamplingParams
 from mini_infer.typing import TokenIds
 
 if TYPE_CHECKING:
@@ -190,6 +190,25 @@ class LLMEngine:
             lambda place, prompt: self._intake.make_beam_search(prompt, params, length_penalty, early_stopping),
         )
         return self._run(searches, use_tqdm)
+
+    def embed(self, prompts: Prompt | Seq[Prompt], use_tqdm: bool = True) -> list[EmbeddingOutput]:
+        """One vector for every prompt: the mean of the model's hidden states after its last norm, over all its tokens.
+
+        A model that was trained to generate was not trained for this; texts of a like meaning tend to lie close, and
+        a model made for embeddings does better.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            use_tqdm: show a progress bar when the output is a terminal or a notebook.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            InvalidRequestError: a prompt is unusable; nothing has run then.
+            NotFiniteError: the hidden states of a prompt are not finite.
+        """
+        return [as_embedding(output) for output in self.generate(prompts, EMBEDDING, use_tqdm)]
 
     def chat(
         self,

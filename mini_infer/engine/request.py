@@ -4,6 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from mini_infer.engine.decoding import Decoding
 from mini_infer.engine.detokenizer import TextStream
 from mini_infer.exceptions import MiniInferError
@@ -86,6 +89,8 @@ class Request:
         decoding: how logits become its tokens.
         listener: told of every increment as it happens; such a request's output is handed over by its last one.
             Without a listener the output waits for ``get_output``.
+        num_pooled, hidden_sum: how many of the prompt's tokens have given their hidden state, and the sum of those,
+            ``[hidden_size]``; only with ``prompt_embedding``.
         error: why a completion has ended with reason "error".
     """
 
@@ -103,6 +108,8 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     num_preemptions: int = 0
     num_cached_tokens: int = 0
+    num_pooled: int = 0
+    hidden_sum: npt.NDArray[np.float64] | None = None
     error: MiniInferError | None = None
 
     @property
@@ -129,6 +136,19 @@ class Request:
         )
         self.listener(increment)
 
+    def pool(self, hidden_sum: npt.NDArray[np.float32], end: int) -> None:
+        """Take in the hidden states of more of the prompt's tokens, up to ``end``."""
+        more = hidden_sum.astype(np.float64)
+        self.hidden_sum = more if self.hidden_sum is None else self.hidden_sum + more
+        self.num_pooled = end
+
+    def _prompt_embedding(self) -> list[float] | None:
+        """The mean over the prompt, if all of it has been computed."""
+        if self.hidden_sum is None or self.num_pooled < len(self.prompt_token_ids):
+            return None
+        mean: list[float] = (self.hidden_sum / self.num_pooled).astype(np.float32).tolist()
+        return mean
+
     def output(self) -> GenerateOutput:
         return GenerateOutput(
             request_id=self.request_id,
@@ -144,6 +164,7 @@ class Request:
                 num_preemptions=self.num_preemptions,
             ),
             num_cached_tokens=self.num_cached_tokens,
+            prompt_embedding=self._prompt_embedding(),
             error=self.error,
         )
 

@@ -94,8 +94,16 @@ def _copied(computed: Computed) -> Computed:
     def copy(tensor: Tensor) -> Tensor:
         return tensor.to("cpu", non_blocking=True)
 
-    token_ids, logprobs, *scores = computed
-    return Computed(copy(token_ids), copy(logprobs), *(part and ScoreTensors(*map(copy, part)) for part in scores))
+    def copies(scores: ScoreTensors | None) -> ScoreTensors | None:
+        return scores and ScoreTensors(*map(copy, scores))
+
+    return Computed(
+        token_ids=copy(computed.token_ids),
+        logprobs=copy(computed.logprobs),
+        token_scores=copies(computed.token_scores),
+        scores=copies(computed.scores),
+        pooled=None if computed.pooled is None else copy(computed.pooled),
+    )
 
 
 def make_executor(run: Run, device: torch.device, depth: int) -> Executor:

@@ -14,7 +14,7 @@ from mini_infer.executor.sampler import sample
 from mini_infer.kernels import AttentionMetadata
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
-from mini_infer.step import Draws, Scores, StepInput, StepOutput
+from mini_infer.step import Draws, Pools, Scores, StepInput, StepOutput
 
 _SCORED_ROWS = 64
 """Rows of the vocabulary that are scored at once, to bound their memory."""
@@ -27,12 +27,14 @@ class Computed(NamedTuple):
         token_ids, logprobs: ``[D]``, of the draws.
         token_scores: of those draws that asked for them; None where none did.
         scores: of the rows to score; None where there are none.
+        pooled: float32 ``[E, hidden_size]``, of the runs to sum; None where there are none.
     """
 
     token_ids: Tensor
     logprobs: Tensor
     token_scores: ScoreTensors | None
     scores: ScoreTensors | None
+    pooled: Tensor | None = None
 
     def to_output(self, step: StepInput) -> StepOutput:
         """As plain numbers. The tensors must be in CPU memory."""
@@ -42,6 +44,7 @@ class Computed(NamedTuple):
             logprobs=[[logprob] for logprob in self.logprobs.tolist()],
             token_scores=[[s] for s in self.token_scores.to_scores(asked)] if self.token_scores else [],
             scores=self.scores.to_scores(step.scores.num_top.tolist()) if self.scores else [],
+            pooled=[] if self.pooled is None else list(self.pooled.numpy()),
         )
 
 
@@ -78,9 +81,10 @@ class ModelRunner:
             return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, None)
         hidden = self._forward(self._batch(step))
         scores = self._score(hidden, step.scores) if len(step.scores) else None
+        pooled = self._pool(hidden, step.pools) if len(step.pools) else None
         if not len(step.draws):
-            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, scores)
-        return Computed(*self._draw(hidden, step.draws), scores)
+            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, scores, pooled)
+        return Computed(*self._draw(hidden, step.draws), scores, pooled)
 
     def _forward(self, batch: Batch) -> Tensor:
         if self.graphs is not None and self.graphs.fits(batch):
@@ -106,6 +110,13 @@ class ModelRunner:
             for some, tokens in zip(rows.split(_SCORED_ROWS), targets.split(_SCORED_ROWS), strict=True)
         ]
         return ScoreTensors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _pool(self, hidden: Tensor, pools: Pools) -> Tensor:
+        owners = np.repeat(np.arange(len(pools)), pools.ends - pools.starts)
+        rows = np.concatenate([np.arange(start, end) for start, end in zip(pools.starts, pools.ends, strict=True)])
+        sent_owners, sent_rows = send_arrays([owners, rows], self.device)
+        sums = torch.zeros(len(pools), hidden.shape[1], dtype=torch.float32, device=self.device)
+        return sums.index_add_(0, sent_owners, hidden[sent_rows].float())
 
     def _batch(self, step: StepInput) -> Batch:
         """The step's tokens and where they stand; decodes are padded to the size of a graph.

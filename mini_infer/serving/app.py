@@ -18,6 +18,7 @@ from mini_infer.fields import check_number
 from mini_infer.serving.admission import Admission, Budget
 from mini_infer.serving.chat import chat_router
 from mini_infer.serving.completions import completions_router
+from mini_infer.serving.embeddings import embeddings_router
 from mini_infer.serving.errors import add_error_handlers
 from mini_infer.serving.events import EngineEvents
 from mini_infer.serving.limits import Limits
@@ -135,6 +136,7 @@ def create_app(
     app.include_router(chat_router(service))
     app.include_router(completions_router(service))
     app.include_router(responses_router(service))
+    app.include_router(embeddings_router(service))
     app.include_router(tokens_router(service))
     app.include_router(results_router(service))
     app.include_router(operations_router(service, metrics, events))

@@ -305,6 +305,22 @@ class ChatBody(OpenAIBody):
         return self
 
 
+_Inputs = Annotated[
+    str | _TokenIds | Annotated[list[str | _TokenIds], _SEVERAL],
+    Field(union_mode="left_to_right"),
+    _says("input", "a text, token ids, or a list of either"),
+]
+
+
+class EmbeddingsBody(Body):
+    model: str | None = Field(None, description="The served model's name; null for whatever is served")
+    input: _Inputs = Field(description="A text, token ids, or a list of either")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian")
+    dimensions: int | None = Field(None, description="Nothing but the model's own")
+    user: Any = Field(None, description=_IGNORED)
+    priority: int = Field(0, description="Extension. Higher goes first, with --scheduling-policy priority")
+
+
 class ReasoningOptions(Body):
     effort: str | None = Field(None, description="How much to think, where the chat template has a switch for that")
     summary: Any = Field(None, description="Accepted and ignored: reasoning is given whole.")

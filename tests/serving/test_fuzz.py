@@ -19,6 +19,7 @@ OPERATIONS = [
     ("post", "/v1/completions"),
     ("post", "/v1/chat/completions"),
     ("post", "/v1/responses"),
+    ("post", "/v1/embeddings"),
     ("post", "/tokenize"),
     ("post", "/detokenize"),
     ("post", "/v1/generate"),
@@ -67,7 +68,7 @@ def _bound(body: Any) -> None:
     """How much a valid request may ask for is not what this is about."""
     if isinstance(body, dict):
         names = ["max_tokens", "max_completion_tokens", "gen_length"]
-        if "input" in body:
+        if "input" in body:  # of embeddings it is refused, which is as good
             names = ["max_output_tokens"]
         for name, most in (*((name, 3) for name in names), ("n", 2)):
             value = body.get(name)

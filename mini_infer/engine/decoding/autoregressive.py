@@ -90,6 +90,11 @@ class Autoregressive:
             for position in range(first, min(item.end + 1, item.sequence.num_prompt_tokens)):
                 wanted.score(first_row + position - 1 - item.start, item.sequence.token_ids[position], num_top)
 
+        if request.params.prompt_embedding and self._streams[item.sequence].completion.index == 0:
+            first = max(item.start, request.num_pooled)
+            if first < (end := min(item.end, item.sequence.num_prompt_tokens)):
+                wanted.pool(first_row + first - item.start, first_row + end - item.start)
+
     def decide(self, request: Request, item: ScheduledSequence, answer: Answer) -> list[Outcome]:
         if not item.num_logits:
             return [] if item.end < item.sequence.max_length else [Outcome(item.sequence, (), item.end)]
@@ -129,6 +134,8 @@ class Autoregressive:
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
         if request.params.prompt_logprobs is not None and self._streams[item.sequence].completion.index == 0:
             self._note_prompt_logprobs(request, item, answer)
+        for hidden_sum in answer.pooled:
+            request.pool(hidden_sum, min(item.end, item.sequence.num_prompt_tokens))
         if not item.num_logits:
             if item.sequence.finish_reason is not None:  # nothing is to follow the prompt
                 self.stop(request, scheduler, item.sequence.finish_reason)

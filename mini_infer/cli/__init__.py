@@ -228,6 +228,53 @@ def bench(
     run_bench(config, Workload.draw(requests, *ranges, config.seed), sampling, Console(), json)
 
 
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="mini-infer quality Qwen/Qwen3-0.6B --quantization int4\n\n"
+    "mini-infer quality model-Q4_K_M.gguf --against model-F16.gguf --json",
+)
+@engine_flags(model_argument=True)
+def quality(
+    config: EngineConfig,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The model that is right; by default the same, not quantised.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="The text; by default one that comes along.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are read together.")] = 512,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what quantisation costs: perplexity, KL divergence, the share of equal choices, bytes per weight.
+
+    Both models read the same text. Figures compare within one text and one version of this program alone.
+    """
+    from mini_infer.cli.quality import show_quality
+
+    show_quality(config, against, text, window, Console(), json)
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="mini-infer quantize Qwen/Qwen3-0.6B qwen3-int8\n\nmini-infer chat qwen3-int8",
+)
+def quantize(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hub name.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write to.", show_default=False)],
+    quantization: Annotated[str, typer.Option("--quantization", help="int8 or int4.")] = "int8",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the Hub repository.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a quantised copy of a checkpoint, in compressed-tensors' format, which vLLM reads, too."""
+    from mini_infer.models import resolve_model
+    from mini_infer.models.quantization.writing import quantize_checkpoint
+
+    config = EngineConfig(model=model, revision=revision, quantization=quantization)
+    quantize_checkpoint(resolve_model(str(config.model), revision), target, quantization)
+
+
 @app.command(rich_help_panel=ASK)
 def demo() -> None:
     """Ask the bundled model in English and in Chinese, then run a batch and show what the engine did."""

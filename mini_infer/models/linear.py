@@ -231,13 +231,15 @@ class Embedding(Weighted):
     """A matrix of which only rows are looked up.
 
     Attributes:
-        format: how it is written down.
+        formats: how it is written down, one of them.
+        bytes: what it takes.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__(shape, dtype)
         self.dtype = dtype
         self.formats: Sequence[Format] = [DENSE]
+        self.bytes = self.weight.nbytes
         self._matrix: QuantizedMatrix | None = None
 
     def parts(self, names: Sequence[str]) -> list[Part]:
@@ -251,6 +253,7 @@ class Embedding(Weighted):
             return super().fill(parts, read, device)
         tensors = {part.name.rpartition(".")[2]: read(part.name).to(device) for part in parts}
         matrix = self.formats[0].matrix(tensors)
+        self.bytes = bytes_of(matrix)
         if isinstance(matrix, Tensor):
             self.weight = nn.Parameter(matrix.to(self.dtype), requires_grad=False)
         else:

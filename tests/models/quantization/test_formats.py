@@ -57,7 +57,7 @@ def test_a_matrix(name: str) -> None:
 def quantized_checkpoint(
     tmp_path: Path, config: dict[str, Any], write: Write, plain: tuple[str, ...] = (), **overrides: Any
 ) -> tuple[Path, Path]:
-    """A checkpoint whose matrices, save those in ``plain``, are quantised, and one with the numbers that they are."""
+    """A checkpoint whose matrices, but those in ``plain``, are quantised, and one with the numbers that they are."""
     path = make_checkpoint(tmp_path / "quantized", "qwen3", 3, **{**SHAPE, "rope_scaling": None, **overrides})
     other = make_checkpoint(tmp_path / "plain", "qwen3", 3, **{**SHAPE, "rope_scaling": None, **overrides})
     generator = torch.Generator().manual_seed(0)

@@ -39,8 +39,8 @@ def show_quality(
     model, right = _load(config, window), _load(base, window)
     if model.config.vocab_size != right.config.vocab_size:
         raise InvalidConfigError(
-            f"{config.model} knows {model.config.vocab_size} tokens and {base.model} {right.config.vocab_size}, so their "
-            "predictions cannot be compared"
+            f"{config.model} knows {model.config.vocab_size} tokens and {base.model} {right.config.vocab_size}, so "
+            "their predictions cannot be compared"
         )
     quality = compare(model, right, tokens[config], window)
     if as_json:
@@ -87,6 +87,7 @@ def _load(config: EngineConfig, window: int) -> Decoder:
 def _table(config: EngineConfig, base: EngineConfig, quality: Quality) -> Table:
     name = f"{config.model}{f' as {config.quantization}' if config.quantization else ''}"
     table = Table(title=f"{name} against {base.model}", title_justify="left", show_header=False)
+    before = quality.base_bytes_per_weight
     spread = f"{quality.perplexity:.3f} ± {quality.perplexity_error:.3f}"
     rows = {
         "tokens · 词元": f"{quality.num_tokens:,}",
@@ -94,7 +95,7 @@ def _table(config: EngineConfig, base: EngineConfig, quality: Quality) -> Table:
         "mean KLD · 平均 KL 散度": f"{quality.mean_kld:.5f} ± {quality.mean_kld_error:.5f} nats",
         "99.9 % KLD · 99.9% 分位": f"{quality.kld_999:.4f}, largest {quality.max_kld:.4f}",
         "same top token · 首选词元相同": f"{quality.same_top:.2%}",
-        "bytes per weight · 每权重字节数": f"{quality.bytes_per_weight:.3f}, against {quality.base_bytes_per_weight:.3f}",
+        "bytes per weight · 每权重字节数": f"{quality.bytes_per_weight:.3f}, against {before:.3f}",
     }
     for title, value in rows.items():
         table.add_row(title, value)

@@ -21,6 +21,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
@@ -30,6 +31,14 @@ _SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__f
 """Taken while they are imported: a kernel calls functions of other files, and a file may change later."""
 
 _DIGEST = hashlib.sha256().digest_size
+
+
+def compiled(function: Callable[..., None], signature: Any, options: dict[str, Any]) -> CFunc:
+    """A function as machine code, read from disk or compiled now; ``.address`` is where it begins."""
+    code = CFunc(function, (signature.args, signature.return_type), {}, options)
+    code._cache = KernelFile(function)  # Numba's own takes a kernel for unchanged if its file is
+    code.compile()
+    return code
 
 
 class KernelFile:

@@ -270,9 +270,8 @@ class Pool:
     def _start(self, num_helpers: int) -> None:
         with self._starting:
             for number in range(len(self._helpers), num_helpers):
-                helper = threading.Thread(
-                    target=_functions()[1], args=(self.address, number), name=f"mini-infer-kernels-{number}", daemon=True
-                )
+                name, arguments = f"mini-infer-kernels-{number}", (self.address, number)
+                helper = threading.Thread(target=_functions()[1], args=arguments, name=name, daemon=True)
                 helper.start()
                 self._helpers.append(helper)
 
@@ -295,9 +294,9 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _functions() -> tuple[Callable[..., None], ...]:
     """`_launch_one`, `_help` and `_stop`, compiled."""
-    functions = []
+    functions: list[Any] = []
     for function, num_arguments in ((_launch_one, 4), (_help, 2), (_stop, 1)):
         code = compiled(function, types.void(*[types.int64] * num_arguments), {})
-        functions.append(ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * num_arguments)(code.address))
-        functions[-1].code = code  # type: ignore[attr-defined]  # which lives as long as the function
+        functions.append(ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * num_arguments)(code.address or 0))
+        functions[-1].code = code  # which lives as long as the function
     return tuple(functions)

@@ -21,6 +21,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
+import torch
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
@@ -108,9 +109,8 @@ def _warn(directory: Path, reason: str) -> None:
 
 def _path(function: Callable[..., None]) -> Path | None:
     """Where the machine code of a kernel belongs; None where there is no place for it."""
-    try:
-        base = Path(numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
+    directory = _directory()
+    if directory is None:
         return None
     sources = _SOURCES
     if not function.__module__.startswith("mini_infer.kernels.cpu."):
@@ -118,16 +118,40 @@ def _path(function: Callable[..., None]) -> Path | None:
             sources += hashlib.sha256(Path(function.__code__.co_filename).read_bytes()).digest()
         except OSError:  # a notebook's cell, say
             return None
-    features = numba.config.CPU_FEATURES
     depends_on = (
         sources,
         function.__module__,
         function.__qualname__,
         [cell.cell_contents for cell in function.__closure__ or ()],
+        *_machine(),
+    )
+    return directory / f"{function.__name__}-{_key(depends_on)}"
+
+
+def choices_file() -> Path | None:
+    """Where `choice` keeps what it measured on this processor with these kernels; None where there is no place."""
+    directory = _directory()
+    return directory and directory / f"choices-{_key((_SOURCES, torch.__version__, *_machine()))}.json"
+
+
+def _directory() -> Path | None:
+    try:
+        base = Path(numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return None
+    return base / "mini-infer" / "kernels"
+
+
+def _machine() -> tuple[object, ...]:
+    """The compiler, and the processor that it compiles for."""
+    features = numba.config.CPU_FEATURES
+    return (
         (platform.python_version(), numba.__version__, llvmlite.__version__, llvm.llvm_version_info),
         llvm.get_process_triple(),
         numba.config.CPU_NAME or llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten() if features is None else features,
     )
-    key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
-    return base / "mini-infer" / "kernels" / f"{function.__name__}-{key}"
+
+
+def _key(depends_on: tuple[object, ...]) -> str:
+    return hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]

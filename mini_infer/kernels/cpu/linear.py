@@ -2,10 +2,14 @@
 
     y[m, n] = Σ_k x[m, k] * weight[n, k] + bias[n]
 
+Several ways stand side by side. Those of this file read the same panels, so that each number of tokens can have its
+own: "dot", "split" (see `tile`) and "amx". The fourth, "onednn", is what PyTorch brings along; it has an order of its
+own, and a weight is held once, so it serves a weight for all numbers of tokens or for none. `choice` has measured.
+
 The weight is cut into panels of 64 output features (`COLUMNS`); within a panel the numbers lie in the order in which a
 `tile` reads them, so that memory is read from front to back:
 
-    weight [N, K]                     packed [N / 64, K / 2, 64, 2]  (pairs of bfloat16; otherwise [N / 64, K, 64])
+    weight [N, K]                     packed [N / 64, K / 2, 64, 2]  (pairs of bfloat16; float32 [N / 64, K, 64])
     ┌──────────────┐ 64 rows          panel 0: k = 0,1 of rows 0..63 │ k = 2,3 of rows 0..63 │ ...
     ├──────────────┤ = one panel      panel 1: ...
     └──────────────┘
@@ -20,13 +24,15 @@ two meet at about a dozen tokens, which is why a small batch decodes for the pri
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mini_infer.kernels import large_memory
+from mini_infer.kernels.cpu import amx, choice, onednn
 from mini_infer.kernels.cpu.jit import (
     ELEMENTS,
     FIRST,
@@ -48,27 +54,114 @@ TOKENS = 384
 RUN = 2 << 20
 """Bytes of weights that a task reads in one go, where that leaves at least two tasks for each thread."""
 
-TILE = ROWS * COLUMNS
+TILE = max(ROWS, amx.ROWS) * COLUMNS
+
+
+SIZES = (1, 2, 4, 8, 16, 64, 256)
+"""Numbers of tokens at which candidates are timed. Each serves up to the next one; the last all beyond."""
+
+_TIMED = 1 << 18
+"""Weights with fewer numbers take the first candidate; a trial would measure little but the call."""
+
+_LONG = 1 << 32
+"""Trials of more multiply-adds are left out."""
+
+_TALL = 16
+"""A matrix with more outputs than this many times its inputs is an output layer, whose rows may serve as embeddings."""
 
 
 @register("pack_linear", backend="cpu", devices=["cpu"], priority=10)
 def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    num_outputs, num_inputs = weight.shape
-    pairs = PAIRS and weight.dtype is torch.bfloat16
-    if weight.dtype not in ELEMENTS or 0 in weight.shape or (pairs and num_inputs % 2):
+    pairs = weight.dtype is torch.bfloat16
+    if weight.dtype not in ELEMENTS or 0 in weight.shape or (pairs and weight.shape[1] % 2):
         return reference.pack_linear(weight, bias)
-    num_panels = -(-num_outputs // COLUMNS)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    names = candidates(weight)
+    if len(names) == 1 or weight.numel() < _TIMED:
+        return _in_panels(weight, bias, {1: names[0]})
+    found = timed(weight, bias, names)
+    if "onednn" in names and _is_best(found, "onednn"):
+        return onednn.pack(weight, bias)
+    return _in_panels(weight, bias, choice.fastest({name: row for name, row in found.items() if name != "onednn"}))
+
+
+def candidates(weight: Tensor) -> list[str]:
+    """The ways to multiply with a weight on this processor; the first is taken without a trial."""
+    if weight.dtype is torch.float32:
+        return ["fma"]
+    num_outputs, num_inputs = weight.shape
+    names = ["dot", "split"] if PAIRS else ["split"]
+    if amx.is_there() and num_inputs % amx.DEPTH == 0:
+        names.append("amx")
+    if onednn.is_there() and num_outputs <= _TALL * num_inputs:
+        names.append("onednn")
+    return names
+
+
+def timed(weight: Tensor, bias: Tensor | None, names: list[str], again: bool = False) -> choice.Times:
+    """How long each candidate takes for a weight of this shape: what is known, or measured now."""
+    num_outputs, num_inputs = weight.shape
+    sizes = [size for size in SIZES if size * weight.numel() <= _LONG]
+    key = f"pack_linear {num_inputs} to {num_outputs}"
+    known = None if again else choice.times(key, names, sizes)
+    if known is not None:
+        return known
+    x = torch.randn(sizes[-1], num_inputs).to(weight.dtype)
+    panels = _packed(weight)
+    products: dict[str, Callable[[Tensor], Tensor]] = {
+        name: _Product(panels, bias, num_inputs, num_outputs, name) for name in names if name != "onednn"
+    }
+    if "onednn" in names:
+        products["onednn"] = onednn.pack(weight, bias)[0]
+    runs = {name: functools.partial(_run_some, product, x) for name, product in products.items()}
+    return choice.measure(key, runs, sizes)
+
+
+def _run_some(product: Callable[[Tensor], Tensor], x: Tensor, num_tokens: int) -> Tensor:
+    return product(x[:num_tokens])
+
+
+def _is_best(found: choice.Times, name: str) -> bool:
+    """Whether one candidate alone is better than the best of the others at each size, in the geometric mean."""
+    others = {other: row for other, row in found.items() if other != name}
+    best = choice.fastest(others)
+    ratios = [math.log(seconds / others[best[size]][size]) for size, seconds in found[name].items()]
+    return math.exp(sum(ratios) / len(ratios)) < choice.MARGIN
+
+
+def _in_panels(
+    weight: Tensor, bias: Tensor | None, kinds: Mapping[int, str]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The product, by these kinds from so many tokens on, and the rows."""
+    num_outputs, num_inputs = weight.shape
+    panels = _packed(weight)
+    products = {kind: _Product(panels, bias, num_inputs, num_outputs, kind) for kind in dict.fromkeys(kinds.values())}
+    by_size = [(size, products[kind]) for size, kind in kinds.items()]
+    multiply = by_size[0][1] if len(products) == 1 else functools.partial(_multiply, by_size, num_inputs)
+    return multiply, functools.partial(_rows, panels)
+
+
+def _multiply(by_size: Sequence[tuple[int, "_Product"]], num_inputs: int, x: Tensor) -> Tensor:
+    num_tokens = x.numel() // num_inputs
+    product = by_size[0][1]
+    for size, following in by_size[1:]:
+        if num_tokens < size:
+            break
+        product = following
+    return product(x)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    num_outputs, num_inputs = weight.shape
+    num_panels = -(-num_outputs // COLUMNS)
+    pairs = weight.dtype is torch.bfloat16
     panels = large_memory.empty(
-        (num_panels, num_inputs // 2, COLUMNS, 2) if pairs else (num_panels, num_inputs, COLUMNS, 1),
-        weight.dtype,
+        (num_panels, num_inputs // 2, COLUMNS, 2) if pairs else (num_panels, num_inputs, COLUMNS, 1), weight.dtype
     )
-    unit = np.uint16 if weight.dtype is torch.bfloat16 and not pairs else np.uint32  # what is moved as one
-    _pack_kernel(unit)(
-        num_panels, weight.data_ptr(), panels.data_ptr(), num_outputs, panels.shape[1], work=weight.numel()
-    )
-    return _Product(panels, bias, num_inputs, num_outputs), functools.partial(_rows, panels)
+    # A float32 and a pair of bfloat16 are both moved as 32 bits.
+    _pack(num_panels, weight.data_ptr(), panels.data_ptr(), num_outputs, panels.shape[1], work=weight.numel())
+    return panels
 
 
 def _rows(panels: Tensor, ids: Tensor) -> Tensor:
@@ -79,16 +172,16 @@ def _rows(panels: Tensor, ids: Tensor) -> Tensor:
 class _Product:
     """x Wᵀ + b with W in panels. Four of these run per layer and step, so what never changes is looked up once."""
 
-    def __init__(self, panels: Tensor, bias: Tensor | None, num_inputs: int, num_outputs: int) -> None:
+    def __init__(self, panels: Tensor, bias: Tensor | None, num_inputs: int, num_outputs: int, kind: str) -> None:
         self._panels, self._bias = panels, bias  # the addresses below are theirs
         self._num_inputs, self._num_outputs = num_inputs, num_outputs
-        self._kernel = _kernel(ELEMENTS[panels.dtype])
+        self._kernel, self._widens = _kernel(ELEMENTS[panels.dtype], kind), kind == "split"
         self._panels_at, self._bias_at = panels.data_ptr(), 0 if bias is None else bias.data_ptr()
         self._num_panels, self._depth, self._work = panels.shape[0], panels.shape[1], panels.numel()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self._num_inputs).contiguous()
-        if not PAIRS and x.dtype is torch.bfloat16:
+        if self._widens:
             rows = _widened(rows)
         num_tokens = rows.shape[0]
         out = torch.empty((*x.shape[:-1], self._num_outputs), dtype=self._panels.dtype)
@@ -127,31 +220,25 @@ def _widen_kernel(args):
             store(wide, i, load(x, i))
 
 
-@functools.cache
-def _pack_kernel(unit: type) -> Kernel:
-    block = 16  # units of each row that are moved before the next row's, so that what is written stays in the cache
-
-    @kernel
-    def pack(args):
-        weight, panels = pointer(args[FIRST], unit), pointer(args[FIRST + 1], unit)
-        num_outputs, depth = args[FIRST + 2], args[FIRST + 3]
-        for panel in tasks(args):
-            first, to = panel * COLUMNS, panel * COLUMNS * depth
-            for begin in range(0, depth, block):
-                for row in range(COLUMNS):
-                    for k in range(begin, min(begin + block, depth)):
-                        at = to + k * COLUMNS + row
-                        panels[at] = weight[(first + row) * depth + k] if first + row < num_outputs else unit(0)
-
-    return pack
+@kernel
+def _pack(args):
+    weight, panels = pointer(args[FIRST], np.uint32), pointer(args[FIRST + 1], np.uint32)
+    num_outputs, depth = args[FIRST + 2], args[FIRST + 3]
+    for panel in tasks(args):
+        first, to = panel * COLUMNS, panel * COLUMNS * depth
+        for begin in range(0, depth, 16):  # some of each row before the next row's, so that what is written is cached
+            for row in range(COLUMNS):
+                for k in range(begin, min(begin + 16, depth)):
+                    at = to + k * COLUMNS + row
+                    panels[at] = weight[(first + row) * depth + k] if first + row < num_outputs else np.uint32(0)
 
 
 @functools.cache
-def _kernel(element: type) -> Kernel:
-    kind = "fma" if element is np.float32 else "dot" if PAIRS else "widen"
-    x_bytes = 2 if kind == "dot" else 4
-    w_bytes = np.dtype(element).itemsize
-    k_bytes = COLUMNS * w_bytes * (2 if kind == "dot" else 1)  # of a panel at each k
+def _kernel(element: type, kind: str) -> Kernel:
+    with_amx = kind == "amx"
+    most_rows = amx.ROWS if with_amx else ROWS
+    x_bytes = 4 if kind in ("fma", "split") else 2
+    k_bytes = COLUMNS * 4  # of a panel at each k, or each pair of them
     lines = -(-k_bytes // (2 * LINE))  # a panel is fetched in two passes or more
 
     @kernel
@@ -162,13 +249,16 @@ def _kernel(element: type) -> Kernel:
         num_chunks, depth = args[FIRST + 7], args[FIRST + 8]
         num_panels, num_runs = args[FIRST + 9], args[FIRST + 10]
         x_stride = num_inputs * x_bytes
-        sums_at = buffer(TILE)
+        sums_at, room = buffer(TILE), buffer(16)
         sums = pointer(sums_at, np.float32)
+        configured = 0
         for task in tasks(args):
             run, chunk = task // num_chunks, task % num_chunks
             begin = num_tokens * chunk // num_chunks
             end = num_tokens * (chunk + 1) // num_chunks
-            num_passes = (end - begin + ROWS - 1) // ROWS  # of about as many rows each, rather than a small last one
+            num_passes = (
+                end - begin + most_rows - 1
+            ) // most_rows  # of about as many rows each, rather than a small last one
             for panel in range(num_panels * run // num_runs, num_panels * (run + 1) // num_runs):
                 w = panels + panel * depth * k_bytes
                 column = panel * COLUMNS
@@ -179,10 +269,18 @@ def _kernel(element: type) -> Kernel:
                     # Each pass fetches its share of the next panel. A single one need not: it waits for memory anyway.
                     ahead = w + depth * k_bytes + depth * k_bytes * number // num_passes if num_passes > 1 else w
                     ahead_stride = k_bytes // num_passes if num_passes > 1 else 0
-                    tiles(
-                        kind, last - first, VECTORS, 0, lines, x + first * x_stride, x_stride, w, k_bytes, depth,
-                        sums_at, COLUMNS * 4, ahead, ahead_stride,
-                    )  # fmt: skip
+                    if with_amx:
+                        if last - first != configured:
+                            configured = last - first
+                            amx.configure(configured, room)
+                        amx.product(
+                            last - first, x + first * x_stride, x_stride, w, k_bytes, depth // 16, sums_at, COLUMNS * 4
+                        )
+                    else:
+                        tiles(
+                            kind, last - first, VECTORS, 0, lines, x + first * x_stride, x_stride, w, k_bytes, depth,
+                            sums_at, COLUMNS * 4, ahead, ahead_stride,
+                        )  # fmt: skip
                     for row in range(last - first):
                         place, at = (first + row) * num_outputs + column, row * COLUMNS
                         if has_bias:
@@ -194,5 +292,7 @@ def _kernel(element: type) -> Kernel:
                         else:
                             for i in range(width):
                                 store(out, place + i, load(sums, at + i))
+        if with_amx and configured > 0:
+            amx.release()
 
     return linear

@@ -11,12 +11,17 @@ Per k it loads R + 4 vectors for 4 R multiply-adds, so that arithmetic, not load
 R = 1 it reads w exactly once, as fast as memory gives it. Goto and van de Geijn, Anatomy of High-Performance Matrix
 Multiplication, 2008, https://doi.org/10.1145/1356052.1356053
 
-Three kinds, by what w holds and what the processor has:
+Four kinds, by what w holds and what the processor has:
 
     "fma"     w float32, x float32
     "widen"   w bfloat16, x float32: each w is widened on the way in; half the bytes from memory
+    "split"   w bfloat16 in pairs along k, x float32: a pair is 32 bits, whose upper half is one float32 as it stands,
+              and whose lower half is the other once it is shifted up; two multiply-adds
     "dot"     w and x bfloat16, in pairs along k: one AVX-512 BF16 instruction adds x[k] w[k] + x[k+1] w[k+1], in
               float32, for 16 columns
+
+"split" and "dot" read the same memory. Which of them is faster is the processor's secret: "dot" does with one
+instruction what "split" needs four for, and on some processors that one takes as long. `choice` measures it.
 
 Numba's loops give LLVM no say over registers, so this one loop is written in LLVM's own language, by a Python function
 that unrolls it. Everything around it is plain Numba.
@@ -30,7 +35,7 @@ from numba.extending import intrinsic, overload
 
 from mini_infer.kernels.cpu.jit import has_feature
 
-Kind = Literal["fma", "widen", "dot"]
+Kind = Literal["fma", "widen", "split", "dot"]
 
 LANES = 16 if has_feature("avx512f") else 8
 """float32 numbers in a vector register. (An Arm processor's hold 4; there LLVM takes two for one.)"""
@@ -44,7 +49,7 @@ LINE = 64
 """Bytes that memory gives at once."""
 
 PAIRS = has_feature("avx512bf16")
-"""Whether bfloat16 is multiplied as "dot"; else it is widened."""
+"""Whether bfloat16 can be multiplied as "dot"."""
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -92,8 +97,8 @@ def tile(
         accumulate: add to what ``out`` holds, instead of writing over it.
         lines: how many cache lines of what will be read later are asked for at each k.
         x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot"
-            ``[rows, count, 2]``, bfloat16.
-        w, w_stride: the same of w ``[count, columns]``; for "dot" ``[count, columns, 2]``.
+            ``[rows, count, 2]``, bfloat16, and for "split" the same in float32.
+        w, w_stride: the same of w ``[count, columns]``; for "dot" and "split" ``[count, columns, 2]``.
         count: how many k; at least one is always computed.
         out, out_stride: the same of the sums, float32 ``[rows, columns]``.
         ahead, ahead_stride: where those lines are at the first k, and how many bytes further at each following one.
@@ -138,7 +143,8 @@ def _write_tile(
     k = builder.phi(_I64)
     sums = [builder.phi(_SUMS) for _ in places]
     w_row = builder.add(w, builder.mul(k, w_stride))
-    x_column = builder.add(x, builder.shl(k, ir.Constant(_I64, 2)))  # a float32 or a pair of bfloat16 per k
+    x_bytes = 3 if kind == "split" else 2  # a float32 or a pair of bfloat16 per k; or a pair of float32
+    x_column = builder.add(x, builder.shl(k, ir.Constant(_I64, x_bytes)))
     w_vectors = [_load_w(builder, kind, w_row, vector) for vector in range(vectors)]
     x_vectors = [
         _load_x(builder, kind, builder.add(x_column, builder.mul(x_stride, ir.Constant(_I64, row))))
@@ -181,11 +187,18 @@ def _load_w(builder: Any, kind: Kind, address: Any, vector: int) -> Any:
         loaded = builder.load(_at(builder, address, 2 * LANES * vector, _HALVES), align=2)
         shift = ir.Constant(_WORDS, [16] * LANES)
         return builder.bitcast(builder.shl(builder.zext(loaded, _WORDS), shift), _SUMS)
-    return builder.load(_at(builder, address, 4 * LANES * vector, _WORDS if kind == "dot" else _SUMS), align=4)
+    loaded = builder.load(_at(builder, address, 4 * LANES * vector, _SUMS if kind == "fma" else _WORDS), align=4)
+    if kind == "split":
+        first = builder.shl(loaded, ir.Constant(_WORDS, [16] * LANES))
+        second = builder.and_(loaded, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
+        return builder.bitcast(first, _SUMS), builder.bitcast(second, _SUMS)
+    return loaded
 
 
 def _load_x(builder: Any, kind: Kind, address: Any) -> Any:
-    """One x, in every lane of a vector."""
+    """One x, in every lane of a vector; for "split" two of them."""
+    if kind == "split":
+        return tuple(_load_x(builder, "fma", builder.add(address, ir.Constant(_I64, 4 * half))) for half in range(2))
     single, vector = (_I32, _WORDS) if kind == "dot" else (_F32, _SUMS)
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(
@@ -195,6 +208,10 @@ def _load_x(builder: Any, kind: Kind, address: Any) -> Any:
 
 
 def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
+    if kind == "split":
+        for one_w, one_x in zip(w, x, strict=True):
+            sums = _multiply_add(builder, "fma", sums, one_w, one_x)
+        return sums
     if kind == "dot":
         name, operands = "llvm.x86.avx512bf16.dpbf16ps.512", [_SUMS, _PAIRS, _PAIRS]
         values = [sums, builder.bitcast(w, _PAIRS), builder.bitcast(x, _PAIRS)]

@@ -1,0 +1,203 @@
+"""Several ways to multiply with one weight: each gives the product, and the quickest here is taken."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+import numba
+
+from mini_infer import kernels
+from mini_infer.kernels.cpu import amx, choice, linear, onednn
+from mini_infer.kernels.cpu.recording import cpu_capture
+from mini_infer.kernels.cpu.tile import COLUMNS
+
+from .tiles_in_software import CONFIG, FAULTS, amx_in_software
+from .truth import draw
+
+HERE = linear.candidates(torch.empty(512, 512, dtype=torch.bfloat16))
+
+
+def product(name: str, weight: Tensor, bias: Tensor | None = None) -> tuple[linear._Product, object]:
+    return onednn.pack(weight, bias) if name == "onednn" else linear._in_panels(weight, bias, {1: name})  # type: ignore
+
+
+def check_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Against float64; a single output may cancel to almost nothing, so the size of its terms is what counts."""
+    truth = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    terms = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    assert y.dtype is torch.bfloat16 and y.shape == truth.shape
+    assert ((y.double() - truth).abs() <= 1e-2 * terms).all()
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("tokens", [1, 2, 6, 7, 16, 17, 32, 33, 100, 385])
+@pytest.mark.parametrize("features", [(64, 64), (96, 200), (32, 65)], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_every_candidate_gives_the_product(name: str, tokens: int, features: tuple[int, int], biased: bool) -> None:
+    inputs, outputs = features
+    x = draw(1, tokens, inputs, dtype=torch.bfloat16)
+    weight = draw(2, outputs, inputs, dtype=torch.bfloat16)
+    bias = draw(3, outputs, dtype=torch.bfloat16) if biased else None
+    multiply, rows = product(name, weight, bias)
+    check_product(multiply(x), x, weight, bias)
+    ids = torch.tensor([outputs - 1, 0, 5])
+    assert torch.equal(rows(ids), weight[ids])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", HERE)
+@torch.inference_mode()
+def test_every_candidate_can_be_recorded(name: str) -> None:
+    weight, x = draw(1, 128, 96, dtype=torch.bfloat16), draw(2, 5, 96, dtype=torch.bfloat16)
+    multiply, _ = product(name, weight)
+    replay, result = cpu_capture()(lambda: multiply(x))
+    x.copy_(draw(3, 5, 96, dtype=torch.bfloat16))
+    result.fill_(torch.nan)
+    replay()
+    assert torch.equal(result, multiply(x))
+
+
+@pytest.fixture
+def software(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """AMX's instructions are routines; their code must not be taken for the real kernel's."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(linear, "amx", amx_in_software())
+    monkeypatch.setattr(linear, "_kernel", linear._kernel.__wrapped__)
+    FAULTS[:] = 0
+    yield
+    assert FAULTS[0] == 0, "the processor would refuse, or do what nobody defined"
+    assert CONFIG[0] == 0, "tiles are still in use"
+
+
+@pytest.mark.skipif(COLUMNS != 64, reason="processors with AMX have AVX-512, and panels of 64")
+def test_the_amx_kernel_gives_the_product(software: None) -> None:
+    for tokens, inputs, outputs in ((1, 32, 64), (16, 96, 70), (17, 64, 64), (31, 32, 130), (32, 64, 64), (75, 32, 3)):
+        x, weight = draw(1, tokens, inputs, dtype=torch.bfloat16), draw(2, outputs, inputs, dtype=torch.bfloat16)
+        multiply, _ = linear._in_panels(weight, None, {1: "amx"})
+        check_product(multiply(x), x, weight, None)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for an x86 processor")
+def test_the_amx_kernel_compiles_to_its_instructions() -> None:
+    program = """
+        import numpy as np
+        from mini_infer.kernels.cpu import linear
+        kernel = linear._kernel(np.uint16, "amx")
+        kernel._address
+        print(kernel._code._library.get_asm_str())
+    """
+    features = "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512bf16,+amx-tile,+amx-bf16"
+    play = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": features, "NUMBA_DISABLE_JIT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | play,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    count = done.stdout.count
+    assert count("\ttdpbf16ps\t") == 8 and count("\tldtilecfg\t") == 1 and count("\ttilerelease") == 1
+    assert count("\ttileloadd\t") == 9 and count("\ttilestored\t") == 8 and count("\ttilezero\t") == 8
+
+
+def test_a_process_that_may_not_have_tiles_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amx, "has_feature", lambda name: True)
+    monkeypatch.setattr(amx, "_REQUEST_PERMISSION", 0x7FFF)  # which the system does not know, and refuses
+    amx.is_there.cache_clear()
+    try:
+        assert not amx.is_there()
+    finally:
+        amx.is_there.cache_clear()
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_stays_unless_another_is_clearly_faster() -> None:
+    times = {
+        "dot": {1: 1.0, 16: 1.0, 64: 1.0},
+        "split": {1: 0.97, 16: 0.9, 64: 2.0},
+        "amx": {1: 1.0, 16: 0.5, 64: 0.94},
+    }
+    assert choice.fastest(times) == {1: "dot", 16: "amx", 64: "amx"}
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    choice._known.cache_clear()
+    yield tmp_path
+    choice._known.cache_clear()
+
+
+def runs(**seconds: list[int]) -> dict[str, object]:
+    """Candidates that note at which sizes they ran."""
+    return {name: sizes.append for name, sizes in seconds.items()}
+
+
+def test_what_was_measured_is_known_to_the_next_process(place: Path) -> None:
+    one: list[int] = []
+    found = choice.measure("product", {"one": one.append, "two": lambda size: None}, [1, 8])
+    assert set(one) == {1, 8} and choice.times("product", ["one", "two"], [1, 8]) == found
+    choice._known.cache_clear()  # as another process would begin
+    assert choice.times("product", ["one", "two"], [1, 8]) == found
+    assert choice.times("product", ["one", "three"], [1, 8]) is None, "another candidate is there"
+    assert choice.times("product", ["one", "two"], [1]) is None
+    assert choice.times("another", ["one", "two"], [1, 8]) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', '{"a": {"b": {"c": 1}}}', "\x00\xff"])
+def test_a_damaged_file_costs_another_measurement_only(place: Path, content: str) -> None:
+    choice.measure("product", {"one": lambda size: None}, [1])
+    (file,) = place.rglob("choices-*.json")
+    file.write_text(content, encoding="latin-1")
+    choice._known.cache_clear()
+    assert choice.times("product", ["one"], [1]) is None
+    choice.measure("product", {"one": lambda size: None}, [1])
+    assert len(json.loads(file.read_text())) == 1
+
+
+def test_where_nothing_can_be_written_the_process_remembers(place: Path) -> None:
+    (place / "mini-infer").touch()  # where a directory would have to be
+    found = choice.measure("product", {"one": lambda size: None}, [1])
+    assert choice.times("product", ["one"], [1]) == found
+
+
+def test_a_large_weight_is_measured_once_and_multiplies(place: Path) -> None:
+    weight, x = draw(1, 640, 512, dtype=torch.bfloat16), draw(2, 20, 512, dtype=torch.bfloat16)
+    with kernels.use_backend("cpu"):
+        written = None
+        for _ in range(2):
+            for tokens in (1, 3, 20):
+                check_product(kernels.pack_linear(weight)(x[:tokens]), x[:tokens], weight, None)
+            if len(linear.candidates(weight)) > 1:
+                (file,) = place.rglob("choices-*.json")
+                written = written or file.stat().st_mtime_ns
+                assert file.stat().st_mtime_ns == written
+
+
+def test_each_number_of_tokens_has_its_own_kind() -> None:
+    weight, x = draw(1, 128, 64, dtype=torch.bfloat16), draw(2, 40, 64, dtype=torch.bfloat16)
+    calls: list[str] = []
+
+    def noting(name: str) -> object:
+        return lambda x: calls.append(name)
+
+    by_size = [(1, noting("a")), (8, noting("b")), (16, noting("c"))]
+    for tokens in (1, 7, 8, 15, 16, 40):
+        linear._multiply(by_size, 64, x[:tokens])  # type: ignore[arg-type]
+    assert calls == ["a", "a", "b", "b", "c", "c"]
+    multiply, _ = linear._in_panels(weight, None, {1: HERE[0], 8: "split"})
+    for tokens in (0, 1, 7, 8, 40):
+        check_product(multiply(x[:tokens]), x[:tokens], weight, None)

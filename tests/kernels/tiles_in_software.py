@@ -1,0 +1,119 @@
+"""AMX's instructions as Intel's manual describes them, for processors that do not have them.
+
+The kernel's own loops, addresses and configurations run; only the instructions are replaced. What the processor would
+refuse, or what the manual leaves undefined, is noted in `FAULTS`.
+"""
+
+import importlib.util
+from types import ModuleType
+
+import numba
+import numpy as np
+
+from mini_infer.kernels.cpu import amx
+from mini_infer.kernels.cpu.jit import pointer
+
+TILES = np.zeros((8, 16, 64), dtype=np.uint8)
+CONFIG = np.zeros(64, dtype=np.uint8)
+FAULTS = np.zeros(1, dtype=np.int64)
+
+_TILES, _CONFIG, _FAULTS = TILES.ctypes.data, CONFIG.ctypes.data, FAULTS.ctypes.data  # constants of compiled code
+
+
+def amx_in_software() -> ModuleType:
+    """A copy of the module `amx` that runs anywhere, on one thread at a time."""
+    spec = importlib.util.spec_from_file_location("amx_in_software", amx.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    instructions = {
+        "_configure": configure,
+        "_release": release,
+        "_zero": zero,
+        "_load": load,
+        "_store": store,
+        "_dot": dot,
+    }
+    for name, function in instructions.items():
+        assert hasattr(module, name)
+        setattr(module, name, function)
+    return module
+
+
+@numba.njit
+def rows_of(tile):
+    return np.int64(pointer(_CONFIG, np.uint8)[48 + tile])
+
+
+@numba.njit
+def bytes_of(tile):
+    return np.int64(pointer(_CONFIG, np.uint16)[8 + tile])
+
+
+@numba.njit
+def fault_unless(right):
+    if not right:
+        pointer(_FAULTS, np.int64)[0] += 1
+
+
+@numba.njit
+def configure(address):
+    given, config = pointer(address, np.uint8), pointer(_CONFIG, np.uint8)
+    for i in range(64):
+        config[i] = given[i]
+        fault_unless(not (2 <= i < 16 and given[i] != 0))
+    fault_unless(config[0] == 1)
+    for tile in range(8):
+        fault_unless(0 < rows_of(tile) <= 16 or (rows_of(tile) == 0 and bytes_of(tile) == 0))
+        fault_unless(bytes_of(tile) <= 64)
+        zero(tile)
+
+
+@numba.njit
+def release():
+    pointer(_CONFIG, np.uint8)[0] = np.uint8(0)
+
+
+@numba.njit
+def zero(tile):
+    fault_unless(pointer(_CONFIG, np.uint8)[0] == 1)
+    for i in range(1024):
+        pointer(_TILES, np.uint8)[tile * 1024 + i] = np.uint8(0)
+
+
+@numba.njit
+def load(tile, address, stride):
+    zero(tile)
+    for row in range(rows_of(tile)):
+        for i in range(bytes_of(tile)):
+            value = pointer(address + row * stride, np.uint8)[i]
+            pointer(_TILES, np.uint8)[tile * 1024 + row * 64 + i] = value
+
+
+@numba.njit
+def store(tile, address, stride):
+    fault_unless(pointer(_CONFIG, np.uint8)[0] == 1)
+    for row in range(rows_of(tile)):
+        for i in range(bytes_of(tile)):
+            value = pointer(_TILES, np.uint8)[tile * 1024 + row * 64 + i]
+            pointer(address + row * stride, np.uint8)[i] = value
+
+
+@numba.njit
+def bfloat16(tile, row, column):
+    """Number ``column`` of a row, as a float32."""
+    bits = np.uint32(pointer(_TILES, np.uint16)[tile * 512 + row * 32 + column]) << np.uint32(16)
+    return np.array([bits], dtype=np.uint32).view(np.float32)[0]
+
+
+@numba.njit
+def dot(sums, x, w):
+    fault_unless(pointer(_CONFIG, np.uint8)[0] == 1 and sums != x and sums != w and x != w)
+    fault_unless(rows_of(x) == rows_of(sums) and bytes_of(w) == bytes_of(sums) and 4 * rows_of(w) == bytes_of(x))
+    numbers = pointer(_TILES, np.float32)
+    for row in range(rows_of(sums)):
+        for k in range(rows_of(w)):
+            for column in range(bytes_of(w) // 4):
+                place = sums * 256 + row * 16 + column
+                for half in range(2):
+                    numbers[place] += bfloat16(x, row, 2 * k + half) * bfloat16(w, k, 2 * column + half)

@@ -288,11 +288,17 @@ def kernels(
     kernel_backend: Annotated[
         str | None, typer.Option(metavar="[FILE:]NAME", help="What if an engine asked for this backend.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure anew which product is the fastest on this CPU.")
+    ] = False,
 ) -> None:
     """Show which backend runs each operation on this machine, and why the others do not."""
-    from mini_infer.cli.kernels import show_kernels
+    from mini_infer.cli.kernels import measure_products, show_kernels
 
-    show_kernels(Console(), kernel_backend)
+    if measure:
+        measure_products(Console())
+    else:
+        show_kernels(Console(), kernel_backend)
 
 
 @app.command(

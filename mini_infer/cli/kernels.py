@@ -1,16 +1,24 @@
 """``mini-infer kernels``: operations and backends, what runs where, and why."""
 
 import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from mini_infer import kernels
+from mini_infer.exceptions import KernelError
 from mini_infer.kernels import registry
 from mini_infer.kernels.registry import ENVIRONMENT_VARIABLE, OPS
 
 CHOSEN, AVAILABLE, ABSENT = "[bold green]chosen[/]", "available", "[bright_black]-[/]"
+LAYERS = {
+    "0.6B": ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024)),
+    "8B": ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096)),
+}
+"""Inputs and outputs of the products of a layer: of queries, keys and values; of attention; gate and up; down."""
+
 OURS = ("reference", "triton", "cpu")
 
 
@@ -44,6 +52,35 @@ def show_kernels(console: Console, backend: str | None = None) -> None:
         where = [device for device in devices if any(name in kernels.available_backends(op, device) for op in OPS)]
         if not where:
             console.print(f"  {name}: {_why_not(name)}", highlight=False, markup=False)
+
+
+def measure_products(console: Console, layers: Mapping[str, Sequence[tuple[int, int]]] = LAYERS) -> None:
+    """Time every way to multiply with the weights of such layers on this processor, keep the times and show them.
+
+    Raises:
+        KernelError: the CPU's kernels are not there.
+    """
+    if "cpu" not in kernels.available_backends():
+        raise KernelError(f"the CPU's kernels are not there: {_why_not('cpu')}; pip install 'mini-infer[cpu]'")
+    from mini_infer.kernels.cpu import choice, linear
+
+    for model, shapes in layers.items():
+        for inputs, outputs in shapes:
+            weight = torch.randn(outputs, inputs).bfloat16()
+            names = linear.candidates(weight)
+            found = linear.timed(weight, None, names, again=True)
+            chosen = linear.chosen(found)
+            table = Table(title=f"{model}: {inputs} → {outputs}, bfloat16", title_justify="left")
+            table.add_column("tokens · 词元数", justify="right")
+            for name in names:
+                table.add_column(f"{name}, µs", justify="right")
+            for size, name_chosen in chosen.items():
+                cells = [f"{found[name][size] * 1e6:,.0f}" for name in names]
+                marked = [f"[bold green]{c}[/]" if n == name_chosen else c for n, c in zip(names, cells, strict=True)]
+                table.add_row(str(size), *marked)
+            console.print(table)
+    kept = choice.choices_file()
+    console.print(f"green is taken · 绿色为选用；{torch.get_num_threads()} threads · 线程\n{kept}", soft_wrap=True)
 
 
 def _why_not(backend: str) -> str:

@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 from mini_infer.kernels.cpu import amx
+from mini_infer.kernels.cpu.jit import load as load_number
 from mini_infer.kernels.cpu.jit import pointer
 
 TILES = np.zeros((8, 16, 64), dtype=np.uint8)
@@ -102,8 +103,7 @@ def store(tile, address, stride):
 @numba.njit
 def bfloat16(tile, row, column):
     """Number ``column`` of a row, as a float32."""
-    bits = np.uint32(pointer(_TILES, np.uint16)[tile * 512 + row * 32 + column]) << np.uint32(16)
-    return np.array([bits], dtype=np.uint32).view(np.float32)[0]
+    return load_number(pointer(_TILES, np.uint16), tile * 512 + row * 32 + column)
 
 
 @numba.njit

@@ -3,7 +3,7 @@
 A tile is a register of up to 16 rows of 64 bytes; there are eight. One instruction, TDPBF16PS, adds to 16 x 16 sums the
 products of a tile of x, 16 rows of 32 numbers, and a tile of w, 16 pairs along k of 16 columns:
 
-    sums [16, 16] += x [16, 32] · w [16, 16, 2]        16,384 multiply-adds; "dot" of `tile` does 32
+    sums [16, 16] += x [16, 32] · w [16, 16, 2]        8,192 multiply-adds; "dot" of `tile` does 32
 
 So w has to lie as "dot" reads it, and nothing is packed twice. Four sums are under way at a time, since one takes some
 fifty cycles and another can begin every sixteen:
@@ -48,7 +48,7 @@ def is_there() -> bool:
         return False
     if sys.platform != "linux":
         return sys.platform == "win32"  # which asks for nothing
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 def _instruction(name: str, num_tiles: int, has_place: bool, has_stride: bool = False) -> Any:

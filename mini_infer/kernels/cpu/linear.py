@@ -80,10 +80,18 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor],
     names = candidates(weight)
     if len(names) == 1 or weight.numel() < _TIMED:
         return _in_panels(weight, bias, {1: names[0]})
-    found = timed(weight, bias, names)
-    if "onednn" in names and _is_best(found, "onednn"):
-        return onednn.pack(weight, bias)
-    return _in_panels(weight, bias, choice.fastest({name: row for name, row in found.items() if name != "onednn"}))
+    kinds = chosen(timed(weight, bias, names))
+    return onednn.pack(weight, bias) if "onednn" in kinds.values() else _in_panels(weight, bias, kinds)
+
+
+def chosen(found: choice.Times) -> dict[int, str]:
+    """The way for each number of tokens: "onednn" for all if it is the best over all sizes, otherwise another each."""
+    kinds = choice.fastest({name: row for name, row in found.items() if name != "onednn"})
+    if "onednn" in found:
+        ratios = [math.log(seconds / found[kinds[size]][size]) for size, seconds in found["onednn"].items()]
+        if math.exp(sum(ratios) / len(ratios)) < choice.MARGIN:
+            return dict.fromkeys(kinds, "onednn")
+    return kinds
 
 
 def candidates(weight: Tensor) -> list[str]:
@@ -120,14 +128,6 @@ def timed(weight: Tensor, bias: Tensor | None, names: list[str], again: bool = F
 
 def _run_some(product: Callable[[Tensor], Tensor], x: Tensor, num_tokens: int) -> Tensor:
     return product(x[:num_tokens])
-
-
-def _is_best(found: choice.Times, name: str) -> bool:
-    """Whether one candidate alone is better than the best of the others at each size, in the geometric mean."""
-    others = {other: row for other, row in found.items() if other != name}
-    best = choice.fastest(others)
-    ratios = [math.log(seconds / others[best[size]][size]) for size, seconds in found[name].items()]
-    return math.exp(sum(ratios) / len(ratios)) < choice.MARGIN
 
 
 def _in_panels(

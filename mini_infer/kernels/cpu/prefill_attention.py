@@ -1,7 +1,8 @@
 """Prompt attention: chunks of new tokens over the paged cache.
 
 A task is one KV head of one sequence. Many queries read the same keys and values, so the task first copies them out of
-their blocks, into the order in which tiles read them fastest, and then takes six queries of one head at a time:
+their blocks, into the order in which tiles read them fastest, and then takes six queries of one head at a time, or
+sixteen where AMX multiplies:
 
     scores   [6, context]  = q [6, D] x keys [D, context]          64 tokens per tile
     softmax  of each row, over the tokens that its query sees
@@ -13,15 +14,17 @@ each query has so far, its highest score, the sum of its weights and the weighte
 Each query block computes no more tokens than its last query sees, so causality (a span of 1) saves half of the work.
 
 FLOPs: 4 * D per query, head and visible token. Floor: FLOPs / the processor's peak; the copy is D / queries of that.
-With bfloat16 the weights are rounded to bfloat16 before they multiply the values.
+With bfloat16 the weights are rounded to bfloat16 before they multiply the values, except by "widen".
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.kernels.cpu import amx, choice
 from mini_infer.kernels.cpu.jit import (
     ELEMENTS,
     FIRST,
@@ -37,12 +40,16 @@ from mini_infer.kernels.cpu.jit import (
     tasks,
     thread_number,
 )
+from mini_infer.kernels.cpu.kv_cache import allocate_kv_cache
 from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import COLUMNS, LANES, PAIRS, ROWS, VECTORS, tiles, widest
 from mini_infer.kernels.reference import attention as reference
 
 CHUNK = 4096
 """Tokens that are copied and scored at a time; a multiple of `COLUMNS`."""
+
+TRIAL = 256
+"""Tokens of the prompt with which candidates are timed."""
 
 
 @register_fast("paged_prefill_attention", reference.paged_prefill_attention)
@@ -57,25 +64,77 @@ def paged_prefill_attention(
     sliding_window: int | None,
     span: int,
 ) -> Tensor:
-    num_tokens, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     if not widest(head_dim):
         return reference.paged_prefill_attention(
             query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
         )
+    kind = _kind(query.dtype, num_heads, num_kv_heads, head_dim, block_size)
+    arguments = query, key_cache, value_cache, block_tables, context_lens, query_start
+    return _attend(kind, *arguments, scale, sliding_window, span)
+
+
+@functools.cache
+def _kind(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> str:
+    """How such heads are multiplied on this processor."""
+    names = candidates(dtype, head_dim)
+    if len(names) == 1:
+        return names[0]
+    key = f"paged_prefill_attention {num_heads} heads over {num_kv_heads} of {head_dim}"
+    found = choice.times(key, names, [TRIAL])
+    if found is None:
+        caches = allocate_kv_cache(
+            -(-TRIAL // block_size), block_size, num_kv_heads, head_dim, dtype, torch.device("cpu")
+        )
+        for cache in caches:
+            cache.fill_(1)
+        query = torch.randn(TRIAL, num_heads, head_dim).to(dtype)
+        tables, ends = torch.arange(caches[0].shape[0], dtype=torch.int32)[None], torch.tensor([TRIAL])
+        arguments = query, *caches, tables, ends, torch.tensor([0, TRIAL]), head_dim**-0.5, None, 1
+        runs = {name: functools.partial(_run, name, arguments) for name in names}
+        found = choice.measure(key, runs, [TRIAL])
+    return choice.fastest(found)[TRIAL]
+
+
+def candidates(dtype: torch.dtype, head_dim: int) -> list[str]:
+    """The ways to multiply on this processor; the first is taken unless another is measured to be faster."""
+    if dtype is torch.float32:
+        return ["fma"]
+    names = ["dot", "widen"] if PAIRS else ["widen"]
+    return [*names, "amx"] if amx.is_there() and PAIRS and head_dim % COLUMNS == 0 else names
+
+
+def _run(kind: str, arguments: tuple[Any, ...], _: int) -> Tensor:
+    return _attend(kind, *arguments)
+
+
+def _attend(
+    kind: str,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    span: int,
+) -> Tensor:
+    num_tokens, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
     dtype = query.dtype
-    pairs = PAIRS and dtype is torch.bfloat16
-    query = query.contiguous() if pairs else query.float().contiguous()
+    query = query.contiguous() if kind in ("dot", "amx") else query.float().contiguous()
     block_tables = block_tables.to(torch.int32).contiguous()
     context_lens = context_lens.to(torch.int32).contiguous()
     query_start = query_start.to(torch.int32).contiguous()
     out = torch.zeros(query.shape, dtype=dtype)
     num_seqs, max_blocks = block_tables.shape
     room = min(-(-max_blocks * block_size // COLUMNS) * COLUMNS, CHUNK)  # tokens of a thread
-    room_bytes = room * (2 * head_dim * dtype.itemsize + ROWS * 8)
+    room_bytes = room * (2 * head_dim * dtype.itemsize + _most_rows(kind) * 8)
     scratch = torch.empty(torch.get_num_threads() * room_bytes + 64, dtype=torch.uint8)
     waiting = torch.empty(num_tokens if max_blocks * block_size > room else 0, num_heads, head_dim + 2)
-    _kernel(ELEMENTS[dtype], head_dim)(
+    _kernel(ELEMENTS[dtype], kind, head_dim)(
         num_seqs * num_kv_heads,
         query.data_ptr(),
         key_cache.data_ptr(),
@@ -102,16 +161,20 @@ def paged_prefill_attention(
     return out
 
 
+def _most_rows(kind: str) -> int:
+    return 16 if kind == "amx" else ROWS
+
+
 @functools.cache
-def _kernel(element: type, head_dim: int) -> Kernel:
-    kind = "fma" if element is np.float32 else "dot" if PAIRS else "widen"
-    step = 2 if kind == "dot" else 1  # how many k a tile takes as one
+def _kernel(element: type, kind: str, head_dim: int) -> Kernel:
+    pairs, with_amx, most_rows = kind in ("dot", "amx"), kind == "amx", _most_rows(kind)
+    step = 2 if pairs else 1  # how many k a tile takes as one
     size = np.dtype(element).itemsize
-    x_size = 2 if kind == "dot" else 4
-    x_element = np.uint16 if kind == "dot" else np.float32
+    x_size = 2 if pairs else 4
+    x_element = np.uint16 if pairs else np.float32
     value_vectors = widest(head_dim)
     columns = value_vectors * LANES
-    tile_size = ROWS * columns
+    tile_size = most_rows * columns
 
     @kernel
     def paged_prefill_attention(args):
@@ -130,12 +193,13 @@ def _kernel(element: type, head_dim: int) -> Kernel:
         packed_keys_at = args[FIRST + 7] + thread_number(args) * args[FIRST + 8]
         packed_values_at = packed_keys_at + room * head_dim * size
         scores_at = packed_values_at + room * head_dim * size
-        weights_at = scores_at + room * ROWS * 4
+        weights_at = scores_at + room * most_rows * 4
         packed_keys, packed_values = pointer(packed_keys_at, element), pointer(packed_values_at, element)
         scores, weights = pointer(scores_at, np.float32), pointer(weights_at, x_element)
         sums_at = buffer(tile_size)
         sums = pointer(sums_at, np.float32)
-        factors = pointer(buffer(ROWS), np.float32)
+        factors = pointer(buffer(most_rows), np.float32)
+        tile_room, configured = buffer(16), 0
 
         for task in tasks(args):
             sequence, kv_head = task // num_kv_heads, task % num_kv_heads
@@ -178,8 +242,8 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                             packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
 
                 for head in range(kv_head * group, (kv_head + 1) * group):
-                    for row in range(0, num_queries, ROWS):
-                        num_rows = min(ROWS, num_queries - row)
+                    for row in range(0, num_queries, most_rows):
+                        num_rows = min(most_rows, num_queries - row)
                         x = query + ((first_query + row) * num_heads + head) * head_dim * x_size
                         last = first_position + row + num_rows - 1
                         seen = min(context, (last // span + 1) * span)
@@ -188,12 +252,21 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                         high = min((seen + COLUMNS - 1) // COLUMNS * COLUMNS, stop) - start
                         if low >= high:
                             continue
+                        if with_amx and num_rows != configured:
+                            configured = num_rows
+                            amx.configure(configured, tile_room)
                         for number in range(low // COLUMNS, high // COLUMNS):
-                            tiles(
-                                kind, num_rows, VECTORS, 0, 0, x, x_stride,
-                                packed_keys_at + number * COLUMNS * head_dim * size, COLUMNS * step * size,
-                                head_dim // step, scores_at + number * COLUMNS * 4, room * 4, 0, 0,
-                            )  # fmt: skip
+                            chunk_keys = packed_keys_at + number * COLUMNS * head_dim * size
+                            if with_amx:
+                                amx.product(
+                                    num_rows, x, x_stride, chunk_keys, COLUMNS * 4, head_dim // amx.DEPTH,
+                                    scores_at + number * COLUMNS * 4, room * 4,
+                                )  # fmt: skip
+                            else:
+                                tiles(
+                                    kind, num_rows, VECTORS, 0, 0, x, x_stride, chunk_keys, COLUMNS * step * size,
+                                    head_dim // step, scores_at + number * COLUMNS * 4, room * 4, 0, 0,
+                                )  # fmt: skip
                         for i in range(num_rows):
                             position = first_position + row + i
                             since = max(low, position - window + 1 - start) if window > 0 else low
@@ -217,11 +290,18 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                                     total = weigh(scores, begin, end, scale, largest, weights, begin)
                                     waiting[kept + 1] = waiting[kept + 1] * factors[i] + total
                         for column in range(0, head_dim, columns):
-                            tiles(
-                                kind, num_rows, value_vectors, 0, 0, weights_at + low * x_size, room * x_size,
-                                packed_values_at + (low * head_dim + column * step) * size,
-                                head_dim * step * size, (high - low) // step, sums_at, columns * 4, 0, 0,
-                            )  # fmt: skip
+                            seen_values = packed_values_at + (low * head_dim + column * step) * size
+                            if with_amx:
+                                amx.product(
+                                    num_rows, weights_at + low * x_size, room * x_size, seen_values, head_dim * 4,
+                                    (high - low) // amx.DEPTH, sums_at, columns * 4,
+                                )  # fmt: skip
+                            else:
+                                tiles(
+                                    kind, num_rows, value_vectors, 0, 0, weights_at + low * x_size, room * x_size,
+                                    seen_values, head_dim * step * size, (high - low) // step, sums_at, columns * 4,
+                                    0, 0,
+                                )  # fmt: skip
                             for i in range(num_rows):
                                 place = (first_query + row + i) * num_heads + head
                                 if alone:
@@ -240,5 +320,7 @@ def _kernel(element: type, head_dim: int) -> Kernel:
                             kept = place * (head_dim + 2)
                             for i in range(head_dim):
                                 store(out, place * head_dim + i, waiting[kept + i] / waiting[kept + head_dim + 1])
+        if with_amx and configured > 0:
+            amx.release()
 
     return paged_prefill_attention

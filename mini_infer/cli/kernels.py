@@ -62,7 +62,8 @@ def measure_products(console: Console, layers: Mapping[str, Sequence[tuple[int, 
     """
     if "cpu" not in kernels.available_backends():
         raise KernelError(f"the CPU's kernels are not there: {_why_not('cpu')}; pip install 'mini-infer[cpu]'")
-    from mini_infer.kernels.cpu import choice, linear
+    from mini_infer.kernels.cpu import linear
+    from mini_infer.kernels.cpu.cache import choices_file
 
     for model, shapes in layers.items():
         for inputs, outputs in shapes:
@@ -79,7 +80,7 @@ def measure_products(console: Console, layers: Mapping[str, Sequence[tuple[int, 
                 marked = [f"[bold green]{c}[/]" if n == name_chosen else c for n, c in zip(names, cells, strict=True)]
                 table.add_row(str(size), *marked)
             console.print(table)
-    kept = choice.choices_file()
+    kept = choices_file()
     console.print(f"green is taken · 绿色为选用；{torch.get_num_threads()} threads · 线程\n{kept}", soft_wrap=True)
 
 

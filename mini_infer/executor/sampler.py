@@ -42,10 +42,10 @@ def sample(logits: Tensor, draws: Draws, kernels: Kernels) -> tuple[Tensor, Tens
         return raw_ids, raw_logprobs
     token_ids = raw_ids if adjusted is logits else adjusted.argmax(dim=-1)
     if len(drawing) == len(draws):  # then no row needs to be copied
-        token_ids = _draw(adjusted, _Filters.of(draws, drawing))
+        token_ids = _draw(adjusted, _Filters.of(draws, drawing), kernels)
     elif len(drawing):
         rows = send(torch.from_numpy(drawing), logits.device)
-        token_ids = token_ids.index_copy(0, rows, _draw(adjusted[rows], _Filters.of(draws, drawing)))
+        token_ids = token_ids.index_copy(0, rows, _draw(adjusted[rows], _Filters.of(draws, drawing), kernels))
     if len(draws.edits.forced_draws):
         forced = (_sent(draws.edits.forced_draws, logits), _sent(draws.edits.forced_ids, logits))
         token_ids = token_ids.index_copy(0, *forced)
@@ -113,8 +113,12 @@ class _Filters:
         return send(column.to(like.dtype), like.device)[:, None]
 
 
-def _draw(logits: Tensor, filters: _Filters) -> Tensor:
+def _draw(logits: Tensor, filters: _Filters, kernels: Kernels) -> Tensor:
     """One token per row, drawn from the filtered distribution by inverting its cumulative sum."""
+    if kernels.backend_of("argmax_logprob") == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        from mini_infer.kernels.cpu.sampling import draw_tokens
+
+        return draw_tokens(logits, **filters.columns, uniform=filters.uniform)
     # How many are left in `_likeliest` the host must ask for, which on a GPU costs more than it saves.
     most = 0 if logits.is_cuda else logits.shape[-1] // _SHARE
     top_k = filters.columns["top_k"]

@@ -44,7 +44,7 @@ from mini_infer.kernels.cpu.jit import (
     tasks,
     thread_number,
 )
-from mini_infer.kernels.cpu.linear import RUN, TOKENS, _pack_kernel, _widened
+from mini_infer.kernels.cpu.linear import RUN, TOKENS, _pack, _widened
 from mini_infer.kernels.cpu.tile import COLUMNS, ROWS, VECTORS, tiles
 from mini_infer.kernels.quantized import QuantizedMatrix
 from mini_infer.kernels.reference import quantized as reference
@@ -130,7 +130,7 @@ class _Panels:
         codes = pad(codes, (0, missing)) if missing else codes.contiguous()
         num_panels, words = -(-outputs // COLUMNS), codes.shape[1] // 4
         packed = large_memory.empty((num_panels, words, COLUMNS), torch.int32)
-        _pack_kernel(np.uint32)(num_panels, codes.data_ptr(), packed.data_ptr(), outputs, words, work=packed.numel())
+        _pack(num_panels, codes.data_ptr(), packed.data_ptr(), outputs, words, work=packed.numel())
         numbers = [matrix.scales] if matrix.offsets is None else [matrix.scales, matrix.offsets]
         as_half = half and integers.HALF and all(_fits_half(some) for some in numbers)
 

@@ -1,4 +1,4 @@
-"""The likeliest token and its log probability.
+"""The likeliest token and its log probability; and tokens drawn at random.
 
     i = argmax_j z_j        logprob = z_i - log Σ_j exp(z_j)
 
@@ -9,13 +9,36 @@ goes to memory for each of its steps. Floor: bytes / memory bandwidth.
 
 import functools
 
+import numba
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mini_infer.kernels.cpu.jit import ELEMENTS, FIRST, Kernel, exp, kernel, load, pointer, register_fast, tasks
+from mini_infer.kernels.cpu.jit import (
+    ELEMENTS,
+    FAST_MATH,
+    FIRST,
+    Kernel,
+    exp,
+    kernel,
+    load,
+    pointer,
+    register_fast,
+    store,
+    tasks,
+    thread_number,
+)
 from mini_infer.kernels.cpu.softmax import largest_score
 from mini_infer.kernels.reference import sampling as reference
+
+_BLOCK = 64
+"""Neighbours whose largest is looked at first: most blocks hold nothing that could be among the likeliest."""
+
+_RANKED = 512
+"""Tokens that are sorted for ``top_p`` at first, and sixteen times as many each time that they do not reach it."""
+
+_MOST = np.float32(np.finfo(np.float32).max)
 
 
 @register_fast("argmax_logprob", reference.argmax_logprob)
@@ -49,3 +72,224 @@ def _kernel(element: type) -> Kernel:
             logprobs[row] = -np.log(total)
 
     return argmax_logprob
+
+
+def draw_tokens(
+    logits: Tensor,
+    temperature: npt.NDArray[np.float64],
+    top_k: npt.NDArray[np.int64],
+    top_p: npt.NDArray[np.float64],
+    min_p: npt.NDArray[np.float64],
+    uniform: npt.NDArray[np.float64],
+) -> Tensor:
+    """One token per row, as `executor.sampler` draws it: filters in that order, then the cumulative sum inverted.
+
+    A row's work is one or two passes over its logits. Numbers below the k-th largest are dropped by a heap of the k
+    largest; what is left is so little that sorting it for ``top_p`` costs nothing.
+
+    Args:
+        logits: ``[R, V]``, float32 or bfloat16.
+        temperature: ``[R]``, above 0.
+        top_k: ``[R]``; 0 or less keeps all.
+        top_p, min_p, uniform: ``[R]``.
+
+    Returns:
+        int64 ``[R]``.
+    """
+    logits = logits.contiguous()
+    num_rows, vocab_size = logits.shape
+    limits = np.finfo(np.float32)
+    columns = np.stack(
+        [np.clip(temperature, limits.tiny, limits.max), np.clip(top_p, limits.tiny, None), min_p, uniform]
+    )
+    few = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size)
+    token_ids = torch.empty(num_rows, dtype=torch.int64)
+    scratch = torch.empty((torch.get_num_threads(), 3, vocab_size), dtype=torch.float32)
+    _draw_kernel(ELEMENTS[logits.dtype])(
+        num_rows,
+        logits.data_ptr(),
+        columns.ctypes.data,
+        few.ctypes.data,
+        token_ids.data_ptr(),
+        scratch.data_ptr(),
+        vocab_size,
+        num_rows,
+        work=4 * logits.numel(),
+    )
+    return token_ids
+
+
+@numba.njit(fastmath=FAST_MATH)
+def _scaled(logits, place, largest, temperature):
+    """A logit, the row's largest being moved to 0, so that no temperature makes inf - inf of it."""
+    z = load(logits, place)
+    return ((z if z < _MOST else _MOST) - largest) / temperature
+
+
+@numba.njit
+def _kth_largest(logits, begin, end, k, heap):
+    """The k-th largest of ``logits[begin:end]``; in ``heap`` is room for k, each not above its two children."""
+    for i in range(k):
+        heap[i] = load(logits, begin + i)
+    for i in range(k // 2 - 1, -1, -1):
+        _sink(heap, i, k)
+    for first in range(begin + k, end, _BLOCK):
+        last = min(first + _BLOCK, end)
+        if largest_score(logits, first, last, np.float32(1)) > heap[0]:
+            for i in range(first, last):
+                z = load(logits, i)
+                if z > heap[0]:
+                    heap[0] = z
+                    _sink(heap, 0, k)
+    return heap[0]
+
+
+@numba.njit
+def _sink(heap, place, size):
+    """Put the number at a place where it belongs among those below it."""
+    number = heap[place]
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= number:
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = number
+
+
+@numba.njit
+def _sort_descending(numbers, count):
+    """By a heap whose smallest goes to the end, again and again."""
+    for i in range(count // 2 - 1, -1, -1):
+        _sink(numbers, i, count)
+    for last in range(count - 1, 0, -1):
+        numbers[0], numbers[last] = numbers[last], numbers[0]
+        _sink(numbers, 0, last)
+
+
+@numba.njit(fastmath=FAST_MATH)
+def _weigh_all(logits, begin, count, largest, temperature, weights):
+    """Write e^scaled for a whole row; their sum."""
+    total = np.float64(0)
+    for first in range(0, count, 1024):
+        part = np.float32(0)
+        for i in range(first, min(first + 1024, count)):
+            weight = exp(_scaled(logits, begin + i, largest, temperature))
+            store(weights, i, weight)
+            part += weight
+        total += np.float64(part)
+    return total
+
+
+@numba.njit
+def _keep_top_p(weights, ids, count, enough, ranked, are_all):
+    """Keep the likeliest that together reach ``enough``, of equals the first; how many.
+
+    -1 if that is not known: all together do not reach it, or those that are not here (``are_all``) may equal the last.
+    """
+    for i in range(count):
+        ranked[i] = weights[i]
+    _sort_descending(ranked, count)
+    before, left = np.float64(0), 0
+    while left < count and before < enough:
+        before += np.float64(ranked[left])
+        left += 1
+    if before < enough:
+        return -1
+    if not are_all and left > 0 and ranked[left - 1] == ranked[count - 1]:
+        return -1
+    if left == 0:  # there is nothing, or it is no number
+        return 0
+    least, equal = ranked[left - 1], 0
+    while equal < left and ranked[left - 1 - equal] == least:
+        equal += 1
+    kept = 0
+    for i in range(count):
+        stays = weights[i] > least
+        if weights[i] == least and equal > 0:
+            stays, equal = True, equal - 1
+        if stays:
+            weights[kept], ids[kept] = weights[i], ids[i]
+            kept += 1
+    return kept
+
+
+@numba.njit
+def _invert(weights, count, least, uniform):
+    """Which of the weights that are at least ``least`` the random number falls on; the last if they are no numbers."""
+    total, last = np.float64(0), 0
+    for i in range(count):
+        if weights[i] >= least and weights[i] > 0:
+            total += np.float64(weights[i])
+            last = i
+    target, cumulative = uniform * total, np.float64(0)
+    for i in range(last):
+        if weights[i] >= least:
+            cumulative += np.float64(weights[i])
+            if cumulative > target:
+                return i
+    return last
+
+
+@functools.cache
+def _draw_kernel(element: type) -> Kernel:
+    @kernel
+    def draw_tokens(args):
+        logits, columns = pointer(args[FIRST], element), pointer(args[FIRST + 1], np.float64)
+        few, token_ids = pointer(args[FIRST + 2], np.int64), pointer(args[FIRST + 3], np.int64)
+        vocab_size, num_rows = args[FIRST + 5], args[FIRST + 6]
+        room = args[FIRST + 4] + thread_number(args) * 3 * vocab_size * 4
+        weights, ids = pointer(room, np.float32), pointer(room + vocab_size * 4, np.int32)
+        ranked = pointer(room + vocab_size * 8, np.float32)
+        for row in tasks(args):
+            begin, end = row * vocab_size, (row + 1) * vocab_size
+            temperature, top_p = np.float32(columns[row]), np.float32(columns[num_rows + row])
+            min_p, uniform = np.float32(columns[2 * num_rows + row]), columns[3 * num_rows + row]
+            largest = largest_score(logits, begin, end, np.float32(1))
+            largest = largest if largest < _MOST else _MOST
+            k = few[row]
+            if k == vocab_size and top_p >= 1:
+                _weigh_all(logits, begin, vocab_size, largest, temperature, weights)
+                token_ids[row] = _invert(weights, vocab_size, min_p, uniform)
+                continue
+            total = np.float64(-1)
+            looked_at, count = k if k < vocab_size else min(_RANKED, vocab_size), -1
+            while count < 0:
+                place = _kth_largest(logits, begin, end, looked_at, ranked)
+                place = place if place < _MOST else _MOST
+                threshold = (place - largest) / temperature
+                count = 0
+                for first in range(0, vocab_size, _BLOCK):
+                    last = min(first + _BLOCK, vocab_size)
+                    highest = largest_score(logits, begin + first, begin + last, np.float32(1))
+                    if (min(highest, _MOST) - largest) / temperature >= threshold:
+                        for i in range(first, last):
+                            scaled = _scaled(logits, begin + i, largest, temperature)
+                            if scaled >= threshold:
+                                weights[count], ids[count] = exp(scaled), i
+                                count += 1
+                if top_p < 1:
+                    if total < 0:
+                        if k < vocab_size:
+                            total = np.float64(0)
+                            for i in range(count):
+                                total += np.float64(weights[i])
+                        else:
+                            total = _weigh_all(logits, begin, vocab_size, largest, temperature, ranked)
+                    are_all = k < vocab_size or looked_at == vocab_size
+                    kept = _keep_top_p(weights, ids, count, np.float64(top_p) * total, ranked, are_all)
+                    if kept >= 0:
+                        count = kept
+                    elif not are_all:
+                        looked_at, count = min(16 * looked_at, vocab_size), -1
+            if count > 0:
+                highest = np.float32(0)
+                for i in range(count):
+                    highest = max(highest, weights[i])
+                token_ids[row] = ids[_invert(weights, count, highest * min_p, uniform)]
+            else:
+                token_ids[row] = vocab_size - 1  # no numbers, and any token will do
+
+    return draw_tokens

@@ -118,7 +118,8 @@ def _draw(logits: Tensor, filters: _Filters, kernels: Kernels) -> Tensor:
     if kernels.backend_of("argmax_logprob") == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
         from mini_infer.kernels.cpu.sampling import draw_tokens
 
-        return draw_tokens(logits, **filters.columns, uniform=filters.uniform)
+        of = filters.columns
+        return draw_tokens(logits, of["temperature"], of["top_k"], of["top_p"], of["min_p"], filters.uniform)
     # How many are left in `_likeliest` the host must ask for, which on a GPU costs more than it saves.
     most = 0 if logits.is_cuda else logits.shape[-1] // _SHARE
     top_k = filters.columns["top_k"]

@@ -13,7 +13,7 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ import typer
 from rich.console import Console
 
 from benchmarks import compare_report
-from benchmarks.report import RESULTS, save
+from benchmarks.report import RESULTS, processor, save
 from benchmarks.roofline import Machine, floor
-from benchmarks.shapes import SHAPES, make_random_checkpoint
+from benchmarks.environments import PACKAGES, make_environment
+from benchmarks.shapes import SHAPES, SMOLLM2, make_checkpoint
 from benchmarks.workers.channel import Done
 from benchmarks.workers.driver import Engine, Worker, WorkerError
 from mini_infer.cli.bench import Range, Workload, parse_range
@@ -69,7 +70,7 @@ class Scenario:
     input_len: Range
     output_len: Range
     sampling: Sampling = GREEDY
-    peers: tuple[str, ...] = ("hf_generate", "hf_continuous", "vllm_offline")
+    peers: tuple[str, ...] = ("hf_generate", "hf_continuous", "vllm_offline", "openvino", "llamacpp")
     sampled_too: bool = False
 
     @property
@@ -77,17 +78,26 @@ class Scenario:
         return Workload.draw(self.num_requests, self.input_len, self.output_len)
 
 
-PEERS = {"transformers": "hf_generate", "transformers-batch": "hf_continuous", "vllm": "vllm_offline"}
+PEERS = {
+    "transformers": "hf_generate",
+    "transformers-batch": "hf_continuous",
+    "vllm": "vllm_offline",
+    "openvino": "openvino",
+    "llama.cpp": "llamacpp",
+}
+"""Who can be measured beside Mini-Infer, and the worker that runs it."""
 
-VLLM = ("vllm_offline",)
+ENGINES = ("vllm_offline", "openvino", "llamacpp")
+"""Those that are made for speed."""
 TABLE = {
     "qwen3-0.6b": (
         Scenario("16 requests", 16, (32, 256), (16, 128), sampled_too=True),
-        Scenario("1 request", 1, (32, 32), (128, 128), peers=VLLM, sampled_too=True),
-        Scenario("64 requests", 64, (32, 64), (32, 64), peers=VLLM, sampled_too=True),
-        Scenario("4 long prompts", 4, (1500, 1500), (64, 64), peers=VLLM, sampled_too=True),
+        Scenario("1 request", 1, (32, 32), (128, 128), peers=ENGINES, sampled_too=True),
+        Scenario("64 requests", 64, (32, 64), (32, 64), peers=ENGINES, sampled_too=True),
+        Scenario("4 long prompts", 4, (1500, 1500), (64, 64), peers=ENGINES, sampled_too=True),
     ),
     "tiny": (Scenario("64 requests", 64, (32, 256), (16, 128), sampled_too=True),),
+    SMOLLM2: (Scenario("8 chat requests", 8, (64, 256), (64, 128), peers=ENGINES, sampled_too=True),),
 }
 
 
@@ -324,11 +334,11 @@ def start(engines: Sequence[Engine], model: Path) -> Iterator[list[Worker]]:
 
 
 def random_checkpoint(shape: str) -> Path:
-    """A random checkpoint of a named shape, made once and kept among the temporary files."""
+    """A checkpoint of a named shape, made once and kept among the temporary files."""
     path = Path(tempfile.gettempdir()) / "mini-infer-checkpoints" / shape
     if not (path / "tokenizer_config.json").exists():  # which is written last
-        with console.status(f"making a random checkpoint of the shape {shape} in {path}"):
-            make_random_checkpoint(path, shape)
+        with console.status(f"making a checkpoint of the shape {shape} in {path}"):
+            make_checkpoint(path, shape)
     return path
 
 
@@ -348,12 +358,24 @@ def main(
     ] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PEERS)}, or none; all by default.")] = None,
     vllm_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment that has vLLM.")] = None,
+    openvino_python: Annotated[Path | None, typer.Option(help="The same for OpenVINO GenAI.")] = None,
+    llamacpp_python: Annotated[Path | None, typer.Option(help="The same for llama.cpp.")] = None,
+    make_env: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(help=f"Make such an environment, of {', '.join(PACKAGES)}, and end.", metavar="PEER PATH"),
+    ] = None,
     max_model_len: Annotated[int, typer.Option(help="Of Mini-Infer and vLLM.")] = 4096,
     memory: Annotated[bool, typer.Option(help="Also: peak memory with a KV pool of 512 MB, all of it used.")] = False,
     startup: Annotated[bool, typer.Option(help="Also: from process start to first token.")] = False,
     table: Annotated[bool, typer.Option(help="All workloads that the README cites, memory and start-up too.")] = False,
     name: Annotated[str | None, typer.Option(help="Write benchmarks/results/compare-NAME.json and .png.")] = None,
 ) -> None:
+    if make_env is not None:
+        if make_env[0] not in PACKAGES:
+            raise typer.BadParameter(f"{make_env[0]!r} is none of {', '.join(PACKAGES)}")
+        console.print(f"its interpreter is {make_environment(*make_env)}", soft_wrap=True)
+        return
+    pythons = {"vllm": vllm_python, "openvino": openvino_python, "llama.cpp": llamacpp_python}
     try:
         scenario = Scenario(
             f"{requests} requests",
@@ -369,7 +391,7 @@ def main(
             if value not in known:
                 raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no stopped process stays behind
-    engines = _engines(ours, peer, vllm_python, dtype, max_model_len)
+    engines = _engines(ours, peer, pythons, dtype, max_model_len)
     scenarios = TABLE if table else {shape: (scenario,)}
 
     figures: dict[str, Any] = {"dtype": dtype, "rounds": rounds, "models": {}}
@@ -390,9 +412,9 @@ def main(
         compare_report.show_rest(path.name, found, console)
         figures["models"][path.name] = found
     if table and name is None:
-        name = "cpu"
+        name = f"cpu-{processor()}"
     if name is not None:
-        paths = {str(path) for path in (vllm_python, model) if path is not None}
+        paths = {str(path) for path in (*pythons.values(), model) if path is not None}
         arguments = ["PATH" if argument in paths else argument for argument in sys.argv[1:]]
         command = shlex.join(["python", "-m", "benchmarks.compare", *arguments])
         written = save(f"compare-{name}", command, figures, RESULTS)
@@ -400,7 +422,7 @@ def main(
 
 
 def _engines(
-    ours: list[str] | None, peer: list[str] | None, vllm_python: Path | None, dtype: str, max_model_len: int
+    ours: list[str] | None, peer: list[str] | None, pythons: Mapping[str, Path | None], dtype: str, max_model_len: int
 ) -> list[Engine]:
     options = {"dtype": dtype, "max_model_len": max_model_len}
     own = options | {"device": "cpu"}
@@ -410,12 +432,17 @@ def _engines(
     for label, module in PEERS.items():
         if peer and label not in peer:
             continue
-        if label != "vllm":
+        if label not in pythons:
             engines.append(Engine(label, module, {"dtype": dtype}))
-        elif vllm_python is not None:
-            engines.append(Engine(label, module, options, str(vllm_python), {"VLLM_CPU_KVCACHE_SPACE": "4"}))
+            continue
+        python = pythons[label]
+        if python is None:
+            flag = f"--{label.replace('.', '')}-python"
+            console.print(f"{label} is not measured: name the interpreter of its environment with {flag}")
+        elif label == "vllm":
+            engines.append(Engine(label, module, options, str(python), {"VLLM_CPU_KVCACHE_SPACE": "4"}))
         else:
-            console.print("vLLM is not measured: name the interpreter of its environment with --vllm-python")
+            engines.append(Engine(label, module, {"dtype": dtype, "threads": torch.get_num_threads()}, str(python)))
     return engines
 
 

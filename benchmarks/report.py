@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,11 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         **packages,
     }
+
+
+def processor() -> str:
+    """The processor's name as a part of a file's."""
+    return re.sub("[^a-z0-9]+", "-", hardware()["cpu"].split(" x ")[-1].lower()).strip("-")
 
 
 def save(name: str, command: str, figures: dict[str, Any], directory: Path = RESULTS) -> Path:

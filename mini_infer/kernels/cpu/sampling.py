@@ -8,6 +8,7 @@ goes to memory for each of its steps. Floor: bytes / memory bandwidth.
 """
 
 import functools
+from typing import Any
 
 import numba
 import numpy as np
@@ -77,7 +78,7 @@ def _kernel(element: type) -> Kernel:
 def draw_tokens(
     logits: Tensor,
     temperature: npt.NDArray[np.float64],
-    top_k: npt.NDArray[np.int64],
+    top_k: npt.NDArray[Any],
     top_p: npt.NDArray[np.float64],
     min_p: npt.NDArray[np.float64],
     uniform: npt.NDArray[np.float64],
@@ -102,7 +103,7 @@ def draw_tokens(
     columns = np.stack(
         [np.clip(temperature, limits.tiny, limits.max), np.clip(top_p, limits.tiny, None), min_p, uniform]
     )
-    few = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size)
+    few = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size).astype(np.int64)
     token_ids = torch.empty(num_rows, dtype=torch.int64)
     scratch = torch.empty((torch.get_num_threads(), 3, vocab_size), dtype=torch.float32)
     _draw_kernel(ELEMENTS[logits.dtype])(
@@ -193,10 +194,10 @@ def _keep_top_p(weights, ids, count, enough, ranked, are_all):
         ranked[i] = weights[i]
     _sort_descending(ranked, count)
     before, left = np.float64(0), 0
-    while left < count and before < enough:
+    while left < count and np.float32(before) < enough:
         before += np.float64(ranked[left])
         left += 1
-    if before < enough:
+    if np.float32(before) < enough:
         return -1
     if not are_all and left > 0 and ranked[left - 1] == ranked[count - 1]:
         return -1
@@ -279,7 +280,7 @@ def _draw_kernel(element: type) -> Kernel:
                         else:
                             total = _weigh_all(logits, begin, vocab_size, largest, temperature, ranked)
                     are_all = k < vocab_size or looked_at == vocab_size
-                    kept = _keep_top_p(weights, ids, count, np.float64(top_p) * total, ranked, are_all)
+                    kept = _keep_top_p(weights, ids, count, top_p * np.float32(total), ranked, are_all)
                     if kept >= 0:
                         count = kept
                     elif not are_all:

@@ -1,0 +1,54 @@
+"""Other people's clients, each in an environment of its own, against a server of ours.
+
+``scripts/with_NAME.py`` says in its first line what it needs, and runs a client as its users do. Environments are made
+in ``.clients/`` on first use and kept. They take minutes and a network, so ``make test-all`` runs them.
+"""
+
+import os
+import subprocess
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mini_infer import AsyncLLMEngine
+from tests.serving.running import Running, running
+
+SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("with_*.py"))
+ENVIRONMENTS = Path(__file__).parents[2] / ".clients"
+ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_API_KEY": "any"}
+"""So that clients neither ask other hosts at their start nor refuse to begin without a key."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    engine = AsyncLLMEngine(dtype="float32", num_gpu_blocks=1024, enable_prefix_caching=True)
+    with running(engine) as server:
+        yield server
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem.removeprefix("with_"))
+def test_client(script: Path, server: Running) -> None:
+    python = environment(script)
+    variables = os.environ | ENVIRONMENT | {"BASE_URL": f"{server.url}/v1"}
+    variables.pop("PYTHONPATH", None)
+    done = subprocess.run([python, script], env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def environment(script: Path) -> Path:
+    """The interpreter of an environment that has what a script needs."""
+    needs = script.read_text(encoding="utf-8").split("\n")[0].removeprefix("# needs: ")
+    directory = ENVIRONMENTS / script.stem.removeprefix("with_")
+    python, stamp = directory / "bin" / "python", directory / "needs.txt"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != needs:
+        venv.create(directory, clear=True, with_pip=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *needs.split()]
+        done = subprocess.run(install, capture_output=True, text=True, timeout=900)
+        if done.returncode != 0:
+            pytest.skip(f"{needs} cannot be installed here: {done.stderr.strip()[-300:]}")
+        stamp.write_text(needs, encoding="utf-8")
+    return python

@@ -69,6 +69,21 @@ class StructuredOutputsParams:
                 f"{name} has {length} characters, but at most {MAX_GRAMMAR_CHARACTERS} are taken; shorten it"
             )
 
+    def as_rule(self) -> str:
+        """The same as the body of a rule of ``grammar``.
+
+        Raises:
+            InvalidRequestError: it is a grammar itself, which has rules of its own.
+        """
+        if self.grammar is not None:
+            raise InvalidRequestError("a grammar of one's own cannot stand beside tools; give regex, json or choice")
+        if self.regex is not None:
+            return "/" + self.regex.replace("/", "\\/") + "/"
+        if self.choice is not None:
+            return " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
+        schema = '{"type": "object"}' if self.json is None else self.json
+        return f"%json {schema}"
+
 
 def _checked_choice(choice: Any) -> tuple[str, ...]:
     if not isinstance(choice, list | tuple) or not choice or not all(isinstance(s, str) and s for s in choice):

@@ -61,6 +61,9 @@ def chat(
     config: EngineConfig,
     sampling: dict[str, Any],
     system: Annotated[str | None, typer.Option(help="Begin with this system message.", show_default=False)] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="Let the model call the functions of this Python file.", show_default=False)
+    ] = None,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -69,7 +72,7 @@ def chat(
     """
     from mini_infer.cli.chat import run_chat
 
-    raise typer.Exit(run_chat(config, sampling, system))
+    raise typer.Exit(run_chat(config, sampling, system, tools))
 
 
 @app.command(

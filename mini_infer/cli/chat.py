@@ -18,11 +18,16 @@ from rich.text import Text
 from mini_infer import LLMEngine
 from mini_infer.cli.flags import hints, parse
 from mini_infer.cli.terminal import printable
+from mini_infer.cli.tool_file import ToolFile
 from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.config import EngineConfig
+from mini_infer.engine.calls import CallBegins, CallScanner
+from mini_infer.engine.calls import Text as TextPiece
+from mini_infer.engine.tools import ToolUse
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
+from mini_infer.structured import StructuredOutputsParams
 
 HELP = {
     "/reset": "start a new conversation",
@@ -34,6 +39,9 @@ HELP = {
 
 MAX_HISTORY = 1000
 
+MAX_ROUNDS = 8
+"""How often a model may call tools before it answers."""
+
 
 class Chat:
     """A conversation and how it goes on.
@@ -43,16 +51,25 @@ class Chat:
         sampling: options that differ from the model's own.
         system: the system message, if any.
         notes: where everything goes that is not an answer.
+        functions: what the model may call, if anything.
 
     Raises:
         InvalidRequestError: the model has no usable chat template, or an option cannot be used in a chat.
     """
 
-    def __init__(self, llm: LLMEngine, sampling: Mapping[str, Any], system: str | None, notes: Console) -> None:
+    def __init__(
+        self,
+        llm: LLMEngine,
+        sampling: Mapping[str, Any],
+        system: str | None,
+        notes: Console,
+        functions: ToolFile | None = None,
+    ) -> None:
         self._llm = llm
         self._notes = notes
         self._system = system
-        self._messages: list[dict[str, str]] = []
+        self._messages: list[dict[str, Any]] = []
+        self._functions = functions
         self._params = llm.default_sampling_params
         self._set({"max_tokens": None, **sampling})
         try:
@@ -94,8 +111,19 @@ class Chat:
     # ---- answers -------------------------------------------------------------------------------------------------
 
     def _answer(self, message: str) -> None:
-        conversation = [*self._messages, {"role": "user", "content": message}]
-        prompt = self._llm.render_chat([*self._beginning(), *conversation])
+        conversation: list[dict[str, Any]] = [*self._messages, {"role": "user", "content": message}]
+        for _ in range(MAX_ROUNDS):
+            output, calls = self._stream(self._render(conversation))
+            if not calls:
+                break
+            conversation += self._run(calls)
+        if output.text:  # also what was there when it was stopped
+            self._messages = conversation if calls else [*conversation, {"role": "assistant", "content": output.text}]
+        self._show_figures(output)
+
+    def _render(self, conversation: list[dict[str, Any]]) -> str:
+        tools = () if self._functions is None else self._functions.tools
+        prompt = self._llm.render_chat([*self._beginning(), *conversation], tools=tools)
         limit = self._llm.max_model_len
         num_tokens = len(self._llm.tokenize(prompt))
         if num_tokens >= limit:
@@ -103,16 +131,45 @@ class Chat:
                 f"the conversation has {num_tokens} tokens" if self._messages else f"{num_tokens} tokens are too many"
             )
             raise InvalidRequestError(f"the context is full: {what}, {limit} fit. /reset starts a new conversation")
-        output = self._stream(prompt)
-        if output.text:  # also what was there when it was stopped
-            self._messages = [*conversation, {"role": "assistant", "content": output.text}]
-        self._show_figures(output)
+        return prompt
 
-    def _stream(self, prompt: str) -> GenerateOutput:
-        """Print an answer as it comes; Ctrl-C ends it after the step that is running."""
+    def _run(self, calls: list[list[str]]) -> list[dict[str, Any]]:
+        """Do what the model asks for, and show it; the messages that tell of it."""
+        assert self._functions is not None
+        made, results = [], []
+        for place, (name, arguments) in enumerate(calls):
+            result = self._functions.call(name, arguments)
+            self._notes.print(Text(f"{name}({arguments}) = {result}", style="dim"))
+            call_id = f"call{len(self._messages):02d}{place:03d}"  # nine characters, as some templates insist
+            made.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
+            results.append({"role": "tool", "tool_call_id": call_id, "name": name, "content": result})
+        return [{"role": "assistant", "content": "", "tool_calls": made}, *results]
+
+    def _stream(self, prompt: str) -> tuple[GenerateOutput, list[list[str]]]:
+        """Print an answer as it comes; Ctrl-C ends it after the step that is running. Also the calls that it makes,
+        each a name and its arguments."""
         increments: list[Increment] = []
-        request = self._llm.make_request(prompt, self._params, listener=increments.append)
+        calls: list[list[str]] = []
+        params, scanner = self._params, None
+        if self._functions is not None:
+            form = self._llm.tokenizer.tool_format
+            params, scanner = self._with_tools(ToolUse(self._functions.tools, form)), CallScanner(form)
+        request = self._llm.make_request(prompt, params, listener=increments.append)
         clean = printable if sys.stdout.isatty() else str
+
+        def told(text: str) -> str:
+            if scanner is None:
+                return text
+            shown = ""
+            for piece in scanner.feed(text) + (scanner.end() if request.finished else []):
+                if isinstance(piece, TextPiece):
+                    shown += piece.text
+                elif isinstance(piece, CallBegins):
+                    calls.append([piece.name, ""])
+                else:
+                    calls[piece.index][1] += piece.text
+            return shown
+
         with _noticing_interrupts() as interrupted:
             self._llm.submit(request)
             while not request.finished:
@@ -120,12 +177,25 @@ class Chat:
                     self._llm.abort(request.request_id)
                 else:
                     self._llm.step()
-                sys.stdout.write(clean("".join(increment.text for increment in increments)))
+                sys.stdout.write(clean(told("".join(increment.text for increment in increments))))
                 sys.stdout.flush()
                 increments.clear()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        return request.output()
+        output = request.output()
+        if output.finish_reason != "stop":
+            calls.clear()  # the last one may be cut off
+        if not calls:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        return output, calls
+
+    def _with_tools(self, use: ToolUse) -> SamplingParams:
+        special = {text: token_id for token_id, text in self._llm.tokenizer.special_tokens.items()}
+        params = self._params
+        if use.format.mark in special:
+            params = replace(params, skip_special_tokens=False)
+        if use.is_constrained:
+            params = replace(params, structured_outputs=StructuredOutputsParams(grammar=use.grammar(special)))
+        return params
 
     def _show_figures(self, output: GenerateOutput) -> None:
         num_tokens, metrics = len(output.token_ids), output.metrics
@@ -194,12 +264,13 @@ class Chat:
         self._params = params
 
 
-def run_chat(config: EngineConfig, sampling: Mapping[str, Any], system: str | None) -> int:
+def run_chat(config: EngineConfig, sampling: Mapping[str, Any], system: str | None, tools: Path | None) -> int:
     """Hold a conversation until the input ends; the exit status, 2 if a line of piped input could not be used."""
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    functions = None if tools is None else ToolFile(tools)
     with notes.status("Loading the model") if interactive else nullcontext():
-        chat = Chat(LLMEngine(config), sampling, system, notes)
+        chat = Chat(LLMEngine(config), sampling, system, notes, functions)
     if interactive:
         notes.print(Text(f"{Path(str(config.model)).name} · /help shows the commands", style="dim"))
     status = 0

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.detokenizer import Detokenizer
+from mini_infer.engine.tools import ToolFormat, find_format, prepare, read_tools
 from mini_infer.exceptions import ContextLengthError, InvalidCheckpointError, InvalidRequestError, MiniInferError
 from mini_infer.models.gguf import is_gguf, read_tokenizer
 
@@ -130,6 +131,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        tools: Sequence[Any] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_kwargs: Any,
@@ -140,7 +142,9 @@ class Tokenizer:
 
         Args:
             messages: each with "role" and "content", which is a text or a list of parts ``{"type": "text", "text":
-                ...}``, put on lines of their own. The template sees further keys as well.
+                ...}``, put on lines of their own. The template sees further keys as well. Calls of tools and their
+                results are written as OpenAI has them.
+            tools: functions that the answer may call; where the template knows none, a system message tells of them.
             add_generation_prompt: end with what begins an answer.
             continue_final_message: leave the last message open instead, so that the answer goes on with it; then
                 ``add_generation_prompt`` must be false.
@@ -165,12 +169,17 @@ class Tokenizer:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
             content = whole_text(message.get("content"))
+            if content is None and message.get("tool_calls"):
+                content = ""
             if not isinstance(content, str):
                 raise InvalidRequestError(f'a message must be {{"role": str, "content": str}}, got {message!r}')
             conversation.append({**message, "content": content})
+        known, form = read_tools(tools), self.tool_format
+        if form.knows_tools and known:
+            template_kwargs["tools"] = [tool.for_template() for tool in known]
         try:
             text = self._apply_template(
-                conversation,
+                prepare(conversation, known, form),
                 template_kwargs
                 | {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message},
             )
@@ -179,6 +188,14 @@ class Tokenizer:
         except Exception as error:  # a missing template, or whatever the template itself raises
             raise InvalidRequestError(f"the chat template cannot render these messages: {error}") from error
         return RenderedChat(text)
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools, by its chat template."""
+        try:
+            return find_format(self.hf.get_chat_template(None, [{}]))
+        except ValueError:  # it has no template
+            return find_format(None)
 
     def _apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         has_own_way = type(self.hf).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template

@@ -7,13 +7,16 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from mini_infer.engine.intake import Prompt
-from mini_infer.outputs import CompletionOutput, GenerateOutput, Increment, TokenLogprobs
+from mini_infer.outputs import CompletionOutput, GenerateOutput, TokenLogprobs
 from mini_infer.serving.answers import DONE, Whole, event
 from mini_infer.serving.logprobs import chat_logprobs, check_num_top
+from mini_infer.serving.messages import Message, whole_message
 from mini_infer.serving.protocol import ChatBody
 from mini_infer.serving.reasoning import Thinking, num_reasoning_tokens, thinks
 from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, render, usage
+from mini_infer.serving.tool_fields import tool_use
+from mini_infer.structured import StructuredOutputsParams
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -40,11 +43,30 @@ class _ChatCompletion:
         self._created = now()
         self._num_top = body.top_logprobs or 0
         self._thinks = thinks(service.template)
+        self._tools = tool_use(
+            body.tools, body.tool_choice, body.parallel_tool_calls, service.engine.tokenizer.tool_format
+        )
+        self._format = None if self._tools is None else self._tools.format
         self._params = body.sampling_params(
             service.defaults,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=self._num_top if body.logprobs else None,
+            **self._form(),
         )
+
+    def _form(self) -> dict[str, Any]:
+        """What holds the answer to a form: that of the calls it may make, or one that the caller asks for."""
+        structured = self._body.structured()
+        if self._tools is None:
+            return {"structured_outputs": structured}
+        tokenizer = self._service.engine.tokenizer
+        special = {text: token_id for token_id, text in tokenizer.special_tokens.items()}
+        # The marks of calls are special tokens in some vocabularies.
+        form: dict[str, Any] = {"skip_special_tokens": False} if self._tools.format.mark in special else {}
+        if self._tools.is_constrained or structured is not None:
+            otherwise = None if structured is None else structured.as_rule()
+            form["structured_outputs"] = StructuredOutputsParams(grammar=self._tools.grammar(special, otherwise))
+        return form
 
     async def whole(self) -> Whole:
         (output,) = await self._service.complete(
@@ -59,15 +81,13 @@ class _ChatCompletion:
         )
 
     def _whole_choice(self, prompt: str, completion: CompletionOutput) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": completion.text}
-        if self._thinks:
-            piece = Thinking(prompt).feed(completion.text, is_last=True)
-            message |= {"content": piece.content, "reasoning_content": piece.reasoning or None}
+        message, has_calls = whole_message(completion.text, self._format, Thinking(prompt) if self._thinks else None)
+        is_call = has_calls and completion.finish_reason == "stop"
         return {
             "index": completion.index,
             "message": message,
             "logprobs": self._logprobs(completion.logprobs),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": "tool_calls" if is_call else completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
 
@@ -81,7 +101,7 @@ class _ChatCompletion:
         ) as increments:
             yield b""  # the headers go out: the request is queued
             (prompt,) = increments.requests
-            texts: dict[int, Thinking | None] = {}
+            messages: dict[int, Message] = {}
 
             def chunk(choices: list[dict[str, Any]], counts: bool) -> bytes:
                 frame = self._frame("chat.completion.chunk", choices)
@@ -91,15 +111,19 @@ class _ChatCompletion:
                 return event(frame)
 
             async for increment in increments:
-                if increment.index not in texts:  # not before: clients take the first event for the first token
-                    texts[increment.index] = Thinking(prompt.prompt or "") if self._thinks else None
+                if increment.index not in messages:  # not before: clients take the first event for the first token
+                    thinking = Thinking(prompt.prompt or "") if self._thinks else None
+                    messages[increment.index] = Message(self._format, thinking)
                     yield chunk([_choice(increment.index, {"role": "assistant", "content": ""})], counts_each)
                 num_completion += len(increment.token_ids)
-                delta = _delta(increment, texts[increment.index])
-                if delta or increment.logprobs or increment.finish_reason:
-                    logprobs = self._logprobs(increment.logprobs)
-                    ending = increment.finish_reason, increment.stop_reason
-                    yield chunk([_choice(increment.index, delta, logprobs, *ending)], counts_each)
+                message, reason = messages[increment.index], increment.finish_reason
+                deltas = message.feed(increment.text, is_last=reason is not None)
+                logprobs = self._logprobs(increment.logprobs)
+                ending = message.finish_reason(reason), increment.stop_reason
+                for place, delta in enumerate(deltas or ([{}] if increment.logprobs or reason else [])):
+                    told = logprobs if place == 0 else None
+                    end = ending if place == max(len(deltas) - 1, 0) else (None, None)
+                    yield chunk([_choice(increment.index, delta, told, *end)], counts_each)
                 output = increment.output
             last = self._frame("chat.completion.chunk", [])
             if output is not None:
@@ -107,7 +131,8 @@ class _ChatCompletion:
             yield event(last) + DONE if counts_all else DONE
 
     async def _prompt(self) -> Prompt:
-        return await render(self._service, self._body.messages, self._body, self._body.reasoning_effort)
+        tools = () if self._tools is None else self._tools.tools
+        return await render(self._service, self._body.messages, self._body, self._body.reasoning_effort, tools)
 
     def _frame(self, kind: str, choices: list[dict[str, Any]] | Iterator[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -136,18 +161,9 @@ class _ChatCompletion:
         return self._service.bytes_of(token_id, self._params)
 
 
-def _delta(increment: Increment, thinking: Thinking | None) -> dict[str, str]:
-    """What an increment adds to its choice's message."""
-    if thinking is None:
-        return {"content": increment.text} if increment.text else {}
-    piece = thinking.feed(increment.text, is_last=increment.finish_reason is not None)
-    parts = {"reasoning_content": piece.reasoning, "content": piece.content}
-    return {name: text for name, text in parts.items() if text}
-
-
 def _choice(
     index: int,
-    delta: dict[str, str],
+    delta: dict[str, Any],
     logprobs: dict[str, Any] | None = None,
     finish_reason: str | None = None,
     stop_reason: str | int | None = None,

@@ -51,6 +51,7 @@ class _TextCompletion:
             max_tokens=body.max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=(body.logprobs or 0) if self._scores_prompt else None,
+            structured_outputs=body.structured(),
         )
         if not self._prompts:
             raise ApiError(400, "prompt is an empty list; give at least one text, or token ids", param="prompt")

@@ -19,9 +19,12 @@ from pydantic_core import PydanticCustomError
 
 from mini_infer.compat.http import NEUTRAL
 from mini_infer.engine.tokenizer import whole_text
+from mini_infer.engine.tools import MAX_TOOLS
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from mini_infer.serving.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_MESSAGES
+from mini_infer.serving.tool_fields import ResponseFormat, ToolCall, ToolChoice, ToolsField, structured_outputs
+from mini_infer.structured import StructuredOutputsParams
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
@@ -144,8 +147,27 @@ class OpenAIBody(SamplingBody):
     prompt_cache_retention: Any = Field(None, description=_IGNORED)
     prediction: Any = Field(None, description=_IGNORED)
 
+    response_format: ResponseFormat | None = Field(None, description="text, json_object, or json_schema with a schema")
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="Extension. One of json, regex, choice, grammar, json_object"
+    )
+    guided_json: dict[str, Any] | str | None = Field(None, description="Extension. An older name")
+    guided_regex: str | None = Field(None, description="Extension. An older name")
+    guided_choice: list[str] | None = Field(None, description="Extension. An older name")
+    guided_grammar: str | None = Field(None, description="Extension. An older name")
+
     # Values that ask for nothing, and why anything else is refused.
     _NOT_SUPPORTED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the answer's text must be like.
+
+        Raises:
+            InvalidRequestError: it is said twice, or malformed.
+        """
+        names = ("json", "regex", "choice", "grammar")
+        guided = {name: value for name in names if (value := getattr(self, f"guided_{name}")) is not None}
+        return structured_outputs(self.response_format, self.structured_outputs, guided)
 
     @model_validator(mode="before")
     @classmethod
@@ -187,12 +209,10 @@ class CompletionBody(OpenAIBody):
     logprobs: int | None = Field(None, description="Report each token's log probability and this many likeliest")
     best_of: Any = Field(None, description=_NOT_YET)
     suffix: Any = Field(None, description=_NOT_YET)
-    response_format: Any = Field(None, description=_NOT_YET)
 
     _NOT_SUPPORTED: ClassVar = {
         "best_of": ((1,), "best_of is not supported yet; ask for n completions and choose among them yourself"),
         "suffix": (("",), "suffix is not supported: the models here complete a text at its end only"),
-        "response_format": (({"type": "text"},), "response_format is not supported yet; only plain text is"),
     }
 
 
@@ -224,21 +244,32 @@ class Message(Body):
 
     model_config = ConfigDict(extra="ignore")
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is the same as system")
-    content: Annotated[str, BeforeValidator(_whole_text), WithJsonSchema(_TEXT_PARTS)] = Field(
-        description="Text, or a list of text parts, which are put on lines of their own"
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="developer is the same as system; tool is the result of a call"
+    )
+    content: Annotated[str, BeforeValidator(_whole_text), WithJsonSchema(_TEXT_PARTS)] | None = Field(
+        None,
+        description="Text, or a list of text parts, which are put on lines of their own; may be null beside tool_calls",
     )
     name: str | None = Field(None, description="Handed to the chat template")
     reasoning_content: Any = Field(None, description="What an answer of the model's own came with; for the template")
-    tool_calls: Any = Field(None, description=_NOT_YET)
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = Field(
+        None, description="Calls that an answer made"
+    )
+    tool_call_id: str | None = Field(None, description="Of the call that this is the result of")
     function_call: Any = Field(None, description=_NOT_YET)
 
     @model_validator(mode="after")
-    def _refuse_calls(self) -> "Message":
-        for name in ("tool_calls", "function_call"):
-            if getattr(self, name):
-                message = f"{name} in a message is not supported yet; leave it out"
-                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
+    def _has_something_to_say(self) -> "Message":
+        message, param = "", "messages"
+        if self.function_call:
+            message, param = "function_call is an old form of tool_calls; give that instead", "function_call"
+        elif self.tool_calls and self.role != "assistant":
+            message = f"a message of role {self.role} cannot have tool_calls"
+        elif self.content is None and not self.tool_calls:
+            message = f"content: Field required in a message of role {self.role}, unless it has tool_calls"
+        if message:
+            raise PydanticCustomError("message", "{message}", {"message": message, "param": param})
         return self
 
     @classmethod
@@ -246,11 +277,16 @@ class Message(Body):
         """A plain one; raises pydantic's ``ValidationError`` unless it is."""
         return cls.model_validate({"role": role, "content": content})
 
-    def for_template(self) -> dict[str, str]:
-        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    def for_template(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        for name in ("name", "tool_call_id"):
+            if getattr(self, name) is not None:
+                message[name] = getattr(self, name)
         if isinstance(self.reasoning_content, str):
             message["reasoning_content"] = self.reasoning_content
-        return message if self.name is None else {**message, "name": self.name}
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        return message
 
 
 _Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
@@ -272,12 +308,13 @@ class ChatBody(OpenAIBody):
     max_completion_tokens: int | None = Field(None, description="The newer name of max_tokens")
     logprobs: bool = Field(False, description="Report each token's log probability")
     top_logprobs: int | None = Field(None, description="And those of this many likeliest; only with logprobs")
-    tools: Any = Field(None, description=_NOT_YET)
-    tool_choice: Any = Field(None, description=_NOT_YET)
-    parallel_tool_calls: Any = Field(None, description=_IGNORED)
+    tools: ToolsField | None = Field(None, description="Functions that the answer may call")
+    tool_choice: ToolChoice | None = Field(
+        None, description="none, auto (if there are tools), required, one function, or a selection with a mode"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false allows one call at most")
     functions: Any = Field(None, description=_NOT_YET)
     function_call: Any = Field(None, description=_NOT_YET)
-    response_format: Any = Field(None, description=_NOT_YET)
     modalities: Any = Field(None, description=_NOT_YET)
     audio: Any = Field(None, description=_NOT_YET)
     reasoning_effort: str | None = Field(
@@ -285,11 +322,11 @@ class ChatBody(OpenAIBody):
     )
 
     _NOT_SUPPORTED: ClassVar = {
-        "tools": (([],), "tools are not supported yet; leave them out"),
-        "tool_choice": (("none", "auto"), "tools are not supported yet, so none can be chosen; leave tool_choice out"),
-        "functions": (([],), "functions are not supported yet; leave them out"),
-        "function_call": (("none", "auto"), "functions are not supported yet; leave function_call out"),
-        "response_format": (({"type": "text"},), "response_format is not supported yet; only plain text is"),
+        "functions": (([],), "functions are not supported: they are an old form of tools; give tools instead"),
+        "function_call": (
+            ("none", "auto"),
+            "function_call is not supported: it is an old form of tool_choice; give that instead",
+        ),
         "modalities": ((["text"],), "only text is supported; leave modalities out"),
         "audio": ((), "only text is supported; leave audio out"),
     }

@@ -191,7 +191,7 @@ class _Response:
         }
         if self._body.store is not False:
             conversation = (*self._conversation, Message.of("assistant", items.content))
-            size = sum(len(message.content) for message in conversation) + len(output.text)
+            size = sum(len(message.content or "") for message in conversation) + len(output.text)
             size += len(self._body.instructions or "") + len(str(self._body.metadata)) + 100 * self._num_places(output)
             self._kept.put(self.id, KeptResponse(response, conversation), size)
         return response

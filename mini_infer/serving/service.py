@@ -17,6 +17,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.engine import AsyncLLMEngine
 from mini_infer.engine.async_engine import Increments
 from mini_infer.engine.intake import Prompt
+from mini_infer.engine.tools import Tool
 from mini_infer.outputs import GenerateOutput
 from mini_infer.sampling import SamplingParams
 from mini_infer.serving.admission import Admission, Budget
@@ -210,11 +211,18 @@ class Conversation(Protocol):
     continue_final_message: bool
 
 
-async def render(service: Service, messages: Seq[Message], how: Conversation, effort: str | None = None) -> str:
+async def render(
+    service: Service,
+    messages: Seq[Message],
+    how: Conversation,
+    effort: str | None = None,
+    tools: Seq[Tool] = (),
+) -> str:
     """The prompt that the chat template makes of a conversation.
 
     Args:
         effort: how much the model should think, in OpenAI's words.
+        tools: what the answer may call.
 
     Raises:
         InvalidRequestError: it makes none of this one.
@@ -224,6 +232,7 @@ async def render(service: Service, messages: Seq[Message], how: Conversation, ef
     begins = not how.continue_final_message if how.add_generation_prompt is None else how.add_generation_prompt
     options = {"add_generation_prompt": begins, "continue_final_message": how.continue_final_message}
     variables = options | dict(switches(service.template, effort)) | how.chat_template_kwargs
+    variables |= {"tools": tools} if tools else {}
     return await service.pools.templates.run(partial(service.engine.render_chat, conversation, **variables))
 
 

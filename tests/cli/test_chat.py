@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 from mini_infer import LLM
 from mini_infer.cli import app
+from mini_infer.cli.tool_file import ToolFile
+from mini_infer.exceptions import InvalidRequestError
 from tests.cli.terminal import BACKSPACE, CTRL_C, CTRL_D, CTRL_U, Terminal
 from tests.cli.test_cli import ENTRY, ROOT, needs_the_model
 from tests.engine.checkpoints import make_engine_checkpoint
@@ -183,3 +185,21 @@ def test_there_is_no_history_without_a_terminal(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     chat("/help\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tools_of_a_file(tmp_path: Path) -> None:
+    """Each call is shown with its result; what the functions of a file are is read from their docstrings."""
+    file = tmp_path / "tools.py"
+    file.write_text(
+        'import os\n\n\ndef add(a: int, b: int) -> int:\n    """Add two numbers.\n\n    Args:\n        a: one\n'
+        '        b: another\n    """\n    return a + b\n\n\ndef _own() -> None: ...\n'
+    )
+    tools = ToolFile(file)
+    assert [tool.name for tool in tools.tools] == ["add"]
+    assert tools.tools[0].schema["required"] == ["a", "b"]
+    assert tools.call("add", '{"a": 2, "b": 3}') == "5"
+    assert tools.call("add", "{").startswith("error: ") and "no function" in tools.call("x", "{}")
+    for text, words in (("x = 1", "no functions"), ("def f(x): ...", "cannot be a tool"), ("1 / 0", "ZeroDivision")):
+        file.write_text(text)
+        with pytest.raises(InvalidRequestError, match=words):
+            ToolFile(file)

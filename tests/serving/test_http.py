@@ -212,7 +212,7 @@ class TestBadRequests:
             [{"role": "user", "content": None}],
             [{"role": "user", "content": 5}],
             [{"role": "user", "content": "\ud800"}],
-            [{"role": "tool", "content": "x"}],
+            [{"role": "tool"}],
             [{"role": "king", "content": "x"}],
             [{"role": "user", "content": "x", "tool_calls": [{}]}],
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}]}],

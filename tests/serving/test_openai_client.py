@@ -270,10 +270,9 @@ class TestChat:
         ]
         assert answer.choices[0].message.content == offline.chat(plain, greedy(8))[0].text
 
-    @pytest.mark.parametrize("name", ["tool_calls", "function_call"])
-    def test_a_message_that_calls_a_tool_is_not_supported_yet(self, client: openai.OpenAI, name: str) -> None:
-        calls: Any = [QUESTION[0], {"role": "assistant", "content": "", name: [{"id": "1"}]}, QUESTION[0]]
-        with pytest.raises(openai.BadRequestError, match=f"{name} in a message is not supported"):
+    def test_an_old_form_of_calls_says_what_to_give(self, client: openai.OpenAI) -> None:
+        calls: Any = [QUESTION[0], {"role": "assistant", "content": "", "function_call": {"name": "f"}}, QUESTION[0]]
+        with pytest.raises(openai.BadRequestError, match="give that instead"):
             client.chat.completions.create(model="tutor", messages=calls)
 
     def test_top_p_of_zero(self, client: openai.OpenAI, offline: LLM) -> None:
@@ -294,8 +293,6 @@ class TestChat:
     @pytest.mark.parametrize(
         "option",
         [
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
-            {"response_format": {"type": "json_object"}},
             {"functions": [{"name": "f"}]},
             {"reasoning_effort": "high"},
         ],

@@ -11,6 +11,7 @@ no model at all. They are put behind the text as drafts, and one step computes t
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection
@@ -37,6 +38,19 @@ _KEPT = 32
 
 Bits: TypeAlias = npt.NDArray[np.uint8]
 """One for each token of the vocabulary; see ``LogitEdits.masks``."""
+
+_STYLE = {
+    # As Python writes JSON, and so as models have mostly seen it. Were any whitespace allowed, a model that loses its
+    # way could go on with it for ever.
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    # Nothing of a schema is passed over or guessed.
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+_JSON = re.compile(r"%json\s*(?=[{\w])")
 
 
 class Grammar:
@@ -208,21 +222,10 @@ def _compile(params: StructuredOutputsParams, vocabulary: "LLTokenizer") -> "LLM
             texts = (json.dumps(text, ensure_ascii=False) for text in params.choice)
             source = LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
         elif params.grammar is not None:
-            source = LLMatcher.grammar_from_lark(params.grammar)
+            source = LLMatcher.grammar_from_lark(_with_checked_schemas(params.grammar))
         else:
-            schema = {"type": "object"} if params.json is None else checked_schema(str(params.json))
             source = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema),
-                overrides={
-                    # As Python writes JSON, and so as models have mostly seen it. Were any whitespace allowed, a model
-                    # that loses its way could go on with it for ever.
-                    "item_separator": ", ",
-                    "key_separator": ": ",
-                    "whitespace_flexible": False,
-                    # Nothing of a schema is passed over or guessed.
-                    "lenient": False,
-                    "coerce_one_of": False,
-                },
+                _schema('{"type": "object"}' if params.json is None else str(params.json))
             )
         matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
     except ValueError as error:
@@ -230,6 +233,25 @@ def _compile(params: StructuredOutputsParams, vocabulary: "LLTokenizer") -> "LLM
     if matcher.is_error():
         raise InvalidRequestError(f"structured outputs: {matcher.get_error()[:300]}")
     return matcher
+
+
+def _schema(text: str) -> str:
+    """A schema that was checked, with the style that its JSON is to have."""
+    schema = checked_schema(text)
+    return json.dumps({**schema, "x-guidance": _STYLE} if isinstance(schema, dict) else schema)
+
+
+def _with_checked_schemas(grammar: str) -> str:
+    """A grammar in which every ``%json {...}`` was checked like a schema that stands alone."""
+    first, *others = _JSON.split(grammar)
+    parts = [first]
+    for part in others:
+        try:
+            _, end = json.JSONDecoder().raw_decode(part)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"behind %json must stand a JSON schema of bounded depth: {error}") from error
+        parts.append(f"%json {_schema(part[:end])}{part[end:]}")
+    return "".join(parts)
 
 
 def _write(bits: Bits, places: Ints, on: bool) -> None:

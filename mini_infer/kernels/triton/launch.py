@@ -33,12 +33,17 @@ def launches(
             with torch.cuda.device_of(first):  # Triton launches on the current device, which may be another
                 return launcher(first, *others)
 
-        register(op, backend="triton", devices=("cuda",), priority=100)(launch)
-        if triton.knobs.runtime.interpret:
-            register(op, backend="triton", devices=("cpu",), priority=-100)(launch)
+        register_launcher(op, launch)
         return launch
 
     return decorate
+
+
+def register_launcher(op: str, launch: Callable[..., Any]) -> None:
+    """The first choice on GPUs; and where Triton is interpreted, the last on a CPU."""
+    register(op, backend="triton", devices=("cuda",), priority=100)(launch)
+    if triton.knobs.runtime.interpret:
+        register(op, backend="triton", devices=("cpu",), priority=-100)(launch)
 
 
 class Device(NamedTuple):

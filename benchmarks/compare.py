@@ -24,9 +24,9 @@ import typer
 from rich.console import Console
 
 from benchmarks import compare_report
+from benchmarks.environments import PACKAGES, make_environment
 from benchmarks.report import RESULTS, processor, save
 from benchmarks.roofline import Machine, floor
-from benchmarks.environments import PACKAGES, make_environment
 from benchmarks.shapes import SHAPES, SMOLLM2, make_checkpoint
 from benchmarks.workers.channel import Done
 from benchmarks.workers.driver import Engine, Worker, WorkerError

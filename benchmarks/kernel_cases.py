@@ -63,6 +63,7 @@ DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32
 BLOCK_SIZE = 16
 
 
+QUANTIZED = ((LLAMA, 1), (LLAMA, 16), (LLAMA, 4096)) if DEVICE == "cuda" else ((QWEN, 1), (QWEN, 16), (QWEN, 256))
 PRODUCTS = () if DEVICE == "cuda" else ((QWEN, 1), (QWEN, 16), (QWEN, 256))  # on a GPU these are PyTorch's own
 
 
@@ -82,6 +83,14 @@ def kernel_cases() -> Iterator[Case]:
         for model, tokens in PRODUCTS:
             yield product_case(model, tokens, dtype)
         yield sampling_case(16, 151936, dtype)
+    yield from quantized_cases()
+
+
+def quantized_cases() -> Iterator[Case]:
+    """Products with weights in 8 and in 4 bits; float8 where it is more than a way to keep numbers."""
+    for model, tokens in QUANTIZED:
+        for kind in ("int8", "int4") if DEVICE == "cpu" else ("int8", "int4", "float8"):
+            yield quantized_case(model, tokens, kind, torch.bfloat16)
 
 
 def row_cases(model: Model, tokens: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -163,6 +172,35 @@ def product_case(model: Model, tokens: int, dtype: torch.dtype) -> Case:
             "x": normal(dtype, tokens, inputs),
         },
         dtype.itemsize * (inputs * outputs + tokens * (inputs + outputs)),
+        2 * tokens * inputs * outputs,
+        compute=tokens > 16,
+        function=lambda product, x: product(x),
+    )
+
+
+def quantized_case(model: Model, tokens: int, kind: str, dtype: torch.dtype) -> Case:
+    """The same product, with int8 per row, int4 in groups of 32, or float8 in blocks of 128."""
+    inputs, outputs = model.hidden, 2 * model.intermediate
+    group = {"int8": inputs, "int4": 32, "float8": 128}[kind]
+    code_bytes = inputs // 2 if kind == "int4" else inputs
+
+    def make() -> Arguments:
+        codes = torch.randint(-128, 128, (outputs, code_bytes), dtype=torch.int8, device=DEVICE)
+        table = None
+        if kind == "int4":
+            codes, table = codes.view(torch.uint8), torch.arange(-8.0, 8.0, device=DEVICE)
+        elif kind == "float8":
+            codes = normal(torch.float8_e4m3fn, outputs, inputs)
+        scales = (torch.rand(outputs, inputs // group, device=DEVICE) / 100).bfloat16()
+        matrix = kernels.QuantizedMatrix(codes, scales, group, None, table)
+        return {"product": kernels.pack_quantized(matrix, None, dtype), "x": normal(dtype, tokens, inputs)}
+
+    return Case(
+        "pack_quantized",
+        f"{model.name}, {kind}, {tokens} tokens x {inputs} to {outputs}",
+        dtype,
+        make,
+        outputs * (code_bytes + 2 * inputs // group) + dtype.itemsize * tokens * (inputs + outputs),
         2 * tokens * inputs * outputs,
         compute=tokens > 16,
         function=lambda product, x: product(x),

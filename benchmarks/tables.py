@@ -36,6 +36,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "with a KV pool of {pool} MB in full use: {peak} MB, {over} times weights and pool.",
         "kernels": "| operation | shape | reference | `cpu` | speedup | rate | of peak |",
         "kernel": "| bfloat16 | floor | reference | `cpu` | of the floor |",
+        "quantized": "| tokens | bfloat16 | int8 | int8, groups of 32 | int4, groups of 32 | table, groups of 32 |",
         "tricks": "| trick | measured on | without | with | speedup |",
         "runs": "3. Tasks of 2 MiB instead of one panel | product 1024 to 151936, batch {tokens}",
         "groups": "7. `top_k` by groups instead of over all tokens | sampling, vocabulary 151936, batch {tokens}",
@@ -83,6 +84,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "{pool} MB 的 KV 池全部用满时，内存峰值 {peak} MB，是权重与 KV 池之和的 {over} 倍。",
         "kernels": "| 操作 | 形状 | 参考实现 | `cpu` | 加速比 | 速率 | 占峰值 |",
         "kernel": "| bfloat16 | 下限 | 参考实现 | `cpu` | 占下限 |",
+        "quantized": "| 词元 | bfloat16 | int8 | int8，每组 32 个 | int4，每组 32 个 | 码表，每组 32 个 |",
         "tricks": "| 技巧 | 测量对象 | 不用 | 使用 | 加速比 |",
         "runs": "3. 一个任务 2 MiB，而不是一块面板 | 乘法 1024 到 151936，批大小 {tokens}",
         "groups": "7. `top_k` 先看组，而不是看所有词元 | 采样，词表 151936，批大小 {tokens}",
@@ -131,6 +133,7 @@ def tables(language: str) -> dict[str, str]:
         "compare": compare_table(results("compare-cpu"), words),
         "figures": figures_table(results("compare-cpu"), words, BENCHMARKS_PAGE[language]),
         "kernels": kernels_table(kernels, words),
+        "quantized": quantized_table(results("quantized-cpu"), words),
         "tricks": tricks_table(results("tricks-cpu"), words),
         "batching": batching_table(words),
         "serving": serving_table(results("serving"), words),
@@ -333,6 +336,17 @@ def batching_table(words: Mapping[str, str]) -> str:
     lines = [words["batching"], "|---|---:|---|"]
     lines += [f"| {question} | {figure} | `{found['command']}` |" for question, figure, found in rows]
     return "\n".join(lines)
+
+
+def quantized_table(measured: dict[str, Any], words: Mapping[str, str]) -> str:
+    """Products with quantised weights, each with how many times faster than bfloat16 it is."""
+    lines = [words["quantized"], "|---:" * 6 + "|"]
+    products = measured["figures"]["products"]
+    for tokens in dict.fromkeys(row["tokens"] for row in products):
+        base, *others = (row for row in products if row["tokens"] == tokens)
+        cells = [f"{row['microseconds']:,.0f} µs, {row['speedup']:.2f}x" for row in others]
+        lines.append(" | ".join([f"| {tokens}", f"{base['microseconds']:,.0f} µs", *cells]) + " |")
+    return "\n".join([*lines, "", _source(measured, "quantized-cpu", words)])
 
 
 def serving_table(served: dict[str, Any], words: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[Section, int]] = {  # and the most seconds each may ta
     "parity": (parity.parity, 110),
     "kernels": (kernels.row_kernels, 70),
     "attention": (kernels.attention, 60),
+    "products": (kernels.products, 40),
     "steps": (engine.steps, 60),
     "workload": (engine.workload, 170),
     "equality": (engine.equality, 40),

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from benchmarks.gpu_suite.figure import Context, Figure, untaken
-from benchmarks.kernel_cases import LLAMA, QWEN, Arguments, Case, decode_case, prompt_case, row_cases
+from benchmarks.kernel_cases import LLAMA, QWEN, Arguments, Case, decode_case, prompt_case, quantized_case, row_cases
 from benchmarks.measure import DEVICE, copy_bandwidth, matrix_peak, median_seconds
 from mini_infer import kernels
 
@@ -52,6 +52,22 @@ def attention(context: Context) -> Iterator[Figure]:
         )
 
 
+def products(context: Context) -> Iterator[Figure]:
+    """Products with quantised weights: of few tokens by their bytes, of many by their FLOPs, beside bfloat16's."""
+    bandwidth, peak = copy_bandwidth(), matrix_peak(DTYPE)
+    for kind in ("int8", "int4", "float8"):
+        for tokens in (1, 16, context.sizes.prompt):
+            case = quantized_case(LLAMA if DEVICE == "cuda" else QWEN, tokens, kind, DTYPE)
+            yield from _figures(context, case, peak if case.compute else bandwidth, None, _in_bfloat16)
+
+
+def _in_bfloat16(_case: Case, arguments: Arguments) -> Baselines:
+    """The same product with a weight of 16 bits."""
+    x, product = arguments["x"], arguments["product"]
+    weight = torch.randn(product.out_features, product.in_features, device=x.device).to(x.dtype)
+    return {"bfloat16": lambda: functional.linear(x, weight)}
+
+
 def _figures(
     context: Context,
     case: Case,
@@ -60,9 +76,10 @@ def _figures(
     baselines: Callable[[Case, Arguments], Baselines],
 ) -> Iterator[Figure]:
     """Time a case and its baselines. `limit` is in bytes per second, or in FLOP/s where the case computes."""
-    arguments = case.make()
-    operation = getattr(kernels, case.op)
+    operation = case.function or getattr(kernels, case.op)
     backend = "triton" if DEVICE == "cuda" else kernels.backend_of(case.op, DEVICE)
+    with kernels.use_backend(backend):  # which may keep a weight in an order of its own
+        arguments = case.make()
     with torch.inference_mode():
         try:
             with kernels.use_backend(backend):

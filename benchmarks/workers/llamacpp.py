@@ -165,9 +165,7 @@ def load(model: str, options: dict[str, Any]) -> dict[str, Any]:
             running = [s for s, made in enumerate(token_ids) if len(made) < job.num_outputs[s]]
             if not running:
                 break
-            tokens = [
-                (token_ids[s][-1], len(job.prompts[s]) + len(token_ids[s]) - 1, s, True) for s in running
-            ]
+            tokens = [(token_ids[s][-1], len(job.prompts[s]) + len(token_ids[s]) - 1, s, True) for s in running]
             take(running, decode(context, tokens))
         seconds = time.perf_counter() - begin
         llama_cpp.llama_free(context)

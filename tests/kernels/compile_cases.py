@@ -11,9 +11,11 @@ from mini_infer.kernels.triton import (
     paged_attention,
     prefill_attention,
     qk_norm_rope,
+    quantized_linear,
     rmsnorm,
     rope,
     silu_and_mul,
+    w8a8_linear,
 )
 from mini_infer.kernels.triton.launch import Device
 
@@ -60,6 +62,8 @@ def compile_cases(device: Device) -> Iterator[CompileCase]:
     yield from _writes()
     yield from _decodes(device)
     yield from _prefills(device)
+    yield from _quantized(device)
+    yield from _in_8_bits(device)
 
 
 def _case(label: str, kernel: Any, types: dict[str, str], constexprs: dict[str, Any], **options: int) -> CompileCase:
@@ -165,3 +169,56 @@ def _prefills(device: Device) -> Iterator[CompileCase]:
                     num_warps=plan.num_warps,
                     num_stages=plan.num_stages,
                 )
+
+
+def _quantized(device: Device) -> Iterator[CompileCase]:
+    """Formats that differ for the compiler, for a few tokens and for many; the models' sizes do not."""
+    formats = {  # the codes' type, a group, whether there are offsets
+        "int8": ("*i8", 4096, False),
+        "fp8": ("*u8", 128, False),
+        "int4": ("*u8", 32, True),
+        "table": ("*u8", 32, False),
+    }
+    chosen = [(kind, name, many) for kind in formats for name in ("fp16", "bf16") for many in (False, True)]
+    for kind, name, many in [*chosen, ("int8", "fp32", True), ("table", "fp32", True)]:
+        codes, group, offsets = formats[kind]
+        types = dict.fromkeys(("x", "bias", "out"), "*") | dict.fromkeys(("scales", "offsets"), "*fp16")
+        types |= {"table": "*fp32", "codes": codes} | ({} if many else {"out": "*fp32"})
+        tile = quantized_linear.config(512 if many else 1, 8 if group > 32 else 4, DTYPES[name].itemsize, device)
+        yield _case(
+            f"quantized_linear {kind} {'many' if many else 'few'} {name}",
+            quantized_linear.quantized_linear_kernel,
+            types,
+            quantized_linear.constexprs(tile, kind, group, not many) | {"HAS_OFFSETS": offsets, "HAS_BIAS": True},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    yield _case(
+        "add_splits fp16",
+        quantized_linear.add_splits_kernel,
+        {"partial": "*fp32", "bias": "*", "out": "*"},
+        {"HAS_BIAS": True, "BLOCK": quantized_linear.ADDED},
+    )
+
+
+def _in_8_bits(device: Device) -> Iterator[CompileCase]:
+    tile = w8a8_linear.config(device)
+    for kind, limit in (("i8", 127.0), ("fp8e4nv", 448.0)):
+        if not (device.tensor_cores if kind == "i8" else device.float8):
+            continue
+        codes, sides = {"codes": f"*{kind}"}, {"x_scales": "*fp32", "scales": "*fp16", "bias": "*", "out": "*"}
+        yield _case(
+            f"round_tokens {kind} fp16",
+            w8a8_linear.round_tokens_kernel,
+            {"x": "*", "scales": "*fp32"} | codes,
+            {"LIMIT": limit, "BLOCK": w8a8_linear.BLOCK},
+            num_warps=1,
+        )
+        yield _case(
+            f"w8a8_linear {kind} fp16",
+            w8a8_linear.w8a8_linear_kernel,
+            {"x": f"*{kind}"} | codes | sides,
+            {"HAS_BIAS": True, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK": w8a8_linear.BLOCK},
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )

@@ -35,7 +35,7 @@ def test_every_section_yields_its_figures(tmp_path: Path) -> None:
     report = json.loads(file.read_text(encoding="utf-8"))
     assert file.name.startswith("gpu-") and file.name.endswith("-tiny.json")
     sections = report["figures"]
-    assert list(sections) == ["parity", "kernels", "attention", "steps", "workload", "equality", "profile"]
+    assert list(sections) == ["parity", "kernels", "attention", "products", "steps", "workload", "equality", "profile"]
     assert not any(section["error"] for section in sections.values())
 
     def names(section: str, verdict: str | None = None) -> str:
@@ -46,6 +46,7 @@ def test_every_section_yields_its_figures(tmp_path: Path) -> None:
     for op in ("rmsnorm", "add_rmsnorm", "apply_rotary_emb", "qk_norm_rope", "silu_and_mul", "write_kv"):
         assert op in names("kernels") and op in names("parity", "pass")
     assert "paged_attention" in names("attention") and "paged_prefill_attention" in names("attention")
+    assert all(f", {kind}, " in names("products") for kind in ("int8", "int4", "float8"))
     timed = next(figure for figure in sections["kernels"]["figures"] if figure["what"].startswith("rmsnorm"))
     assert {"bytes", "floor_microseconds", "microseconds", "gb_per_s"} <= timed["details"].keys()
     assert timed["bar"] == 85 and {"transformers, eager", "F.rms_norm"} <= timed["details"]["times_faster_than"].keys()

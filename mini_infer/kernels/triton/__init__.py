@@ -17,6 +17,7 @@ from mini_infer.kernels.triton import (
     rmsnorm,
     rope,
     silu_and_mul,
+    w8a8_linear,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "rmsnorm",
     "rope",
     "silu_and_mul",
+    "w8a8_linear",
 ]

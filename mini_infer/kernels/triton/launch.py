@@ -52,10 +52,11 @@ class Device(NamedTuple):
     shared_memory: int  # bytes that one program may use
     num_sms: int
     tensor_cores: bool  # whether Triton multiplies 16-bit numbers on them; Turing's it leaves idle
+    float8: bool = False  # whether they multiply float8_e4m3fn
 
 
 # A modest one for the interpreter: few programs, yet it does split contexts.
-NO_GPU = Device(shared_memory=99 * 1024, num_sms=4, tensor_cores=True)
+NO_GPU = Device(shared_memory=99 * 1024, num_sms=4, tensor_cores=True, float8=True)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -66,7 +67,8 @@ def device_of(tensor: Tensor) -> Device:
 def _query(index: int) -> Device:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     turing = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
-    return Device(properties["max_shared_mem"], properties["multiprocessor_count"], tensor_cores=not turing)
+    float8 = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 9)
+    return Device(properties["max_shared_mem"], properties["multiprocessor_count"], not turing, float8)
 
 
 def rows(x: Tensor, width: int = 1) -> Tensor:
@@ -81,7 +83,7 @@ def rows(x: Tensor, width: int = 1) -> Tensor:
 
 
 def round_when_interpreted() -> None:
-    """Make the interpreter round float32 to the nearest bfloat16, as GPUs and PyTorch do; on its own it chops."""
+    """Make the interpreter round float32 to the nearest bfloat16 or float8, as GPUs and PyTorch do; it chops."""
     from triton.runtime import interpreter
 
     chop = interpreter._convert_float
@@ -89,6 +91,8 @@ def round_when_interpreted() -> None:
     def convert(x: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
         if source == tl.float32 and target == tl.bfloat16:
             return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.uint16).numpy()
+        if source == tl.float32 and target == tl.float8e4nv:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return chop(x, source, target, rounding_mode)
 
     interpreter._convert_float = convert

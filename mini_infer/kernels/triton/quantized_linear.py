@@ -40,6 +40,7 @@ from torch import Tensor
 
 from mini_infer.kernels.quantized import QuantizedMatrix
 from mini_infer.kernels.reference import quantized as reference
+from mini_infer.kernels.triton import w8a8_linear
 from mini_infer.kernels.triton.block_walk import product
 from mini_infer.kernels.triton.launch import Device, device_of, register_launcher, rows
 
@@ -151,14 +152,16 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(num_tokens: int, bits: int, itemsize: int) -> Config:
+def config(num_tokens: int, bits: int, itemsize: int, device: Device) -> Config:
     """Few tokens: narrow tiles, of which there are many. Many tokens: large ones, in which a weight is used more often.
 
-    Products of 16-bit numbers begin with 16 rows and 16 columns; 128 bytes of a row are what memory gives at once.
+    Products on tensor cores begin with 16 rows and 16 columns, and 64 bytes are a fair share of a row; without them a
+    thread holds both factors in registers, and tiles are small.
     """
     block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
-    block_b = 64 if bits == 8 or itemsize == 4 else 32
-    return Config(block_m, 64 if itemsize == 2 else 32, block_b // (1 if itemsize == 2 else 2), 4, 3)
+    if itemsize == 4 or not device.tensor_cores:
+        return Config(min(32, block_m), 32, bits * 4, 4, 3)
+    return Config(block_m, 64, bits * 8, 4, 3)
 
 
 def num_splits(tiles: int, num_steps: int, device: Device) -> int:
@@ -192,6 +195,9 @@ class _Product:
         self._num_groups = matrix.scales.shape[1]
         self._itemsize = dtype.itemsize
         self._has = {"HAS_OFFSETS": matrix.offsets is not None, "HAS_BIAS": bias is not None}
+        whole = matrix.group >= inputs or matrix.group % w8a8_linear.BLOCK == 0
+        self._matrix, self._bias = matrix, bias
+        self._both_in_8_bits = self._halves == 1 and matrix.offsets is None and whole and dtype.itemsize == 2
         codes = matrix.codes.view(torch.uint8) if self._kind == "fp8" else matrix.codes
         self._arrays = [
             None if array is None else array.contiguous()
@@ -205,10 +211,16 @@ class _Product:
             return out
         x = rows(x)
         num_tokens = len(x)
-        tile = config(num_tokens, 8 // self._halves, self._itemsize)
+        device = device_of(x)
+        multiplies = device.tensor_cores if self._kind == "int8" else device.float8
+        if num_tokens >= w8a8_linear.MANY and self._both_in_8_bits and multiplies:
+            with torch.cuda.device_of(x):
+                w8a8_linear.multiply(x, self._matrix, self._bias, self._group, out, device)
+            return out
+        tile = config(num_tokens, 8 // self._halves, self._itemsize, device)
         tiles = triton.cdiv(outputs, tile.block_n), triton.cdiv(num_tokens, tile.block_m)
         num_steps = triton.cdiv(inputs // self._halves, tile.block_b)
-        splits = num_splits(tiles[0] * tiles[1], num_steps, device_of(x))
+        splits = num_splits(tiles[0] * tiles[1], num_steps, device)
         partial = out if splits == 1 else out.new_empty((splits, num_tokens, outputs), dtype=torch.float32)
         with torch.cuda.device_of(x):
             quantized_linear_kernel[(*tiles, splits)](

@@ -6,7 +6,7 @@ all groups, so a field is written down once and its flat name has its type.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -67,7 +67,9 @@ class CheckpointOptions:
 class ExecutorOptions:
     """Where and how a step is computed."""
 
-    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is a GPU where there is one")
+    device: str | Sequence[str] = option(
+        "auto", "auto (a GPU where there is one), cpu, cuda:N; or several: cuda:0,cuda:1, cuda:0-3, cuda:*, cpu:2"
+    )
     kernel_backend: str | None = option(
         None, "Kernel backend for every op, as NAME or FILE:NAME; None takes the best for the device"
     )
@@ -76,8 +78,12 @@ class ExecutorOptions:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.device, list | tuple) and self.device and all(isinstance(each, str) for each in self.device):
+            object.__setattr__(self, "device", ",".join(self.device))
         if not isinstance(self.device, str):
-            raise InvalidConfigError(f"device must be a string such as 'cpu' or 'cuda:0', got {self.device!r}")
+            raise InvalidConfigError(
+                f"device must be a string such as 'cpu' or 'cuda:0,cuda:1', or a list of such, got {self.device!r}"
+            )
         check_bool(InvalidConfigError, "enforce_eager", self.enforce_eager)
 
 
@@ -145,18 +151,27 @@ class SchedulerOptions:
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """How many devices share the model, and how."""
+    """How many devices share the model, how, and how their processes are started."""
 
-    tensor_parallel_size: int = option(1, "Devices that share each layer (only 1 yet)")
-    pipeline_parallel_size: int = option(1, "Devices that each hold some layers (only 1 yet)")
-    data_parallel_size: int = option(1, "Replicas of the model (only 1 yet)")
+    tensor_parallel_size: int = option(1, "Devices that share each layer")
+    pipeline_parallel_size: int = option(1, "Stages that each hold some of the layers")
+    data_parallel_size: int | None = option(
+        None, "Replicas of the model; None is as many as the devices named are enough for"
+    )
+    launch: str = option(
+        "processes", "Who starts the ranks: processes (of this machine), or join (by hand, with mini-infer rank)"
+    )
+    rank_address: str = option("127.0.0.1:0", "HOST:PORT that ranks join at, with launch=join; port 0 takes a free one")
+    start_timeout: float = option(600.0, "Seconds that ranks have to come and to load their share")
+    rank_timeout: float = option(120.0, "Seconds without an answer after which a rank is taken to hang")
 
     def __post_init__(self) -> None:
-        for field in fields(ParallelOptions):
-            size = getattr(self, field.name)
-            check_int(InvalidConfigError, field.name, size, 1)
-            if size > 1:
-                raise InvalidConfigError(f"{field.name}={size!r}: one device is all that is supported yet; set it to 1")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if name != "data_parallel_size" or self.data_parallel_size is not None:
+                check_int(InvalidConfigError, name, getattr(self, name), 1)
+        check_choice(InvalidConfigError, "launch", self.launch, ("processes", "join"))
+        for name in ("start_timeout", "rank_timeout"):
+            check_number(InvalidConfigError, name, getattr(self, name), 0, open_low=True)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class EngineError(MiniInferError, RuntimeError):
     """The engine was called where it cannot be: by its own listener, after it was closed, or in a forked process."""
 
 
+class RankError(MiniInferError, RuntimeError):
+    """A process that had a share of the model died, hung or never came, and starting it again did not help."""
+
+
 class OutOfMemoryError(MiniInferError, MemoryError):
     """The weights do not fit the device, or one sequence could never fit the KV memory."""
 

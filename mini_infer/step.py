@@ -188,11 +188,20 @@ class StepOutput:
     pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
+class ExecutorRestarted(Exception):
+    """The executor had to start anew: what was under way is not computed, and nothing is left in its memory."""
+
+
 class StepFuture(Protocol):
     """A step that is computed now, or will be."""
 
     def result(self) -> StepOutput:
-        """Wait for it; raises what the step raised. May be called again, and says the same."""
+        """Wait for it; raises what the step raised. May be called again, and says the same.
+
+        Raises:
+            ExecutorRestarted: this step and all others under way are to be submitted again, once all that they read
+                from the cache has been computed again.
+        """
 
 
 class Executor(Protocol):

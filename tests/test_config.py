@@ -27,7 +27,7 @@ DEFAULTS = {
     "seed": 0,
     "tensor_parallel_size": 1,
     "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
+    "data_parallel_size": None,
     "preemption_mode": "recompute",
     "enable_prefix_caching": False,
     "num_gpu_blocks": None,
@@ -75,7 +75,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("max_waiting", value) for value in (0, -1, 0.5)],
     *[("seed", value) for value in (-1, 2**63, 0.5, None)],
     *[("dtype", value) for value in ("fp16", "int8", None, 16)],
-    *[("device", value) for value in (None, 0, ["cpu"])],
+    *[("device", value) for value in (None, 0, [], ["cpu", 1])],
     *[("tokenizer_mode", value) for value in ("fast", None)],
     *[("preemption_mode", value) for value in ("swap", "never", None)],
     *[("overlap", value) for value in (5, -1, 2.0, "yes", None, math.nan, math.inf)],
@@ -84,7 +84,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[
         (f"{kind}_parallel_size", value)
         for kind in ("tensor", "pipeline", "data")
-        for value in (0, -1, 2, 8, 1.0, True, None)
+        for value in (0, -1, 1.5, True, "2", *([] if kind == "data" else [None]))
     ],
     *[(name, value) for name in ("model", "tokenizer", "cache_dir") for value in ("", 5, ["a"], b"a")],
     ("quantization", "awq"),

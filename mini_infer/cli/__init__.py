@@ -189,6 +189,24 @@ def serve(
 
 
 @app.command(
+    rich_help_panel=ASK,
+    epilog="MINI_INFER_RANK_KEY=... mini-infer serve --tensor-parallel-size 2 --launch join "
+    "--rank-address 192.168.0.1:7000\n\nMINI_INFER_RANK_KEY=... mini-infer rank --join 192.168.0.1:7000",
+)
+def rank(
+    join: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the engine waits for ranks.")],
+    device: Annotated[str, typer.Option(help="This rank's: auto, cpu or cuda:N.")] = "auto",
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the engine.")] = 600.0,
+) -> None:
+    """Be a rank of an engine on this or another machine, until it ends."""
+    from mini_infer.executor.launch import call
+    from mini_infer.executor.rank import serve
+
+    connection, machine = call(join, timeout)
+    serve(connection, machine, device)
+
+
+@app.command(
     rich_help_panel=LOOK,
     epilog="mini-infer info\n\nmini-infer info Qwen/Qwen3-0.6B --dtype bfloat16 --max-model-len 8192\n\n"
     "mini-infer info --json | jq .memory",

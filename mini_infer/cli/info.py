@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ from mini_infer import kernels
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.executor.device import resolve_device, resolve_dtype
+from mini_infer.executor.ranks import check_layout, lay_out
+from mini_infer.memory.cache_spec import block_bytes
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, MemoryPlan, plan_memory, step_bytes
 from mini_infer.models import Decoder, read_config, resolve_tokenizer
 from mini_infer.models.weights import weight_files
+from mini_infer.parallel.group import Alone
+from mini_infer.parallel.mesh import Mesh
+from mini_infer.parallel.share import Share
 
 LIBRARIES = ("torch", "transformers", "triton", "numba")
 
@@ -89,6 +95,43 @@ class Memory:
     warning: str | None
 
 
+@dataclass(frozen=True)
+class Rank:
+    """What one rank of a replica has.
+
+    Attributes:
+        layers, tokens: from and to (not included); of the vocabulary, in the first and the last stage.
+        num_heads, num_kv_heads, intermediate_size: of its first layer.
+        kv_bytes_per_token: what its layers keep of a token.
+    """
+
+    rank: int
+    layers: tuple[int, int]
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    tokens: tuple[int, int]
+    num_parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    @classmethod
+    def of(cls, rank: int, part: Decoder) -> "Rank":
+        first, share = part.config.layers[part.span.start], part.share
+        has_tokens = part.output is not None or part.embedding is not None
+        return cls(
+            rank=rank,
+            layers=(part.span.start, part.span.stop),
+            num_heads=len(share.heads(first.attention.num_heads)),
+            num_kv_heads=len(share.kv_heads(first.attention.num_kv_heads)),
+            intermediate_size=len(share.features(first.feed_forward.intermediate_size)),
+            tokens=(part.tokens.start, part.tokens.stop) if has_tokens else (0, 0),
+            num_parameters=part.num_parameters,
+            weight_bytes=part.weight_bytes,
+            kv_bytes_per_token=block_bytes(part.config.cache_specs(part.dtype, share), 1),
+        )
+
+
 def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     """Print what there is to know.
 
@@ -96,7 +139,8 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError: about the checkpoint.
         OutOfMemoryError: not one KV block fits, or not ``config.max_model_len`` tokens.
     """
-    device = resolve_device(config.device)
+    config, devices = lay_out(config)
+    device = resolve_device(devices[0])
     chosen = kernels.resolve(device, config.kernel_backend)  # refuses an unknown one
     backends = {op: chosen.backend_of(op) for op in kernels.OPS}
     # What a tokenizer needs is all files but the weights: nobody wants to fetch these to learn that they do not fit.
@@ -104,7 +148,12 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     directory = resolve_tokenizer(str(config.model), config.revision, cache_dir)
     shape = read_config(directory)
     dtype = resolve_dtype(config.dtype, shape.dtype, device)
+    check_layout(config, shape)
     decoder = Decoder(shape, dtype, "meta", chosen)
+    shares = _shares(config)
+    parts = [Decoder(shape, dtype, "meta", chosen, share) for share in shares]
+    ranks = [Rank.of(number, part) for number, part in enumerate(parts)] if len(parts) > 1 else []
+    fullest = max(parts, key=lambda part: block_bytes(shape.cache_specs(dtype, part.share), 1))
     attention, feed_forward = shape.layers[0].attention, shape.layers[0].feed_forward
     model = Model(
         directory=str(directory),
@@ -121,7 +170,7 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
         checkpoint_dtype=None if shape.dtype is None else _plain(shape.dtype),
         checkpoint_bytes=_checkpoint_bytes(directory),
     )
-    plan, memory = _plan(config, decoder, device)
+    plan, memory = _plan(config, fullest, device)
     if as_json:
         facts = {
             "versions": _versions(),
@@ -129,10 +178,14 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
             "kernels": backends,
             "model": asdict(model),
             "memory": asdict(memory),
+            "replicas": config.data_parallel_size,
+            "ranks": [asdict(rank) for rank in ranks],
         }
         console.file.write(json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
     else:
         console.print(_model_table(model))
+        if ranks:
+            console.print(_ranks_table(ranks))
         console.print(_memory_table(memory, device))
         console.print(_machine_table(device, backends))
     plan.check(str(device))
@@ -157,7 +210,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[M
         taken = model.weight_bytes + _rotary_bytes(model, longest) + step
         free = int(total * config.gpu_memory_utilization) - (total - unused) - taken
     plan = plan_memory(
-        shape.cache_specs(model.dtype),
+        shape.cache_specs(model.dtype, model.share),
         free,
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
@@ -185,6 +238,13 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[M
         estimated=not on_cpu and config.num_gpu_blocks is None,
         warning=plan.warning,
     )
+
+
+def _shares(config: EngineConfig) -> list[Share]:
+    """Of each rank of a replica, who need not be there for it."""
+    mesh = replace(Mesh.of(config), replicas=1)
+    places = [mesh.place(rank) for rank in range(mesh.size)]
+    return [Share(Alone(place.shard, mesh.shards), place.stage, mesh.stages) for place in places]
 
 
 def _rotary_bytes(model: Decoder, max_model_len: int) -> int:
@@ -218,6 +278,31 @@ def _model_table(model: Model) -> Table:
         "checkpoint · 检查点": f"{size}, {model.checkpoint_dtype or 'dtype not stated'}",
     }
     return _table("Model · 模型", rows)
+
+
+def _ranks_table(ranks: Sequence[Rank]) -> Table:
+    table = Table(title="Each rank · 各个 rank", title_justify="left")
+    for column in (
+        "rank",
+        "layers · 层",
+        "heads · 头",
+        "features · 特征",
+        "vocabulary · 词表",
+        "weights · 权重",
+        "KV / token",
+    ):
+        table.add_column(column)
+    for rank in ranks:
+        table.add_row(
+            str(rank.rank),
+            f"{rank.layers[0]}-{rank.layers[1] - 1}",
+            f"{rank.num_heads}, {rank.num_kv_heads} KV",
+            str(rank.intermediate_size),
+            f"{rank.tokens[0]}-{rank.tokens[1] - 1}" if rank.tokens[1] else "",
+            _size(rank.weight_bytes),
+            _size(rank.kv_bytes_per_token),
+        )
+    return table
 
 
 def _memory_table(memory: Memory, device: torch.device) -> Table:

@@ -14,7 +14,7 @@ from mini_infer.engine.intake import Prompt
 from mini_infer.engine.llm_engine import LLMEngine
 from mini_infer.engine.request import Request
 from mini_infer.engine.stats import EngineSnapshot, EngineStats
-from mini_infer.exceptions import InvalidRequestError, StepError
+from mini_infer.exceptions import InvalidRequestError, MiniInferError, StepError
 from mini_infer.outputs import Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.typing import TokenIds
@@ -135,6 +135,11 @@ class AsyncLLMEngine:
         return not self._thread.is_hopeless
 
     @property
+    def failure(self) -> MiniInferError | None:
+        """Why it takes no requests any more, if nobody shut it down."""
+        return self._thread.failure
+
+    @property
     def step_seconds(self) -> float:
         """For how long the step under way has been running; 0 if there is none."""
         return self._thread.step_seconds
@@ -162,6 +167,10 @@ class AsyncLLMEngine:
     async def stats(self) -> EngineStats:
         """As ``LLMEngine.stats``, between two steps."""
         return await self.call(LLMEngine.stats)
+
+    async def stats_per_replica(self) -> list[EngineStats]:
+        """As ``LLMEngine.stats_per_replica``, between two steps."""
+        return await self.call(LLMEngine.stats_per_replica)
 
     async def snapshot(self) -> EngineSnapshot:
         """As ``LLMEngine.snapshot``, between two steps."""

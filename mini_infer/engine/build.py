@@ -1,5 +1,6 @@
 """From a configuration to the parts of an engine: tokenizer, scheduler, executor, loop."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
 from mini_infer.engine.loop import EngineLoop, StepObserver
 from mini_infer.engine.no_tokenizer import NoTokenizer
+from mini_infer.engine.replicas import Replicas
+from mini_infer.engine.router import Router
 from mini_infer.engine.trace import StepTrace
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import PreemptionCosts, Scheduler, make_policy
@@ -32,7 +35,7 @@ class Parts:
         defaults: how the model wants to be sampled, and stopped.
         intake: makes requests.
         loop: runs them.
-        executor: what the loop has steps computed by.
+        executor: what the loop has steps computed by; of several replicas, the first one's.
         max_model_len: most tokens of one sequence.
         model_config: what the checkpoint says of itself; None where there is no checkpoint.
         device: where the model is; None where there is none.
@@ -41,7 +44,7 @@ class Parts:
     tokenizer: "Tokenizer | NoTokenizer"
     defaults: GenerationDefaults
     intake: Intake
-    loop: EngineLoop
+    loop: EngineLoop | Replicas
     executor: Executor
     max_model_len: int
     model_config: "ModelConfig | None" = None
@@ -59,6 +62,7 @@ def build(config: EngineConfig) -> Parts:
     # Only here does an engine need torch; with an executor of another kind it does without.
     from mini_infer.engine.tokenizer import Tokenizer
     from mini_infer.executor.build import build as build_local
+    from mini_infer.executor.ranks import build_ranks, lay_out
     from mini_infer.models import read_config, resolve_model, resolve_tokenizer
 
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
@@ -68,20 +72,28 @@ def build(config: EngineConfig) -> Parts:
     )
     model_config = read_config(directory)
     tokenizer = Tokenizer(tokenizer_directory, config, model_config.vocab_size)
-    local = build_local(config, directory, model_config)
+    config, devices = lay_out(config)
+    if len(devices) == 1 and config.launch == "processes":
+        replicas = [build_local(config, directory, model_config)]
+    else:
+        replicas = build_ranks(config, directory, model_config, devices)
+    max_model_len = min(local.max_model_len for local in replicas)
     defaults = GenerationDefaults.from_directory(directory, tokenizer.end_token_ids, model_config.vocab_size)
-    scheduler = make_scheduler(
-        config, local.max_model_len, local.num_gpu_blocks, _preemption_costs(local), _fair_size(local)
-    )
+    loops = []
+    for local in replicas:
+        scheduler = make_scheduler(
+            config, max_model_len, local.num_gpu_blocks, _preemption_costs(local), _fair_size(local)
+        )
+        loops.append(make_loop(config, scheduler, local.executor))
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
-        intake=Intake(tokenizer, defaults, model_config.vocab_size, local.max_model_len, config),
-        loop=make_loop(config, scheduler, local.executor),
-        executor=local.executor,
-        max_model_len=local.max_model_len,
+        intake=Intake(tokenizer, defaults, model_config.vocab_size, max_model_len, config),
+        loop=loops[0] if len(loops) == 1 else Replicas(loops, make_router(config, replicas)),
+        executor=replicas[0].executor,
+        max_model_len=max_model_len,
         model_config=model_config,
-        device=local.device,
+        device=replicas[0].device,
     )
 
 
@@ -101,6 +113,7 @@ def make_scheduler(
         preemption_mode=config.preemption_mode,
         costs=costs,
         fair_size=fair_size,
+        num_stages=config.pipeline_parallel_size,
     )
 
 
@@ -116,7 +129,13 @@ def make_loop(
         observers = (*observers, StepTrace(config.trace, scheduler))
     width = -(-scheduler.max_model_len // config.block_size)
     describer = Describer(config.max_num_seqs, width, config.block_size)
-    return EngineLoop(scheduler, executor, describer, config.depth, observers)
+    return EngineLoop(scheduler, executor, describer, max(config.depth, config.pipeline_parallel_size), observers)
+
+
+def make_router(config: EngineConfig, replicas: "Sequence[Local]") -> Router:
+    """What shares requests out among replicas."""
+    num_blocks = min(local.num_gpu_blocks for local in replicas) if config.enable_prefix_caching else 0
+    return Router(len(replicas), config.block_size, num_blocks)
 
 
 def _preemption_costs(local: "Local") -> PreemptionCosts:

@@ -17,7 +17,7 @@ from mini_infer.engine.fork import OwnLock
 from mini_infer.engine.intake import Prompt
 from mini_infer.engine.llm_engine import LLMEngine
 from mini_infer.engine.request import Request
-from mini_infer.exceptions import EngineError, MiniInferError, StepError
+from mini_infer.exceptions import EngineError, MiniInferError, RankError, StepError
 from mini_infer.outputs import Increment
 from mini_infer.sampling import SamplingParams
 
@@ -90,12 +90,14 @@ class EngineThread:
     Attributes:
         observers: told of every increment.
         is_hopeless: steps fail whatever is in them.
+        failure: why it ended, if nobody asked for that.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self.observers: list[Observer] = []
         self.is_hopeless = False
+        self.failure: MiniInferError | None = None
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._lock = OwnLock()  # no command comes in after the thread was told to stop
@@ -194,9 +196,13 @@ class EngineThread:
                     self._execute(self._inbox.get())
                 self._step()
                 self._send()
+        except RankError as error:
+            logger.critical("the engine ends: %s", error)
+            reason = self.failure = error
         except BaseException as error:  # a fault of this very loop
             logger.critical("the engine's thread ends: %s", error, exc_info=error)
             reason = MiniInferError(f"the engine's thread has died ({type(error).__name__}: {error}); make a new one")
+            self.failure = reason
         finally:
             with self._lock:
                 self._stopping.set()
@@ -240,6 +246,8 @@ class EngineThread:
             _, num_tokens = self._engine.step()
             if num_tokens == 0 and self._num_failed_steps and not self._engine.is_finished():
                 raise StepError("nothing went on after a step that failed")
+        except RankError:
+            raise  # what computes has died, and every step would say the same
         except BaseException as error:
             self._num_failed_steps += 1
             if self._num_failed_steps % 2:

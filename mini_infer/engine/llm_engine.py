@@ -18,7 +18,7 @@ from mini_infer.engine.loop import CLOSED, StepResult
 from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
-from mini_infer.engine.stats import EngineSnapshot, EngineStats
+from mini_infer.engine.stats import EngineSnapshot, EngineStats, loops_of
 from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidRequestError, QueueFullError
 from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import EmbeddingOutput, GenerateOutput, Increment, as_embedding
@@ -435,6 +435,11 @@ class LLMEngine:
         """Queue lengths, KV blocks, and totals since the start."""
         with self._lock:
             return EngineStats.of(self._loop)
+
+    def stats_per_replica(self) -> list[EngineStats]:
+        """The same of each replica of the model."""
+        with self._lock:
+            return [EngineStats.of(loop) for loop in loops_of(self._loop)]
 
     def snapshot(self) -> EngineSnapshot:
         """Who runs, who waits, and which blocks they hold."""

@@ -19,16 +19,17 @@ text, stop strings and listeners, concerns one request at a time: if that raises
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 from mini_infer.engine.describe import Answer, Describer, Wanted
-from mini_infer.engine.interrupts import uninterrupted
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import EngineError, RequestError
+from mini_infer.interrupts import uninterrupted
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, SchedulerOutputs
-from mini_infer.step import Executor, StepFuture, StepInput, StepOutput
+from mini_infer.step import Executor, ExecutorRestarted, StepFuture, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,11 @@ class LoopCounts:
     num_decode_tokens: int = 0
     num_generated_tokens: int = 0
 
+    @classmethod
+    def total(cls, counts: "Iterable[LoopCounts]") -> "LoopCounts":
+        """Of several loops."""
+        return cls(*map(sum, zip(*map(astuple, counts), strict=True)))
+
 
 class StepObserver(Protocol):
     """Watches the loop from outside; a trace does. It must raise nothing."""
@@ -113,6 +119,34 @@ class StepObserver(Protocol):
         """The engine was closed."""
 
 
+class NullObserver:
+    """Watches, and does nothing; for those that only want to hear of some of it."""
+
+    def arrived(self, request: Request) -> None:
+        pass
+
+    def planned(self, plan: SchedulerOutputs, began: int) -> None:
+        pass
+
+    def submitted(self, flight: Flight) -> None:
+        pass
+
+    def computed(self, flight: Flight, output: StepOutput) -> None:
+        pass
+
+    def committed(self, flight: Flight, result: StepResult) -> None:
+        pass
+
+    def rewound(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
+        pass
+
+    def ended(self, request: Request) -> None:
+        pass
+
+    def closed(self) -> None:
+        pass
+
+
 class _Closed:
     """What is left of an executor."""
 
@@ -139,6 +173,7 @@ class EngineLoop:
     Attributes:
         requests: under way, by their ids.
         finished: those that have ended and that nobody listened to, until somebody takes them out.
+        flights: the steps under way, the oldest first.
         counts: totals since the start.
     """
 
@@ -158,7 +193,7 @@ class EngineLoop:
         self._describer = describer
         self._depth = depth
         self._observers = observers
-        self._flights: deque[Flight] = deque()
+        self.flights: deque[Flight] = deque()
         self._waiting: set[Request] = set()
         self._unhurried: set[Request] = set()
         self._is_publishing = False
@@ -192,7 +227,7 @@ class EngineLoop:
 
     def close(self) -> None:
         """Let go of the executor, even of one that fails to close; what is under way is dropped."""
-        self._flights.clear()
+        self.flights.clear()
         executor, self._executor = self._executor, CLOSED
         try:
             executor.close()
@@ -214,21 +249,24 @@ class EngineLoop:
 
         Raises:
             EngineError: a listener called this.
+            RankError: what computes has died, and will not come back.
             Exception: whatever the executor raised.
         """
         if self._is_publishing:
             raise EngineError("a listener cannot run steps, since it is told in the middle of one; queue what it needs")
-        with uninterrupted():
-            failed = self._fill()
-        if not self._flights:
+        failed = self.launch()
+        if not self.flights:
             return StepResult(SchedulerOutputs(), failed)
-        flight = self._flights[0]
+        flight = self.flights[0]
         try:
             output = flight.future.result()
             answers = list(flight.wanted.answers(output))
         except BaseException as error:
             with uninterrupted():
-                self._rewind([flight.plan for flight in self._flights], error)
+                self._rewind([flight.plan for flight in self.flights], error)
+                if isinstance(error, ExecutorRestarted):
+                    self.scheduler.lose_cache()
+                    return StepResult(SchedulerOutputs(), failed)
             if isinstance(error, Exception) and not any(map(self._is_alive, flight.requests)):
                 logger.warning("a step failed in which nobody was interested any more: %r", error)
                 return StepResult(SchedulerOutputs(), failed)
@@ -238,6 +276,19 @@ class EngineLoop:
             self._raise_held_back()
             return result
 
+    def launch(self) -> list[Request]:
+        """Have as many steps under way as may be. Returns the requests that failed; raises as ``advance``."""
+        with uninterrupted():
+            try:
+                return self._fill()
+            except ExecutorRestarted:
+                self.scheduler.lose_cache()
+                return []
+
+    def watch(self, observer: StepObserver) -> None:
+        """Have one more observer told of every step."""
+        self._observers = (*self._observers, observer)
+
     # ---- before a step -------------------------------------------------------------------------------------------
 
     def _fill(self) -> list[Request]:
@@ -245,7 +296,7 @@ class EngineLoop:
         that failed."""
         failed: list[Request] = []
         depth = 1 if self._unhurried else self._depth
-        while len(self._flights) < depth:
+        while len(self.flights) < depth:
             began = time.perf_counter_ns()
             plan = self.scheduler.schedule()
             if plan.is_empty:
@@ -255,13 +306,13 @@ class EngineLoop:
             try:
                 flight = self._submit(plan)
             except BaseException as error:
-                self._rewind([*(flight.plan for flight in self._flights), plan], error)
+                self._rewind([*(flight.plan for flight in self.flights), plan], error)
                 if not isinstance(error, _WantError):
                     raise
                 self._fail(error.request, error.error)
                 failed.append(error.request)
                 continue
-            self._flights.append(flight)
+            self.flights.append(flight)
             for observer in self._observers:
                 observer.submitted(flight)
         return failed
@@ -289,7 +340,7 @@ class EngineLoop:
 
     def _rewind(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
         """A step failed, and with it those that build on it."""
-        self._flights.clear()
+        self.flights.clear()
         self.scheduler.rewind(plans)
         self._describer.forget()
         for observer in self._observers:
@@ -312,9 +363,9 @@ class EngineLoop:
         try:
             self.scheduler.commit(outcomes)
         except ValueError as error:
-            self._rewind([flight.plan for flight in self._flights], error)
+            self._rewind([flight.plan for flight in self.flights], error)
             raise
-        self._flights.popleft()
+        self.flights.popleft()
         self._count(flight.plan)
         num_generated_before = self.counts.num_generated_tokens
         finished = [*finished, *self._publish(flight, answers, failed)]

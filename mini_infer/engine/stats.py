@@ -1,9 +1,14 @@
 """Numbers about an engine: cheap enough to ask for after every step."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from mini_infer.engine.loop import EngineLoop
-from mini_infer.scheduler import Sequence
+from mini_infer.scheduler import Sequence as TokenSequence
+
+if TYPE_CHECKING:
+    from mini_infer.engine.replicas import Replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,22 @@ class EngineStats:
     num_recompute_preemptions: int
 
     @classmethod
-    def of(cls, loop: EngineLoop) -> "EngineStats":
-        """Read them off a loop."""
+    def of(cls, loop: "EngineLoop | Replicas") -> "EngineStats":
+        """Read them off a loop, or off several together."""
+        return cls.total([cls._of(each) for each in loops_of(loop)])
+
+    @classmethod
+    def total(cls, several: "Sequence[EngineStats]") -> "EngineStats":
+        """Of several engines: counts are added up, and shares weighted by what they are shares of."""
+        if len(several) == 1:
+            return several[0]
+        sums: dict[str, Any] = {f.name: sum(getattr(stats, f.name) for stats in several) for f in fields(cls)}
+        sums["kv_waste"] = sum(s.kv_waste * s.num_used_blocks for s in several) / max(1, sums["num_used_blocks"])
+        sums["prefix_hit_rate"] = sums["num_prefix_hits"] / max(1, sums["num_prefix_queries"])
+        return cls(**sums)
+
+    @classmethod
+    def _of(cls, loop: EngineLoop) -> "EngineStats":
         scheduler, blocks = loop.scheduler, loop.scheduler.block_manager
         used_slots = blocks.num_used_blocks * blocks.block_size
         unfilled = sum(len(s.block_table) * blocks.block_size - len(s) for s in scheduler.running)
@@ -99,13 +118,13 @@ class SequenceView:
     swapped: bool
 
     @classmethod
-    def of(cls, sequence: Sequence) -> "SequenceView":
+    def of(cls, sequence: TokenSequence, first_block: int) -> "SequenceView":
         return cls(
             request_id=sequence.request_id,
             num_tokens=len(sequence),
             num_computed_tokens=sequence.num_computed_tokens,
             num_prompt_tokens=sequence.num_prompt_tokens,
-            blocks=list(sequence.block_table),
+            blocks=[first_block + block for block in sequence.block_table],
             swapped=bool(sequence.swapped_blocks),
         )
 
@@ -127,12 +146,20 @@ class EngineSnapshot:
     stats: EngineStats
 
     @classmethod
-    def of(cls, loop: EngineLoop) -> "EngineSnapshot":
-        """Read it off a loop."""
-        scheduler = loop.scheduler
-        return cls(
-            running=[SequenceView.of(sequence) for sequence in scheduler.running],
-            waiting=[SequenceView.of(sequence) for sequence in sorted(scheduler.waiting, key=lambda s: s.order)],
-            cached_blocks=scheduler.block_manager.cached_blocks,
-            stats=EngineStats.of(loop),
-        )
+    def of(cls, loop: "EngineLoop | Replicas") -> "EngineSnapshot":
+        """Read it off a loop, or off several together: the blocks of each are numbered after those of the last."""
+        running, waiting, cached, first = [], [], [], 0
+        for each in loops_of(loop):
+            scheduler, blocks = each.scheduler, each.scheduler.block_manager
+            running += [SequenceView.of(sequence, first) for sequence in scheduler.running]
+            waiting += [
+                SequenceView.of(sequence, first) for sequence in sorted(scheduler.waiting, key=lambda s: s.order)
+            ]
+            cached += [first + block for block in blocks.cached_blocks]
+            first += blocks.num_gpu_blocks
+        return cls(running, waiting, cached, EngineStats.of(loop))
+
+
+def loops_of(loop: "EngineLoop | Replicas") -> list[EngineLoop]:
+    """The loop itself, or those of all replicas."""
+    return [loop] if isinstance(loop, EngineLoop) else loop.loops

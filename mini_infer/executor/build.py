@@ -11,16 +11,17 @@ import torch
 from mini_infer import kernels
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import OutOfMemoryError
-from mini_infer.executor.device import on, resolve_device, resolve_dtype
+from mini_infer.executor.device import expand_devices, on, resolve_device, resolve_dtype
 from mini_infer.executor.graphs import DecodeGraphs, cuda_capture, graph_sizes
 from mini_infer.executor.queue import make_executor
 from mini_infer.executor.runner import ModelRunner
-from mini_infer.kernels import Kernels
 from mini_infer.kernels.large_memory import is_out_of_memory
 from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory.kv_cache import KVCache
-from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, plan_memory
+from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, MemoryPlan, plan_memory
 from mini_infer.models import Decoder, ModelConfig, load_model
+from mini_infer.parallel.group import Link
+from mini_infer.parallel.share import Peers
 from mini_infer.step import NO_COPIES, NO_INTS, Draws, Executor, LogitEdits, Scores, StepInput
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Local:
-    """An executor in this process, and what the host must know of it.
+    """An executor, and what the host must know of it.
 
     Attributes:
         executor: computes steps.
-        device: where the model is.
+        device: where the model is; of several ranks, the first one's.
         max_model_len: most tokens of one sequence.
         num_gpu_blocks: KV blocks on the device.
         block_bytes: bytes of one of them.
@@ -47,6 +48,21 @@ class Local:
     num_parameters: int
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model, or a share of one, on its device, before it has memory for keys and values.
+
+    Attributes:
+        model: the decoder.
+        device: where it is.
+        memory: how many blocks there are beside it.
+    """
+
+    model: Decoder
+    device: torch.device
+    memory: MemoryPlan
+
+
 def build(config: EngineConfig, directory: Path, model_config: ModelConfig) -> Local:
     """Load the checkpoint in a directory, whose config was read, and lay out the KV memory.
 
@@ -55,20 +71,37 @@ def build(config: EngineConfig, directory: Path, model_config: ModelConfig) -> L
         OutOfMemoryError: weights or KV memory do not fit.
         InvalidConfigError, KernelError: the device or the kernel backend is not there.
     """
-    device = resolve_device(config.device)
-    resolved = kernels.resolve(device, config.kernel_backend)
+    (name,) = expand_devices(str(config.device))
+    device = resolve_device(name)
     with on(device):
-        return _build(config, directory, model_config, device, resolved)
+        loaded = load(config, directory, model_config, device, Peers())
+        memory = loaded.memory
+        if memory.warning is not None:
+            logger.warning(memory.warning)
+        runner = make_runner(config, loaded, memory.num_blocks, memory.max_model_len, Link())
+    return Local(
+        executor=make_executor(runner.run, device, config.depth),
+        device=device,
+        max_model_len=memory.max_model_len,
+        num_gpu_blocks=memory.num_blocks,
+        block_bytes=memory.bytes_per_block,
+        num_parameters=loaded.model.num_parameters,
+    )
 
 
-def _build(
-    config: EngineConfig, directory: Path, model_config: ModelConfig, device: torch.device, kernels: Kernels
-) -> Local:
+def load(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, device: torch.device, peers: Peers
+) -> Loaded:
+    """Load the model, or the share of it that a rank has, and see how many blocks there can be; raises as ``build``.
+
+    Several ranks do so together: what they measure, they compute together.
+    """
+    resolved = kernels.resolve(device, config.kernel_backend)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
     plan = partial(
         plan_memory,
-        model_config.cache_specs(dtype),
+        model_config.cache_specs(dtype, peers.share),
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
         num_cpu_blocks=config.num_cpu_blocks,
@@ -81,26 +114,25 @@ def _build(
     memory = plan(torch.cuda.mem_get_info(device)[1] if on_gpu else CPU_KV_CACHE_BYTES)
     memory.check(str(device))
     shortened = replace(model_config, max_position_embeddings=memory.max_model_len)
-    model = load_model(directory, shortened, dtype, device, kernels, config.quantization)
+    model = load_model(directory, shortened, dtype, device, resolved, config.quantization, peers.share)
     if on_gpu and config.num_gpu_blocks is None:
-        memory = plan(_free_gpu_bytes(config, model, device))
+        memory = plan(_free_gpu_bytes(config, model, device, peers.link))
         memory.check(str(device))
-    if memory.warning is not None:
-        logger.warning(memory.warning)
+    return Loaded(model, device, memory)
 
-    num_blocks, width = memory.num_blocks, memory.blocks_per_sequence
-    runner = _runner(config, model, num_blocks, config.num_cpu_blocks, width, device)
-    if not config.enforce_eager:
+
+def make_runner(config: EngineConfig, loaded: Loaded, num_blocks: int, max_model_len: int, link: Link) -> ModelRunner:
+    """What runs a model that was loaded, ready to compute: with its KV memory, and recordings of its decodes.
+
+    Raises:
+        OutOfMemoryError: the device cannot hold that.
+    """
+    width = -(-max_model_len // config.block_size)
+    runner = _runner(config, loaded.model, num_blocks, config.num_cpu_blocks, width, loaded.device, link)
+    if not config.enforce_eager and loaded.model.share.stages == 1:
         runner = _with_graphs(runner, config.max_num_seqs, width)
     _warm_up(runner, config.block_size, min(num_blocks, width) * config.block_size)
-    return Local(
-        executor=make_executor(runner.run, device, config.depth),
-        device=device,
-        max_model_len=memory.max_model_len,
-        num_gpu_blocks=num_blocks,
-        block_bytes=memory.bytes_per_block,
-        num_parameters=model.num_parameters,
-    )
+    return runner
 
 
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
@@ -111,7 +143,13 @@ def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device)
 
 
 def _runner(
-    config: EngineConfig, model: Decoder, num_blocks: int, num_cpu_blocks: int, width: int, device: torch.device
+    config: EngineConfig,
+    model: Decoder,
+    num_blocks: int,
+    num_cpu_blocks: int,
+    width: int,
+    device: torch.device,
+    link: Link,
 ) -> ModelRunner:
     """A runner with a cache of ``num_blocks`` blocks on the device and ``num_cpu_blocks`` in CPU memory, for sequences
     of up to ``width`` blocks.
@@ -124,7 +162,7 @@ def _runner(
             model.kernels.allocate_kv_cache(
                 num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, device
             )
-            for spec in model.config.cache_specs(model.dtype)
+            for spec in model.config.cache_specs(model.dtype, model.share)
         ]
         kv_cache = KVCache(layers, num_cpu_blocks)
     except RuntimeError as error:
@@ -136,7 +174,7 @@ def _runner(
         ) from error
     tables = torch.zeros((config.max_num_seqs, width), dtype=torch.int32, device=device)
     sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-    return ModelRunner(model, kv_cache, device, tables, sampled, graphs=None)
+    return ModelRunner(model, kv_cache, device, tables, sampled, graphs=None, link=link)
 
 
 def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
@@ -152,7 +190,7 @@ def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRun
                 f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
                 "or max_num_seqs, or set enforce_eager=True"
             ) from error
-    elif runner.model.kernels.backend_of("paged_attention") == "cpu":
+    elif runner.model.kernels.backend_of("paged_attention") == "cpu" and runner.model.share.is_whole:
         from mini_infer.kernels.cpu.recording import cpu_capture
 
         graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())
@@ -214,7 +252,7 @@ def _warm_up(runner: ModelRunner, block_size: int, num_slots: int) -> None:
         runner.run(_step(1, num_computed, num_tokens - num_computed, blocks, block_size))
 
 
-def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) -> int:
+def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device, link: Link) -> int:
     """Bytes left for KV blocks on a GPU, measured: run the largest step there can be and see what it takes."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -224,7 +262,7 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device) 
     each = min(config.token_budget // num_sequences, model.config.max_position_embeddings)
     blocks_each = min(-(-each // config.block_size), blocks_per_sequence)
     try:
-        runner = _runner(config, model, blocks_each, 0, blocks_each, device)
+        runner = _runner(config, model, blocks_each, 0, blocks_each, device, link)
         # All share the same blocks: only the size of the step matters. What is drawn with top_p takes most.
         computed = runner.run(_step(num_sequences, 0, each, list(range(blocks_each)), config.block_size))
         torch.cuda.synchronize(device)

@@ -44,9 +44,33 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def expand_devices(names: str) -> list[str]:
+    """Each device that ``EngineConfig.device`` names: ``cuda:*`` is all GPUs, ``cuda:0-3`` four, ``cpu:2`` two ranks on
+    this machine's processor."""
+    devices: list[str] = []
+    for name in names.split(","):
+        kind, _, which = name.strip().partition(":")
+        first, _, last = which.partition("-")
+        if kind == "cuda" and which == "*":
+            devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        elif kind == "cuda" and first.isdecimal() and last.isdecimal():
+            devices += [f"cuda:{number}" for number in range(int(first), int(last) + 1)]
+        elif kind == "cpu" and which.isdecimal():
+            devices += ["cpu"] * int(which)
+        else:
+            devices.append(name.strip())
+    return devices
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """A context in which the device is the current one: streams, events and recordings are those of that device."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,10 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from mini_infer.executor.device import on
-from mini_infer.executor.logprobs import ScoreTensors
 from mini_infer.executor.runner import Computed
 from mini_infer.step import Executor, StepFuture, StepInput, StepOutput
 
@@ -66,7 +64,7 @@ class StreamExecutor:
     def submit(self, step: StepInput, /) -> StepFuture:
         try:
             with on(self._device):
-                in_memory = _copied(self._run(step))
+                in_memory = self._run(step).in_memory()
                 done = torch.cuda.Event()
                 done.record()
         except Exception as error:
@@ -86,24 +84,6 @@ class _StreamStep:
     def result(self) -> StepOutput:
         self._done.synchronize()
         return self._in_memory.to_output(self._step)
-
-
-def _copied(computed: Computed) -> Computed:
-    """Copies in CPU memory, which are there once the device has come so far."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", non_blocking=True)
-
-    def copies(scores: ScoreTensors | None) -> ScoreTensors | None:
-        return scores and ScoreTensors(*map(copy, scores))
-
-    return Computed(
-        token_ids=copy(computed.token_ids),
-        logprobs=copy(computed.logprobs),
-        token_scores=copies(computed.token_scores),
-        scores=copies(computed.scores),
-        pooled=None if computed.pooled is None else copy(computed.pooled),
-    )
 
 
 def make_executor(run: Run, device: torch.device, depth: int) -> Executor:

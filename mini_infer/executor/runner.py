@@ -1,6 +1,6 @@
 """The runner: a step's arrays become tensors, the model runs on them, tokens are drawn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from mini_infer.executor.sampler import sample
 from mini_infer.kernels import AttentionMetadata
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
+from mini_infer.parallel.group import Link
 from mini_infer.step import Draws, Pools, Scores, StepInput, StepOutput
 
 _SCORED_ROWS = 64
@@ -36,6 +37,23 @@ class Computed(NamedTuple):
     scores: ScoreTensors | None
     pooled: Tensor | None = None
 
+    def in_memory(self) -> "Computed":
+        """Copies in CPU memory, which are there once the device has come so far."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", non_blocking=True)
+
+        def copies(scores: ScoreTensors | None) -> ScoreTensors | None:
+            return scores and ScoreTensors(*map(copy, scores))
+
+        return Computed(
+            token_ids=copy(self.token_ids),
+            logprobs=copy(self.logprobs),
+            token_scores=copies(self.token_scores),
+            scores=copies(self.scores),
+            pooled=None if self.pooled is None else copy(self.pooled),
+        )
+
     def to_output(self, step: StepInput) -> StepOutput:
         """As plain numbers. The tensors must be in CPU memory."""
         asked = [num for num in step.draws.num_logprobs.tolist() if num >= 0]
@@ -46,6 +64,9 @@ class Computed(NamedTuple):
             scores=self.scores.to_scores(step.scores.num_top.tolist()) if self.scores else [],
             pooled=[] if self.pooled is None else list(self.pooled.numpy()),
         )
+
+
+_NOTHING = Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, None)
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,7 @@ class ModelRunner:
         tables: int32 ``[num_rows, width]``, the block ids of the sequences that run.
         sampled: int64 ``[num_rows]``, the token that was drawn last for each of them.
         graphs: how to run decodes; None runs them like everything else.
+        link: the way to the stages before and after.
     """
 
     model: Decoder
@@ -67,6 +89,7 @@ class ModelRunner:
     tables: Tensor
     sampled: Tensor
     graphs: DecodeGraphs | None
+    link: Link = field(default_factory=Link)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Computed:
@@ -78,37 +101,52 @@ class ModelRunner:
         if len(step.swap_in):
             self.kv_cache.swap_in(step.swap_in)
         if not len(step.token_ids):
-            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, None)
+            return _NOTHING
         hidden = self._forward(self._batch(step))
+        if not self.model.share.is_last:
+            self.link.send(hidden)
+            return _NOTHING
         scores = self._score(hidden, step.scores) if len(step.scores) else None
         pooled = self._pool(hidden, step.pools) if len(step.pools) else None
         if not len(step.draws):
-            return Computed(torch.empty(0, dtype=torch.int64), torch.empty(0), None, scores, pooled)
+            return _NOTHING._replace(scores=scores, pooled=pooled)
         return Computed(*self._draw(hidden, step.draws), scores, pooled)
 
     def _forward(self, batch: Batch) -> Tensor:
         if self.graphs is not None and self.graphs.fits(batch):
             return self.graphs.run(batch)
-        return self.model.forward(batch, self.kv_cache.layers)
+        if self.model.share.is_first:
+            return self.model.forward(batch, self.kv_cache.layers)
+        shape = (2, len(batch.token_ids), self.model.config.hidden_size)
+        arriving = self.link.receive(shape, self.model.dtype, self.device)
+        return self.model.forward(batch, self.kv_cache.layers, arriving)
 
     def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:
+        """Of ranks that share the last layers one has the logits, draws, and tells the others the tokens."""
         rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
         logits = self.model.compute_logits(hidden[rows])
+        group = self.model.share.group
+        if logits is None:
+            self.sampled[table_rows] = group.tell(torch.empty_like(table_rows))
+            return *_NOTHING[:2], None
         token_ids, logprobs = sample(logits, draws, self.model.kernels)
-        self.sampled[table_rows] = token_ids
+        self.sampled[table_rows] = group.tell(token_ids)
         asking = np.flatnonzero(draws.num_logprobs >= 0)
         if not len(asking):
             return token_ids, logprobs, None
         wanted = send(torch.from_numpy(asking), self.device)
         return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], int(draws.num_logprobs.max()))
 
-    def _score(self, hidden: Tensor, scores: Scores) -> ScoreTensors:
+    def _score(self, hidden: Tensor, scores: Scores) -> ScoreTensors | None:
         rows, targets = send_arrays([scores.rows, scores.targets], self.device)
         most = int(scores.num_top.max())
-        parts = [
-            score_tokens(self.model.compute_logits(hidden[some]), tokens, most)
-            for some, tokens in zip(rows.split(_SCORED_ROWS), targets.split(_SCORED_ROWS), strict=True)
-        ]
+        parts = []
+        for some, tokens in zip(rows.split(_SCORED_ROWS), targets.split(_SCORED_ROWS), strict=True):
+            logits = self.model.compute_logits(hidden[some])
+            if logits is not None:
+                parts.append(score_tokens(logits, tokens, most))
+        if not parts:
+            return None
         return ScoreTensors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _pool(self, hidden: Tensor, pools: Pools) -> Tensor:

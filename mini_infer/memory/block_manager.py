@@ -182,6 +182,11 @@ class BlockManager:
         if self._unused.pop(block, 0) is None:
             self._free.append(block)
 
+    def forget_all(self) -> None:
+        """No block's content is what it was."""
+        for block in self._prefixes.blocks:
+            self.forget(block)
+
     # ---- the CPU pool --------------------------------------------------------------------------------------------
 
     def allocate_cpu(self, num_blocks: int) -> list[int] | None:

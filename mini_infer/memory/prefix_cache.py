@@ -36,6 +36,11 @@ class PrefixCache:
         """Whether the block's content is known."""
         return block in self._keys
 
+    @property
+    def blocks(self) -> list[int]:
+        """All whose content is known."""
+        return list(self._keys)
+
     def walk(self, token_ids: Sequence[int], root: Root, num_blocks: int) -> list[tuple[int, ContentId]]:
         """Follow the chain from its root as far as it is known, at most ``num_blocks`` blocks."""
         found: list[tuple[int, ContentId]] = []

@@ -1,13 +1,11 @@
 """What weights are read from, whatever kind of file it is."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
-
-from mini_infer.models.linear import Format
+from mini_infer.models.linear import Format, Read
 
 
 class Stored(NamedTuple):
@@ -31,7 +29,7 @@ class Checkpoint(Protocol):
     def stored(self) -> Mapping[str, Stored]:
         """Its tensors by name."""
 
-    def reading(self, names: Collection[str]) -> AbstractContextManager[Callable[[str], Tensor]]:
+    def reading(self, names: Collection[str]) -> AbstractContextManager[Read]:
         """What reads these tensors, while their files are open."""
 
     def format(self, matrix: str) -> Format:

@@ -9,6 +9,7 @@ from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.memory.cache_spec import PagedKV
 from mini_infer.models.quantization import Quantization
 from mini_infer.models.rope import Rope
+from mini_infer.parallel.share import WHOLE, Share
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -54,9 +55,9 @@ class AttentionConfig:
                 raise InvalidCheckpointError(f"head_dim must be even, for RoPE turns pairs; got {self.head_dim}")
             self.rope.check(self.head_dim)
 
-    def cache_spec(self, dtype: torch.dtype) -> PagedKV:
-        """What the layer keeps of every token, if it computes in ``dtype``."""
-        return PagedKV(self.num_kv_heads, self.head_dim, dtype)
+    def cache_spec(self, dtype: torch.dtype, share: Share = WHOLE) -> PagedKV:
+        """What a share of the layer keeps of every token, if it computes in ``dtype``."""
+        return PagedKV(len(share.kv_heads(self.num_kv_heads)), self.head_dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,12 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def cache_specs(self, dtype: torch.dtype) -> tuple[PagedKV, ...]:
-        """What each layer keeps, if the model computes in ``dtype``."""
-        return tuple(layer.attention.cache_spec(dtype) for layer in self.layers)
+    def cache_specs(self, dtype: torch.dtype, share: Share = WHOLE) -> tuple[PagedKV, ...]:
+        """What each layer of a share of the model keeps, if it computes in ``dtype``."""
+        return tuple(
+            layer.attention.cache_spec(dtype, share)
+            for layer in self.layers[share.layers(self.num_layers).of(self.num_layers)]
+        )
 
 
 def _check_sizes(config: object, *names: str) -> None:

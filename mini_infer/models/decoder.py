@@ -18,6 +18,7 @@ from mini_infer.models.batch import Batch
 from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
 from mini_infer.models.linear import Embedding, Linear, Norm
 from mini_infer.models.rope import Rope, rotary_tables
+from mini_infer.parallel.share import WHOLE, Share
 
 
 class Decoder(nn.Module):
@@ -30,47 +31,86 @@ class Decoder(nn.Module):
         dtype: of every parameter.
         device: where the rotary tables live; on "meta" the whole model takes no memory.
         kernels: who computes.
+        share: which part of it to build.
 
     Attributes:
+        span: its layers, among those of the whole model.
         num_parameters: numbers in all parameters; a tied embedding counts once.
         weight_bytes: what these take.
         rotary_bytes: what the rotary tables take.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: str | torch.device, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        kernels: Kernels,
+        share: Share = WHOLE,
+    ) -> None:
         super().__init__()
-        self.config, self.dtype, self.kernels = config, dtype, kernels
-        vocab_size, hidden_size = config.vocab_size, config.hidden_size
+        self.config, self.dtype, self.kernels, self.share = config, dtype, kernels, share
+        self.span, self.tokens = share.layers(config.num_layers), share.tokens(config.vocab_size)
+        hidden_size, is_tied = config.hidden_size, config.tie_word_embeddings
+        self.embedding = self.norm = self.output = None
         # A tied embedding is the output layer's weight, and looked up there.
-        self.embedding = None if config.tie_word_embeddings else Embedding((vocab_size, hidden_size), dtype)
+        if share.is_first and not is_tied:
+            self.embedding = Embedding(self.tokens, hidden_size, dtype)
         tables = _rotary_tables(config, torch.device(device))
-        self.layers = nn.ModuleList(Layer(config, layer, tables, dtype, kernels) for layer in config.layers)
-        self.norm = Norm(hidden_size, config.rms_norm_eps, dtype, kernels)
-        self.output = Linear(hidden_size, [vocab_size], False, dtype, kernels)
+        mine = config.layers[self.span.start : self.span.stop]
+        self.layers = nn.ModuleList(Layer(config, layer, tables, dtype, kernels, share) for layer in mine)
+        if share.is_last:
+            self.norm = Norm(hidden_size, config.rms_norm_eps, dtype, kernels)
+        if share.is_last or (share.is_first and is_tied):
+            self.output = Linear(hidden_size, [self.tokens], False, dtype, kernels)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())  # packed ones are not listed
         self.weight_bytes = sum(parameter.nbytes for parameter in self.parameters())
         self.rotary_bytes = sum(table.nbytes for pair in tables.values() for table in pair)
 
-    def forward(self, batch: Batch, kv_cache: Sequence[KVCache]) -> Tensor:
+    def forward(self, batch: Batch, kv_cache: Sequence[KVCache], arriving: Tensor | None = None) -> Tensor:
         """Run one step's tokens through the layers, adding their keys and values to the cache.
 
         Args:
             batch: the tokens, where they stand and where their keys and values go.
             kv_cache: one (key_cache, value_cache) per layer, of the parameters' dtype.
+            arriving: what the stage before gave; None in the first.
 
         Returns:
-            Hidden states after the final norm, ``[T, hidden_size]``.
+            Hidden states after the final norm, ``[T, hidden_size]``. Of a stage that others follow, what they need:
+            ``[2, T, hidden_size]``, the last result and the stream that it is still to be added to.
         """
-        hidden = (self.output if self.embedding is None else self.embedding).rows(batch.token_ids)
-        residual = torch.zeros_like(hidden)
+        if arriving is None:
+            hidden = self._embed(batch.token_ids)
+            residual = torch.zeros_like(hidden)
+        else:
+            hidden, residual = arriving
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             hidden, residual = layer(hidden, residual, batch, layer_cache)
+        if self.norm is None:
+            return torch.stack((hidden, residual))
         hidden, _ = self.norm.add(hidden, residual)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every next token, ``[N, vocab_size]``, for the rows ``[N, hidden_size]`` of `forward`'s result."""
-        return self.output(hidden)
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        """``[T]`` to ``[T, hidden_size]``. Who lacks a token's row adds zeros."""
+        if self.tokens.is_whole:
+            return self._rows(token_ids)
+        places = token_ids - self.tokens.start
+        is_mine = (places >= 0) & (places < len(self.tokens))
+        rows = self._rows(places.clamp(0, len(self.tokens) - 1))
+        return self.share.group.sum(rows.masked_fill(~is_mine[:, None], 0))
+
+    def _rows(self, places: Tensor) -> Tensor:
+        table = self.output if self.embedding is None else self.embedding
+        assert table is not None
+        return table.rows(places)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """Scores of every next token, ``[N, vocab_size]``, for the rows ``[N, hidden_size]`` of the last stage's
+        `forward`; where several share it, only the first has them, and the others get None."""
+        assert self.output is not None
+        logits = self.output(hidden)
+        return self.share.group.gather(logits, self.share.token_widths(self.config.vocab_size))
 
 
 class Layer(nn.Module):
@@ -86,6 +126,7 @@ class Layer(nn.Module):
         tables: dict[tuple[Rope, int], RotaryTables],
         dtype: torch.dtype,
         kernels: Kernels,
+        share: Share,
     ) -> None:
         super().__init__()
 
@@ -96,10 +137,10 @@ class Layer(nn.Module):
         attention = config.attention
         rotary = None if attention.rope is None else tables[attention.rope, attention.head_dim]
         self.attention_norm = norm("pre")
-        self.attention = Attention(model.hidden_size, attention, model.rms_norm_eps, rotary, dtype, kernels)
+        self.attention = Attention(model.hidden_size, attention, model.rms_norm_eps, rotary, dtype, kernels, share)
         self.attention_post_norm = norm("post")
         self.feed_forward_norm = norm("pre")
-        self.feed_forward = FeedForward(model.hidden_size, config.feed_forward, dtype, kernels)
+        self.feed_forward = FeedForward(model.hidden_size, config.feed_forward, dtype, kernels, share)
         self.feed_forward_post_norm = norm("post")
 
     def forward(self, hidden: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -124,17 +165,20 @@ def _read(hidden: Tensor, residual: Tensor, norm: Norm | None) -> tuple[Tensor, 
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, with one projection for the gate and what it gates."""
+    """SwiGLU, with one projection for the gate and what it gates; of its features, a share."""
 
-    def __init__(self, hidden_size: int, config: FeedForwardConfig, dtype: torch.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self, hidden_size: int, config: FeedForwardConfig, dtype: torch.dtype, kernels: Kernels, share: Share
+    ) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.gate_up_proj = Linear(hidden_size, 2 * [config.intermediate_size], config.bias, dtype, kernels)
-        self.down_proj = Linear(config.intermediate_size, [hidden_size], config.bias, dtype, kernels)
+        self.kernels, self.group = kernels, share.group
+        features = share.features(config.intermediate_size)
+        self.gate_up_proj = Linear(hidden_size, 2 * [features], config.bias, dtype, kernels)
+        self.down_proj = Linear(features, [hidden_size], config.bias and self.group.rank == 0, dtype, kernels)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[T, hidden_size]`` to ``[T, hidden_size]``."""
-        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(hidden)))
+        return self.group.sum(self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(hidden))))
 
 
 def _rotary_tables(config: ModelConfig, device: torch.device) -> dict[tuple[Rope, int], RotaryTables]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn import functional
 from mini_infer.exceptions import UnsupportedModelError
 from mini_infer.kernels import Kernels, PackedLinear, QuantizedMatrix, large_memory
 from mini_infer.models.matrices import Matrix, Ordered, bytes_of, join
+from mini_infer.parallel.slices import Span, whole
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Plain numbers, as safetensors and GGUF call them."""
@@ -47,20 +48,14 @@ class TensorSpec:
     dtypes: frozenset[str] = FLOATS
     optional: bool = False
 
-    def shard(self, along: Literal["outputs", "inputs"], rank: int, size: int) -> tuple[slice, ...]:
-        """The index of the part that rank ``rank`` of ``size`` holds if a matrix is cut along its outputs or inputs.
+    def cut(self, outputs: Span, inputs: Span) -> tuple[slice, ...]:
+        """The index of what belongs to some of the outputs, and of the inputs.
 
         Raises:
-            ValueError: the dimension is no multiple of ``size``.
+            ValueError: the tensor cannot be cut there.
         """
-        cut = self.outputs if along == "outputs" else self.inputs
-        index = [slice(0, length) for length in self.shape]
-        if cut is not None:
-            each, rest = divmod(self.shape[cut], size)
-            if rest:
-                raise ValueError(f"{self.name} {self.shape}: {self.shape[cut]} {along} cannot be cut into {size}")
-            index[cut] = slice(rank * each, (rank + 1) * each)
-        return tuple(index)
+        spans = {self.outputs: outputs, self.inputs: inputs}
+        return tuple(spans.get(dim, whole(length)).of(length) for dim, length in enumerate(self.shape))
 
 
 class Format(Protocol):
@@ -99,8 +94,9 @@ class Part:
         name: in the checkpoint.
         shape: there.
         parameter: of the module; "" if the module makes something of it first.
-        dim, start: it takes ``shape[dim]`` places of the parameter's dimension ``dim``, from ``start``.
+        dim, start: where it begins along the parameter's dimension ``dim``; it fills the others.
         dtypes, optional: see `TensorSpec`.
+        index: the part of it that is copied; None is all.
     """
 
     name: str
@@ -110,6 +106,16 @@ class Part:
     start: int = 0
     dtypes: frozenset[str] = FLOATS
     optional: bool = False
+    index: tuple[slice, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        """Places that it takes along ``dim``."""
+        return self.shape[self.dim] if self.index is None else self.index[self.dim].stop - self.index[self.dim].start
+
+
+Read: TypeAlias = Callable[[str, tuple[slice, ...] | None], Tensor]
+"""Gives a tensor of the checkpoint by its name, or of it what an index says, without reading more."""
 
 
 class Weighted(nn.Module):
@@ -117,25 +123,33 @@ class Weighted(nn.Module):
 
     Attributes:
         weight: its one tensor; a module that is made of other parts overrides `parts`.
+
+    Args:
+        rows: of that tensor, which of the checkpoint's it has.
+        shape: of each of them.
+        dtype: of the tensor.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, rows: Span, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = empty_parameter(shape, dtype)
+        self.span = rows
+        self.weight = empty_parameter((len(rows), *shape), dtype)
 
     def parts(self, names: Sequence[str]) -> list[Part]:
         """What the checkpoint has to hold, given what it calls this module."""
-        return [Part(f"{names[0]}.weight", tuple(self.weight.shape), "weight")]
+        shape = (self.span.total, *self.weight.shape[1:])
+        index = None if self.span.is_whole else (self.span.of(shape[0]), *(slice(0, n) for n in shape[1:]))
+        return [Part(f"{names[0]}.weight", shape, "weight", index=index)]
 
-    def fill(self, parts: Sequence[Part], read: Callable[[str], Tensor], device: torch.device) -> None:
-        """Give the parameters memory, and values from the checkpoint: what ``read`` gives for a part's name."""
+    def fill(self, parts: Sequence[Part], read: Read, device: torch.device) -> None:
+        """Give the parameters memory, and values from the checkpoint: what ``read`` gives for its parts."""
         for name, parameter in list(self.named_parameters(recurse=False)):
             self.register_parameter(name, _with_memory(parameter, device))
         for part in parts:
-            place = getattr(self, part.parameter).narrow(part.dim, part.start, part.shape[part.dim])
-            place.copy_(read(part.name))
+            place = getattr(self, part.parameter).narrow(part.dim, part.start, part.length)
+            place.copy_(read(part.name, part.index))
         self.finish()
 
     def finish(self) -> None:
@@ -143,10 +157,10 @@ class Weighted(nn.Module):
 
 
 class Norm(Weighted):
-    """RMSNorm with a weight ``[size]``."""
+    """RMSNorm with a weight of ``size``, or of a part of it, for whoever makes something of that."""
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, kernels: Kernels) -> None:
-        super().__init__((size,), dtype)
+    def __init__(self, size: int | Span, eps: float, dtype: torch.dtype, kernels: Kernels) -> None:
+        super().__init__(_span(size), (), dtype)
         self.eps = eps
         self.kernels = kernels
 
@@ -163,8 +177,8 @@ class Linear(Weighted):
     """x Wᵀ + b, where W may be several matrices of the checkpoint, one below the other.
 
     Args:
-        inputs: features of x.
-        outputs: rows of each of the matrices.
+        inputs: features of x; a span is those that x has, of all that the matrices have.
+        outputs: rows of each of the matrices, likewise.
         bias: they have biases.
         dtype: of the parameters, of x and of the result.
         kernels: who multiplies.
@@ -175,12 +189,20 @@ class Linear(Weighted):
         bytes: what the matrix takes, once it is filled.
     """
 
-    def __init__(self, inputs: int, outputs: Sequence[int], bias: bool, dtype: torch.dtype, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        inputs: int | Span,
+        outputs: Sequence[int | Span],
+        bias: bool,
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ) -> None:
         nn.Module.__init__(self)
-        self.inputs, self.outputs, self.bias_wanted, self.dtype, self.kernels = inputs, outputs, bias, dtype, kernels
+        self.inputs, self.outputs = _span(inputs), [_span(rows) for rows in outputs]
+        self.bias_wanted, self.dtype, self.kernels = bias, dtype, kernels
         self.formats: Sequence[Format] = [DENSE] * len(outputs)
         self.scheme: Callable[[Tensor], QuantizedMatrix] | None = None
-        for spec in DENSE.tensors(sum(outputs), inputs, bias):
+        for spec in DENSE.tensors(sum(map(len, self.outputs)), len(self.inputs), bias):
             self.register_parameter(spec.name, empty_parameter(spec.shape, dtype))
 
     def parts(self, names: Sequence[str]) -> list[Part]:
@@ -188,20 +210,24 @@ class Linear(Weighted):
         parts = []
         start: Counter[str] = Counter()
         for name, format, rows in zip(names, self.formats, self.outputs, strict=True):
-            for spec in format.tensors(rows, self.inputs, self.bias_wanted):
+            is_whole = rows.is_whole and self.inputs.is_whole
+            for spec in format.tensors(rows.total, self.inputs.total, self.bias_wanted):
                 dim, parameter = spec.outputs or 0, spec.name if plain else ""
                 place = (dim, start[spec.name]) if plain else (0, 0)
-                parts.append(Part(f"{name}.{spec.name}", spec.shape, parameter, *place, spec.dtypes, spec.optional))
-                start[spec.name] += spec.shape[dim] if spec.shape else 0
+                index = None if is_whole else spec.cut(rows, self.inputs)
+                full = f"{name}.{spec.name}"
+                part = Part(full, spec.shape, parameter, *place, spec.dtypes, spec.optional, index)
+                parts.append(part)
+                start[spec.name] += part.length if plain else 0
         return parts
 
-    def fill(self, parts: Sequence[Part], read: Callable[[str], Tensor], device: torch.device) -> None:
+    def fill(self, parts: Sequence[Part], read: Read, device: torch.device) -> None:
         if all(part.parameter for part in parts):
             return super().fill(parts, read, device)
         tensors: dict[str, dict[str, Tensor]] = {}
         for part in parts:  # those of one matrix share what stands before their last word
             matrix, _, name = part.name.rpartition(".")
-            tensors.setdefault(matrix, {})[name] = read(part.name).to(device)
+            tensors.setdefault(matrix, {})[name] = read(part.name, part.index).to(device)
         biases = [some["bias"].to(self.dtype) for some in tensors.values() if "bias" in some]
         matrices = [format.matrix(some) for format, some in zip(self.formats, tensors.values(), strict=True)]
         self._pack(join(matrices, self.dtype), torch.cat(biases) if biases else None)
@@ -230,28 +256,37 @@ class Linear(Weighted):
 class Embedding(Weighted):
     """A matrix of which only rows are looked up.
 
+    Args:
+        rows: which of the checkpoint's it has.
+        inputs: numbers in each.
+        dtype: of them.
+
     Attributes:
         formats: how it is written down, one of them.
         bytes: what it takes.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        super().__init__(shape, dtype)
+    def __init__(self, rows: Span, inputs: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, (inputs,), dtype)
         self.dtype = dtype
         self.formats: Sequence[Format] = [DENSE]
         self.bytes = self.weight.nbytes
         self._matrix: QuantizedMatrix | None = None
 
     def parts(self, names: Sequence[str]) -> list[Part]:
-        outputs, inputs = self.weight.shape
+        inputs = self.weight.shape[1]
         parameter = "weight" if self.formats[0] is DENSE else ""
-        specs = self.formats[0].tensors(outputs, inputs, False)
-        return [Part(f"{names[0]}.{s.name}", s.shape, parameter, dtypes=s.dtypes, optional=s.optional) for s in specs]
+        parts = []
+        for spec in self.formats[0].tensors(self.span.total, inputs, False):
+            index = None if self.span.is_whole else spec.cut(self.span, whole(inputs))
+            full = f"{names[0]}.{spec.name}"
+            parts.append(Part(full, spec.shape, parameter, 0, 0, spec.dtypes, spec.optional, index))
+        return parts
 
-    def fill(self, parts: Sequence[Part], read: Callable[[str], Tensor], device: torch.device) -> None:
+    def fill(self, parts: Sequence[Part], read: Read, device: torch.device) -> None:
         if all(part.parameter for part in parts):
             return super().fill(parts, read, device)
-        tensors = {part.name.rpartition(".")[2]: read(part.name).to(device) for part in parts}
+        tensors = {part.name.rpartition(".")[2]: read(part.name, part.index).to(device) for part in parts}
         matrix = self.formats[0].matrix(tensors)
         self.bytes = bytes_of(matrix)
         if isinstance(matrix, Tensor):
@@ -287,6 +322,10 @@ def _packed(matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, kernels: Ke
 def _with_memory(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     empty = large_memory.empty if device.type == "cpu" else partial(torch.empty, device=device)
     return nn.Parameter(empty(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+
+
+def _span(places: int | Span) -> Span:
+    return whole(places) if isinstance(places, int) else places
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -9,7 +9,7 @@ one layer's.
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -20,16 +20,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
+from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError, UnsupportedModelError
 from mini_infer.kernels import Kernels, large_memory
 from mini_infer.models.checkpoint import Checkpoint, Stored
 from mini_infer.models.config import ModelConfig
 from mini_infer.models.decoder import Decoder
 from mini_infer.models.families import FAMILIES, Names
 from mini_infer.models.gguf import GgufModel, is_gguf
-from mini_infer.models.linear import DENSE, Embedding, Format, Linear, Part, Weighted
+from mini_infer.models.linear import DENSE, Embedding, Format, Linear, Part, Read, Weighted
 from mini_infer.models.quantization import Quantization, quantize
 from mini_infer.models.rope import LongRope
+from mini_infer.parallel.share import WHOLE, Share
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,17 @@ class Safetensors:
         self._quantization = quantization
 
     @contextmanager
-    def reading(self, names: Collection[str]) -> Iterator[Callable[[str], Tensor]]:
+    def reading(self, names: Collection[str]) -> Iterator[Read]:
         with ExitStack() as stack:
             paths = {self.stored[name].path for name in names}
             readers = {path: stack.enter_context(_reading(path)) for path in paths}
-            yield lambda name: readers[self.stored[name].path].get_tensor(name)
+
+            def read(name: str, index: tuple[slice, ...] | None) -> Tensor:
+                reader = readers[self.stored[name].path]
+                tensor: Tensor = reader.get_tensor(name) if index is None else reader.get_slice(name)[index]
+                return tensor
+
+            yield read
 
     def format(self, matrix: str) -> Format:
         return DENSE if self._quantization is None else self._quantization.format(matrix, self.stored)
@@ -82,6 +89,7 @@ def load_model(
     device: str | torch.device,
     kernels: Kernels,
     quantization: str | None = None,
+    share: Share = WHOLE,
 ) -> Decoder:
     """Build the decoder that `config` describes and fill it from the files in `directory`.
 
@@ -98,6 +106,7 @@ def load_model(
         kernels: who computes.
         quantization: what becomes of matrices that are plain numbers: None, "int8" or "int4". It is done matrix by
             matrix, so there is never more than one of them in its original size.
+        share: which part of the model to build; nothing else of the files is read.
 
     Raises:
         InvalidCheckpointError: a file or tensor is missing, unexpected, misshapen or unreadable.
@@ -114,15 +123,12 @@ def load_model(
     names = FAMILIES[config.architecture].NAMES
     config, names = _untangle_embeddings(config, names, stored, dtype)
     _mention_longrope(config)
-    with _explaining_memory(directory, config, dtype, device, kernels):
-        model = Decoder(config, dtype, device, kernels)
+    with _explaining_memory(directory, config, dtype, device, kernels, share):
+        model = Decoder(config, dtype, device, kernels, share)
         quantize(model, quantization)
-        fills = [
-            _fill_of(path, module, names, checkpoint)
-            for path, module in model.named_modules()
-            if isinstance(module, Weighted)
-        ]
-        _check(stored, [part for fill in fills for part in fill.parts], config, directory)
+        fills = _fills(model, names, checkpoint)
+        all_fills = fills if share.is_whole else _fills(Decoder(config, dtype, "meta", kernels), names, checkpoint)
+        _check(stored, [part for fill in all_fills for part in fill.parts], config, directory)
         for _, layer in groupby(fills, key=lambda fill: fill.layer):
             together = list(layer)
             with checkpoint.reading({part.name for fill in together for part in fill.parts}) as read:
@@ -198,14 +204,24 @@ def _headers(files: Sequence[Path]) -> dict[str, Stored]:
     return stored
 
 
-def _fill_of(path: str, module: Weighted, names: Names, checkpoint: Checkpoint) -> _Fill:
-    """What to do for the module at ``path`` of the model, given what the checkpoint calls it."""
-    layer = path.split(".")[1] if path.startswith("layers.") else ""
-    called = [pattern.replace("*", layer) for pattern in names[path.replace(f".{layer}.", ".*.", 1)]]
-    if isinstance(module, Linear | Embedding):
-        module.formats = [checkpoint.format(name) for name in called]
-    parts = [part for part in module.parts(called) if not part.optional or part.name in checkpoint.stored]
-    return _Fill(layer, module, parts)
+def _fills(model: Decoder, names: Names, checkpoint: Checkpoint) -> list[_Fill]:
+    """What to do for each module of a model, given what the checkpoint calls it."""
+    fills = []
+    for path, module in model.named_modules():
+        if isinstance(module, Weighted):
+            place = path.split(".")[1] if path.startswith("layers.") else ""
+            layer = place and str(model.span.start + int(place))
+            called = [pattern.replace("*", layer) for pattern in names[path.replace(f".{place}.", ".*.", 1)]]
+            if isinstance(module, Linear | Embedding):
+                module.formats = [checkpoint.format(name) for name in called]
+                if model.share.group.size > 1 and any(format is not DENSE for format in module.formats):
+                    raise UnsupportedModelError(
+                        f"{called[0]} is quantised, and quantised layers cannot be shared out yet: use "
+                        "pipeline_parallel_size or data_parallel_size instead of tensor_parallel_size"
+                    )
+            parts = [part for part in module.parts(called) if not part.optional or part.name in checkpoint.stored]
+            fills.append(_Fill(layer, module, parts))
+    return fills
 
 
 def _untangle_embeddings(
@@ -292,14 +308,14 @@ def _few(names: Collection[str]) -> str:
 
 @contextmanager
 def _explaining_memory(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, kernels: Kernels, share: Share
 ) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if not large_memory.is_out_of_memory(error):
             raise
-        needed = Decoder(config, dtype, "meta", kernels).weight_bytes
+        needed = Decoder(config, dtype, "meta", kernels, share).weight_bytes
         raise OutOfMemoryError(
             f"the weights in {directory} need {needed / 2**30:.1f} GiB as {dtype}, more than {device} has free; use a "
             "narrower dtype, a smaller model or another device, or stop what else uses its memory"

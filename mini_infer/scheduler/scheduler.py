@@ -70,6 +70,8 @@ class Scheduler:
             the cheaper by ``costs``.
         costs: the estimate for "auto".
         fair_size: sequences that a step may decode before callers with many of them take turns among their own.
+        num_stages: steps that are under way at once, none of which may need what another one samples; each then takes
+            its fair share of the sequences and of the budget.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Scheduler:
         preemption_mode: PreemptionMode = "recompute",
         costs: PreemptionCosts | None = None,
         fair_size: int = 32,
+        num_stages: int = 1,
     ) -> None:
         check_int(InvalidConfigError, "max_num_seqs", max_num_seqs, 1)
         check_int(InvalidConfigError, "max_model_len", max_model_len, 1)
@@ -114,6 +117,7 @@ class Scheduler:
         self._policy = policy or FirstComeFirstServed()
         self._preemption_mode = preemption_mode
         self._costs = costs
+        self._num_stages = num_stages
         self._watermark_blocks = math.ceil(watermark * block_manager.num_gpu_blocks)
         self._arrivals = count()
 
@@ -146,8 +150,13 @@ class Scheduler:
         An empty plan means that there is nothing to compute now; where steps are under way, there may be once they are
         committed.
         """
-        draft = PlanDraft(self.max_num_batched_tokens)
+        draft = PlanDraft(-(-self.max_num_batched_tokens // self._num_stages))
+        whole_budget = draft.budget
         ready = [sequence for sequence in self.running if sequence.can_step]
+        room = len(self.running) + len(self.waiting)
+        if self._num_stages > 1:
+            room = -(-room // self._num_stages)
+            ready = [sequence for sequence in ready if not sequence.num_placeholders]
         ready = self._shares.choose(ready, self.waiting.callers)
         num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
 
@@ -155,7 +164,7 @@ class Scheduler:
         # admitted. Whoever is preempted to make room goes last in this very loop, so nothing was promised to it yet.
         chunks = []
         for sequence in ready:
-            if draft.budget == 0:
+            if draft.budget == 0 or len(draft.scheduled) == room:
                 break
             if sequence.status is not RUNNING:
                 continue
@@ -180,12 +189,14 @@ class Scheduler:
                 self._schedule(sequence, draft)
 
         for sequence in chunks:
-            if draft.budget == 0:
+            if draft.budget == 0 or len(draft.scheduled) == room:
                 break
             if sequence.status is RUNNING:
                 self._schedule(sequence, draft)
 
-        while self.waiting and draft.budget and not (draft.scheduled and draft.preempted):
+        while (
+            self.waiting and draft.budget and len(draft.scheduled) < room and not (draft.scheduled and draft.preempted)
+        ):
             crowding = crowding_callers(self.running, self._num_taken_seats, self.max_num_seqs)
             first = self.waiting.first(crowding)
             if first is None:
@@ -202,7 +213,7 @@ class Scheduler:
             else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
                 self._preempt(self.running[-1], draft)
 
-        plan = draft.finish(self.max_num_batched_tokens - draft.budget)
+        plan = draft.finish(whole_budget - draft.budget)
         for item in plan.scheduled:
             self._expect(item)
         return plan
@@ -343,6 +354,15 @@ class Scheduler:
                 self.running.remove(sequence)
             if sequence.status is not WAITING and not rests:
                 self._queue(sequence)
+
+    def lose_cache(self) -> None:
+        """What the blocks of both pools held is gone, while no step is under way: all of it is computed again."""
+        for sequence in list(self.running):
+            self.running.remove(sequence)
+            self._wait_again(sequence)
+        for sequence in self.waiting:
+            self._holdings.drop_swapped(sequence)
+        self.block_manager.forget_all()
 
     # ---- one sequence --------------------------------------------------------------------------------------------
 

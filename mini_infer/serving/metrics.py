@@ -1,7 +1,7 @@
 """Numbers for Prometheus, under names that parallel vLLM's: ``vllm:NAME`` there is ``mini_infer:NAME`` here."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -94,11 +94,11 @@ class Metrics:
         self._generation.observe(sum(len(completion.token_ids) for completion in output.outputs))
         self._ended.labels(*self._labels, output.finish_reason).inc()
 
-    def render(self, stats: EngineStats, num_queued: int) -> bytes:
+    def render(self, stats: Sequence[EngineStats], num_queued: int) -> bytes:
         """All of it in Prometheus' text format.
 
         Args:
-            stats: the engine's.
+            stats: of each replica; where there are several, each has a label.
             num_queued: requests that wait for their turn before the engine has them.
         """
         now = CollectorRegistry()
@@ -109,15 +109,18 @@ class Metrics:
 class _StatsCollector(Collector):
     """The engine's own numbers as metrics."""
 
-    def __init__(self, stats: EngineStats, num_queued: int, labels: list[str]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Sequence[EngineStats], num_queued: int, labels: list[str]) -> None:
         self._num_queued = num_queued
         self._labels = labels
+        self._names = ["model_name"] if len(stats) == 1 else ["model_name", "replica"]
+        own = [[]] if len(stats) == 1 else [[str(number)] for number in range(len(stats))]
+        self._replicas = [([*labels, *label], each) for label, each in zip(own, stats, strict=True)]
 
     def collect(self) -> Iterable[Metric]:
         for name, (help, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"mini_infer:{name}", help, labels=["model_name"])
-            gauge.add_metric(self._labels, value(self._stats))
+            gauge = GaugeMetricFamily(f"mini_infer:{name}", help, labels=self._names)
+            for labels, stats in self._replicas:
+                gauge.add_metric(labels, value(stats))
             yield gauge
         queued = GaugeMetricFamily(
             "mini_infer:num_requests_queued", "Requests that wait for their turn at the door", labels=["model_name"]
@@ -125,6 +128,7 @@ class _StatsCollector(Collector):
         queued.add_metric(self._labels, self._num_queued)
         yield queued
         for name, (help, value) in _COUNTERS.items():
-            counter = CounterMetricFamily(f"mini_infer:{name}", help, labels=["model_name"])
-            counter.add_metric(self._labels, value(self._stats))
+            counter = CounterMetricFamily(f"mini_infer:{name}", help, labels=self._names)
+            for labels, stats in self._replicas:
+                counter.add_metric(labels, value(stats))
             yield counter

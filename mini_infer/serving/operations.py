@@ -53,7 +53,7 @@ def operations_router(service: Service, metrics: Metrics, events: EngineEvents) 
     @router.get("/metrics", summary="Numbers for Prometheus", response_class=Response)
     async def prometheus() -> Response:
         try:
-            stats = await asyncio.wait_for(service.engine.stats(), STATS_SECONDS)
+            stats = await asyncio.wait_for(service.engine.stats_per_replica(), STATS_SECONDS)
         except asyncio.TimeoutError:
             raise ApiError(503, "the step under way takes long; ask again", code="busy") from None
         return Response(metrics.render(stats, service.turns.num_waiting), media_type=CONTENT_TYPE_LATEST)

@@ -67,6 +67,7 @@ def serve(
     Raises:
         InvalidConfigError: the address cannot be had, or the config or an option is unusable.
         ModelNotFoundError, InvalidCheckpointError, UnsupportedModelError, OutOfMemoryError: about the checkpoint.
+        RankError: what computes has died, and could not be started anew; everybody who waited was told.
     """
     check_options(api_key, salt_by_key, request_timeout, step_timeout)  # before the model is loaded
     check_number(InvalidConfigError, "drain_timeout", drain_timeout, 0)
@@ -90,6 +91,8 @@ def serve(
         finally:
             gc.unfreeze()  # or libraries complain of what is left when the interpreter ends
             has_ended = engine.shutdown(JOIN_SECONDS)
+    if engine.failure is not None:
+        raise engine.failure
     if not has_ended:  # Python would wait for it
         logging.shutdown()
         os._exit(STUCK)
@@ -172,6 +175,11 @@ class Server(uvicorn.Server):
         warned = False
         while True:
             await asyncio.sleep(min(1.0, self._step_timeout / 4))
+            if self._engine.failure is not None:
+                logger.critical("the engine has ended, and so does the server: %s", self._engine.failure)
+                self._admission.draining.set()
+                self.should_exit = True
+                return
             seconds = self._engine.step_seconds
             if seconds > self._step_timeout and not warned:
                 logger.critical("a step has been running for %.0f seconds; /health says so", seconds)

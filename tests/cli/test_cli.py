@@ -18,7 +18,7 @@ from mini_infer.config import BUNDLED_MODEL
 ENTRY = "from mini_infer.cli import app; app(prog_name='mini-infer')"
 ROOT = Path(mini_infer.__file__).parents[1]
 
-COMMANDS = ("chat", "generate", "serve", "demo", "info", "bench", "kernels", "trace", "learn")
+COMMANDS = ("chat", "generate", "serve", "demo", "info", "bench", "kernels", "rank", "trace", "learn")
 
 needs_the_model = pytest.mark.skipif(
     not (Path(BUNDLED_MODEL) / "model.safetensors").exists(), reason="the bundled model is not there yet"

@@ -388,8 +388,9 @@ class TestChat:
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    *[({f"{kind}_parallel_size": 2}, f"{kind}_parallel_size=2") for kind in ("tensor", "pipeline", "data")],
-    ({"tensor_parallel_size": 0}, "got 0"),
+    *[({f"{kind}_parallel_size": 0}, f"{kind}_parallel_size must") for kind in ("tensor", "pipeline", "data")],
+    ({"launch": "mpi"}, "'mpi'"),
+    ({"rank_timeout": 0}, "rank_timeout"),
     ({"num_cpu_blocks": -4}, "got -4"),
     ({"enable_prefix_caching": "yes"}, "'yes'"),
     ({"scheduling_policy": "lottery"}, "'lottery'"),
@@ -402,7 +403,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "'int8'"),
     ({"dtype": torch.float32}, "torch.float32"),
     ({"device": 0}, "got 0"),
-    ({"devices": ["cpu"]}, "['cpu']"),
+    ({"devices": ["cpu", 1]}, "['cpu', 1]"),
     ({"tokenizer_mode": "mistral"}, "'mistral'"),
     *[({"max_num_seqs": value}, repr(value)) for value in (0, -1, 1.5, "8", True, None)],
     *[({"block_size": value}, repr(value)) for value in (0, -16, 2.0)],

@@ -47,7 +47,7 @@ class PagedRun:
         self.tables = [[block_ids.pop() for _ in range(count)] for count in needed]
         self.kv_cache = [
             KERNELS.allocate_kv_cache(sum(needed) + 1, block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, "cpu")
-            for spec in model.config.cache_specs(dtype)
+            for spec in model.config.cache_specs(dtype, model.share)
         ]
         for caches in self.kv_cache:
             for cache in caches:
@@ -79,9 +79,11 @@ class PagedRun:
             ),
         )
         logits = self.model.compute_logits(self.model(batch, self.kv_cache))
-        for s, rows in zip(order, logits.split([chunks[s] for s in order]), strict=True):
-            self.logits[s].append(rows)
+        for s in order:
             self.done[s] += chunks[s]
+        if logits is not None:  # of ranks that share a model one has them
+            for s, rows in zip(order, logits.split([chunks[s] for s in order]), strict=True):
+                self.logits[s].append(rows)
 
     def finish(self, seed: int) -> list[Tensor]:
         """Step random sequences by random chunks, then by single tokens, until all is computed; logits per sequence."""
@@ -89,7 +91,7 @@ class PagedRun:
         while unfinished := [s for s in range(len(self.sequences)) if self.done[s] < len(self.sequences[s])]:
             chosen = draw.sample(unfinished, draw.randint(1, len(unfinished)))
             self.step({s: min(draw.choice((1, 1, 3, 8, 17)), len(self.sequences[s]) - self.done[s]) for s in chosen})
-        return [torch.cat(rows) for rows in self.logits]
+        return [torch.cat(rows) for rows in self.logits if rows]
 
 
 def compare(

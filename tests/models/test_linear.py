@@ -5,6 +5,7 @@ import torch
 
 from mini_infer import kernels
 from mini_infer.models.linear import DENSE, Linear, Part, TensorSpec
+from mini_infer.parallel.slices import Span, fair, whole
 
 KERNELS = kernels.resolve("cpu")
 
@@ -40,28 +41,32 @@ def test_several_matrices_are_one_product() -> None:
     assert not list(linear.parameters()), "what is packed is let go of"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6])
 def test_shards_of_a_matrix_make_up_its_product(size: int) -> None:
     outputs, inputs = 12, 6
     specs = {spec.name: spec for spec in DENSE.tensors(outputs, inputs, bias=True)}
-    whole = {name: torch.randn(spec.shape, dtype=torch.float64) for name, spec in specs.items()}
+    tensors = {name: torch.randn(spec.shape, dtype=torch.float64) for name, spec in specs.items()}
     x = torch.randn(4, inputs, dtype=torch.float64)
-    expected = x @ whole["weight"].T + whole["bias"]
+    expected = x @ tensors["weight"].T + tensors["bias"]
 
     by_outputs = []
     for rank in range(size):
-        mine = {name: whole[name][spec.shard("outputs", rank, size)] for name, spec in specs.items()}
+        mine = {name: tensors[name][spec.cut(fair(outputs, rank, size), whole(inputs))] for name, spec in specs.items()}
         by_outputs.append(x @ mine["weight"].T + mine["bias"])
     torch.testing.assert_close(torch.cat(by_outputs, dim=1), expected)
 
     by_inputs = torch.zeros(4, outputs, dtype=torch.float64)
     for rank in range(size):
-        mine = whole["weight"][specs["weight"].shard("inputs", rank, size)]
-        by_inputs += x.chunk(size, dim=1)[rank] @ mine.T
-        assert specs["bias"].shard("inputs", rank, size) == (slice(0, outputs),), "every rank has all of it"
-    torch.testing.assert_close(by_inputs + whole["bias"], expected)
+        span = fair(inputs, rank, size)
+        mine = tensors["weight"][specs["weight"].cut(whole(outputs), span)]
+        by_inputs += x[:, span.start : span.stop] @ mine.T
+        assert specs["bias"].cut(whole(outputs), span) == (slice(0, outputs),), "every rank has all of it"
+    torch.testing.assert_close(by_inputs + tensors["bias"], expected)
 
 
-def test_a_matrix_that_cannot_be_cut_evenly() -> None:
-    with pytest.raises(ValueError, match=r"weight \(10, 6\): 10 outputs cannot be cut into 4"):
-        TensorSpec("weight", (10, 6), outputs=0, inputs=1).shard("outputs", 0, 4)
+def test_a_tensor_with_one_row_for_several_outputs_is_cut_between_them() -> None:
+    """As a scale of 128 outputs is, in a format that has such."""
+    scales = TensorSpec("scale", (3, 6), outputs=0, inputs=1)
+    assert scales.cut(Span(128, 384, 384), whole(6)) == (slice(1, 3), slice(0, 6))
+    with pytest.raises(ValueError, match="100 to 384 of 384 is no whole part of 3"):
+        scales.cut(Span(100, 384, 384), whole(6))

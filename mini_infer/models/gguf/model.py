@@ -7,7 +7,7 @@ costs one copy.
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models.checkpoint import Stored
 from mini_infer.models.gguf.blocks import DENSE_TYPES, read_blocks
 from mini_infer.models.gguf.file import GgufFile, split_files
-from mini_infer.models.linear import DENSE, Format, TensorSpec, bias_spec
+from mini_infer.models.linear import DENSE, Format, Read, TensorSpec, bias_spec
 
 
 class _Architecture(NamedTuple):
@@ -124,8 +124,9 @@ class GgufModel:
         self.fields = self._fields()
 
     @contextmanager
-    def reading(self, names: Collection[str]) -> Iterator[Callable[[str], Tensor]]:
-        yield self.read  # the files are mapped
+    def reading(self, names: Collection[str]) -> Iterator[Read]:
+        # The files are mapped.
+        yield lambda name, index: self.read(name) if index is None else self.read(name)[index]
 
     def format(self, matrix: str) -> Format:
         stored = self.stored.get(f"{matrix}.weight")

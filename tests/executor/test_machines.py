@@ -1,0 +1,153 @@
+"""Ranks that somebody starts by hand: with the key and without, too few of them, and on two machines that are really
+two network namespaces, with the cable between them pulled out."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mini_infer import LLM
+from mini_infer.exceptions import InvalidConfigError, RankError
+
+from .layouts import PRESSURE, assert_same, draw_requests, make_model
+
+KEY = "a long text that nobody guesses"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def rank_process(address: str, key: str = KEY, *before: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*before, sys.executable, "-m", "mini_infer", "rank", "--join", address, "--device", "cpu", "--timeout", "90"],
+        env={**os.environ, "MINI_INFER_RANK_KEY": key},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_ranks_join_with_the_key_and_nobody_without(model: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_INFER_RANK_KEY", KEY)
+    address = f"127.0.0.1:{port}"
+    stranger = rank_process(address, "something else")
+    ranks = [rank_process(address) for _ in range(2)]
+    fields = {"tensor_parallel_size": 2, "launch": "join", "rank_address": address, "start_timeout": 120.0}
+    with LLM(model, **PRESSURE, **fields) as engine:
+        prompts, params = draw_requests(41, 6)
+        outputs = engine.generate(prompts, params, False)
+    assert_same(outputs, LLM(model, **PRESSURE).generate(prompts, params, False))
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert stranger.wait(60) != 0
+    assert stranger.stdout is not None and "another key" in stranger.stdout.read()
+
+
+def test_one_is_missing(model: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_INFER_RANK_KEY", KEY)
+    address = f"127.0.0.1:{port}"
+    rank = rank_process(address)
+    fields = {"tensor_parallel_size": 2, "launch": "join", "rank_address": address, "start_timeout": 20.0}
+    with pytest.raises(RankError, match="1 of 2 ranks have joined"):
+        LLM(model, **PRESSURE, **fields)
+    assert rank.wait(60) != 0
+
+
+def test_without_a_key_nobody_listens(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINI_INFER_RANK_KEY", raising=False)
+    with pytest.raises(InvalidConfigError, match="MINI_INFER_RANK_KEY"):
+        LLM(model, **PRESSURE, launch="join")
+
+
+# ---- two machines ------------------------------------------------------------------------------------------------
+
+NAMES = ("mi-one", "mi-two")
+ADDRESSES = ("10.203.0.1", "10.203.0.2")
+
+DRIVER = """
+import sys, time
+from mini_infer import LLM, SamplingParams
+from mini_infer.exceptions import RankError
+endless = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+with LLM({model!r}, tensor_parallel_size=2, launch="join", rank_address="10.203.0.1:7007", dtype="float64",
+         device="cpu", kernel_backend="reference", num_gpu_blocks=100, start_timeout=90.0, rank_timeout=6.0) as llm:
+    print(llm.generate([[1, 2, 3]], endless, False)[0].token_ids, flush=True)
+    try:
+        while True:
+            llm.generate([[1, 2, 3]] * 4, endless, False)
+            print("again", flush=True)
+    except RankError as error:
+        print("RankError", error, flush=True)
+"""
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[None]:
+    """Two of them, with a cable between, and no other way to anywhere."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("needs root and iproute2, to make network namespaces")
+    try:
+        for name in NAMES:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not permitted here: {error.stderr.decode().strip()}")
+    try:
+        ip("link", "add", "mi-a", "netns", NAMES[0], "type", "veth", "peer", "name", "mi-b", "netns", NAMES[1])
+        for name, device, address in zip(NAMES, ("mi-a", "mi-b"), ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield
+    finally:
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def test_two_machines_until_the_cable_is_pulled_out(model: Path, machines: None) -> None:
+    """Their hostname resolves to a loopback address, as that of many machines does."""
+
+    def on(place: int) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", NAMES[place])
+
+    driver = subprocess.Popen(
+        [*on(0), sys.executable, "-c", textwrap.dedent(DRIVER.format(model=str(model)))],
+        env={**os.environ, "MINI_INFER_RANK_KEY": KEY},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    ranks = [rank_process("10.203.0.1:7007", KEY, *on(place)) for place in (0, 1)]
+    assert driver.stdout is not None
+    tokens = driver.stdout.readline()
+    alone = LLM(model, dtype="float64", device="cpu", kernel_backend="reference", num_gpu_blocks=100)
+    from mini_infer import SamplingParams
+
+    endless = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    assert tokens.strip() == str(alone.generate([[1, 2, 3]], endless, False)[0].token_ids)
+    assert driver.stdout.readline() == "again\n"
+    ip("-n", NAMES[1], "link", "set", "mi-b", "down")
+    began = time.monotonic()
+    words = driver.stdout.read()
+    assert "RankError" in words
+    assert [rank.wait(30) != 0 for rank in ranks] == [True, True]
+    assert driver.wait(30) == 0
+    print(f"noticed after {time.monotonic() - began:.1f} s")

@@ -122,4 +122,6 @@ def _log_probabilities(model: Decoder, tokens: Tensor) -> Iterator[Tensor]:
     )
     hidden = model(Batch(tokens, torch.arange(count), metadata), cache)[:-1]
     for rows in hidden.split(ROWS_AT_ONCE):
-        yield model.compute_logits(rows).double().log_softmax(-1)
+        logits = model.compute_logits(rows)
+        assert logits is not None, "the whole model has them"
+        yield logits.double().log_softmax(-1)

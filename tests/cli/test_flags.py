@@ -27,7 +27,7 @@ ENGINE_VALUES: dict[str, Any] = {
     "trust_remote_code": lambda r: r.random() < 0.5,
     "cache_dir": lambda r: "/some/where",
     "dtype": lambda r: r.choice(DTYPES),
-    "quantization": lambda r: r.choice([None, "int8", "int4"]),
+    "quantization": lambda r: r.choice(["int8", "int4"]),
     "device": lambda r: r.choice(["cpu", "cuda:3", "cuda:0,cuda:1", "cpu:2"]),
     "kernel_backend": lambda r: r.choice(["reference", "mine"]),
     "enforce_eager": lambda r: r.random() < 0.5,

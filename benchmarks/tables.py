@@ -21,11 +21,13 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "en": {
         "machine": "{cores} cores of an {model}",
         "source": "{machine}, {date}; `{command}`, `benchmarks/results/{file}`.",
-        "compare": "| workload | Mini-Infer | sampled | vLLM | transformers | over vLLM | over transformers "
-        "| of the floor |",
-        "figures": "| output tokens per second, bfloat16 | Mini-Infer | vLLM | transformers |",
-        "figures_note": "Random weights in the shape of Qwen3-0.6B and in a tiny one; medians of {rounds} alternating "
-        "rounds; {machine}, {date}; a dash: not measured. How, and how to repeat it: [Benchmarks]({page}).",
+        "compare": "| workload | Mini-Infer | sampled | vLLM | OpenVINO | llama.cpp | transformers "
+        "| over the best of them | of the floor |",
+        "figures": "| output tokens per second, bfloat16 | Mini-Infer | vLLM | OpenVINO | llama.cpp | transformers "
+        "| over the best of them |",
+        "8 chat requests": "SmolLM2-135M, 8 requests, 64-256 in, 64-128 out",
+        "figures_note": "Medians of {rounds} alternating "
+        "rounds; {machine}, {date}; a dash: not measured; below 1.00x we lose. How, and how to repeat it: [Benchmarks]({page}).",
         "1 request": "0.6B shape, 1 request, 32 in, 128 out",
         "16 requests": "0.6B shape, 16 requests, 32-256 in, 16-128 out",
         "64 requests": "0.6B shape, 64 requests, 32-64 in and out",
@@ -70,10 +72,13 @@ WORDS: Mapping[str, Mapping[str, str]] = {
     "zh": {
         "machine": "{model} 的 {cores} 个核心",
         "source": "{machine}，{date}；`{command}`，`benchmarks/results/{file}`。",
-        "compare": "| 负载 | Mini-Infer | 随机采样 | vLLM | transformers | 对 vLLM | 对 transformers | 占下限 |",
-        "figures": "| 每秒输出词元数，bfloat16 | Mini-Infer | vLLM | transformers |",
-        "figures_note": "Qwen3-0.6B 规模和一个微型规模，随机权重；轮流运行 {rounds} 轮取中位数；{machine}，{date}；"
-        "短横表示未测。怎样测的、怎样重做，见[性能测量]({page})。",
+        "compare": "| 负载 | Mini-Infer | 随机采样 | vLLM | OpenVINO | llama.cpp | transformers "
+        "| 对其中最快者 | 占下限 |",
+        "figures": "| 每秒输出词元数，bfloat16 | Mini-Infer | vLLM | OpenVINO | llama.cpp | transformers "
+        "| 对其中最快者 |",
+        "8 chat requests": "SmolLM2-135M，8 个请求，输入 64-256、输出 64-128",
+        "figures_note": "轮流运行 {rounds} 轮取中位数；{machine}，{date}；"
+        "短横表示未测，低于 1.00x 表示我们输了。怎样测的、怎样重做，见[性能测量]({page})。",
         "1 request": "0.6B 规模，1 个请求，输入 32、输出 128",
         "16 requests": "0.6B 规模，16 个请求，输入 32-256、输出 16-128",
         "64 requests": "0.6B 规模，64 个请求，输入、输出各 32-64",
@@ -124,14 +129,19 @@ def results(name: str) -> dict[str, Any]:
     return read
 
 
+def compared() -> list[str]:
+    """The results of `benchmarks.compare`, one for each processor that was met."""
+    return sorted(path.stem for path in RESULTS.glob("compare-cpu-*.json"))
+
+
 def tables(language: str) -> dict[str, str]:
     """Every table there is, in a language, by the name in its markers."""
     words = WORDS[language]
     kernels = results("kernels-cpu")
     each = {f"kernel {op}": kernel_table(kernels, op, words) for op in _ops(kernels)}
     return each | {
-        "compare": compare_table(results("compare-cpu"), words),
-        "figures": figures_table(results("compare-cpu"), words, BENCHMARKS_PAGE[language]),
+        "compare": "\n\n".join(compare_table(name, words) for name in compared()),
+        "figures": "\n\n".join(figures_table(name, words, BENCHMARKS_PAGE[language]) for name in compared()),
         "kernels": kernels_table(kernels, words),
         "quantized": quantized_table(results("quantized-cpu"), words),
         "tricks": tricks_table(results("tricks-cpu"), words),
@@ -145,7 +155,7 @@ def charts(language: str) -> dict[str, str]:
     """Every chart there is, in a language, by its file's name."""
     words = WORDS[language]
     return {
-        f"compare-cpu.{language}.svg": compare_chart(results("compare-cpu"), words),
+        f"compare-cpu.{language}.svg": compare_chart([results(name) for name in compared()], words),
         f"kernels-cpu.{language}.svg": kernels_chart(results("kernels-cpu"), words),
     }
 
@@ -167,18 +177,23 @@ def _rate(engines: dict[str, Any], label: str) -> str:
     return f"{rate:,.{0 if rate >= 1000 else 1}f}"
 
 
-def compare_table(compared: dict[str, Any], words: Mapping[str, str]) -> str:
-    """Mini-Infer beside its peers."""
-    lines = [words["compare"], "|---|" + "---:|" * 7]
-    for name, engines in _workloads(compared, words):
+PEERS = {"vllm": "vLLM", "openvino": "OpenVINO", "llama.cpp": "llama.cpp", "transformers": "transformers"}
 
-        def over(label: str, engines: dict[str, Any] = engines) -> str:
-            ratio = engines[label]["mini_infer_is_times_as_fast"] if label in engines else None
-            return f"{ratio:.2f}x" if ratio else "-"
 
-        rates = [_rate(engines, label) for label in ("mini-infer, sampled", "vllm", "transformers")]
+def _over_the_best(engines: dict[str, Any]) -> str:
+    """How many times as fast as the fastest peer of this workload."""
+    ratios = [engines[label]["mini_infer_is_times_as_fast"] for label in PEERS if label in engines]
+    return f"{min(ratios):.2f}x" if ratios else "-"
+
+
+def compare_table(name: str, words: Mapping[str, str]) -> str:
+    """Mini-Infer beside its peers, on one processor."""
+    compared = results(name)
+    lines = [words["compare"], "|---|" + "---:|" * 8]
+    for workload, engines in _workloads(compared, words):
+        rates = [_rate(engines, label) for label in ("mini-infer, sampled", *PEERS)]
         share = f"{100 * engines['mini-infer']['share_of_the_machine']:.0f} %"
-        cells = [name, f"**{_rate(engines, 'mini-infer')}**", *rates, over("vllm"), over("transformers"), share]
+        cells = [workload, f"**{_rate(engines, 'mini-infer')}**", *rates, _over_the_best(engines), share]
         lines.append("| " + " | ".join(cells) + " |")
     extras = compared["figures"]["models"]["qwen3-0.6b"]
     startup, used = extras["startup"], extras["memory"]
@@ -192,34 +207,39 @@ def compare_table(compared: dict[str, Any], words: Mapping[str, str]) -> str:
         peak=used["peak_memory_mb"],
         over=f"{used['over_weights_and_pool']:.2f}",
     )
-    return "\n".join([*lines, "", rest])
+    return "\n".join([*lines, "", rest, "", _source(compared, name, words)])
 
 
-def figures_table(compared: dict[str, Any], words: Mapping[str, str], page: str) -> str:
+def figures_table(name: str, words: Mapping[str, str], page: str) -> str:
     """The same in short, for the README."""
-    lines = [words["figures"], "|---|" + "---:|" * 3]
-    for name, engines in _workloads(compared, words):
-        cells = [f"**{_rate(engines, 'mini-infer')}**", _rate(engines, "vllm"), _rate(engines, "transformers")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    compared = results(name)
+    lines = [words["figures"], "|---|" + "---:|" * 6]
+    for workload, engines in _workloads(compared, words):
+        cells = [f"**{_rate(engines, 'mini-infer')}**", *(_rate(engines, label) for label in PEERS)]
+        lines.append(f"| {workload} | " + " | ".join([*cells, _over_the_best(engines)]) + " |")
     note = words["figures_note"].format(
         rounds=compared["figures"]["rounds"], machine=_machine(compared, words), date=compared["date"], page=page
     )
     return "\n".join([*lines, "", note])
 
 
-def compare_chart(compared: dict[str, Any], words: Mapping[str, str]) -> str:
-    """The same as bars."""
-    names = {"mini-infer": "Mini-Infer", "vllm": "vLLM", "transformers": "transformers"}
+def compare_chart(all_compared: list[dict[str, Any]], words: Mapping[str, str]) -> str:
+    """The same as bars; with several processors, each group says whose it is."""
+    names = {"mini-infer": "Mini-Infer", **PEERS}
+    measured = {label for compared in all_compared for _, engines in _workloads(compared, words) for label in engines}
+    shown = {label: name for label, name in names.items() if label in measured}
     groups = []
-    for name, engines in _workloads(compared, words):
-        there = [label for label in names if label in engines]
-        best = max(engines[label]["tokens_per_second"] for label in there)
-        bars = [
-            Bar(list(names).index(label), engines[label]["tokens_per_second"] / best, _rate(engines, label))
-            for label in there
-        ]
-        groups.append(Group(name, bars))
-    return chart(words["chart_compare"], list(names.values()), groups)
+    for compared in all_compared:
+        where = f"{_machine(compared, words)}: " if len(all_compared) > 1 else ""
+        for name, engines in _workloads(compared, words):
+            there = [label for label in shown if label in engines]
+            best = max(engines[label]["tokens_per_second"] for label in there)
+            bars = [
+                Bar(list(shown).index(label), engines[label]["tokens_per_second"] / best, _rate(engines, label))
+                for label in there
+            ]
+            groups.append(Group(where + name, bars))
+    return chart(words["chart_compare"], list(shown.values()), groups)
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------------

@@ -243,6 +243,10 @@ class Kernel:
         address: int = self._code.address  # type: ignore[assignment]  # None before it is compiled
         return address
 
+    @functools.cached_property
+    def _here(self) -> Callable[[int], None]:
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
+
     def __call__(self, num_tasks: int, *args: int, work: int = _SMALL) -> None:
         """Run all tasks and wait for them.
 
@@ -256,7 +260,10 @@ class Kernel:
         data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
         num_threads = 1 if work < _SMALL else pool().threads(min(torch.get_num_threads(), num_tasks))
         launch = Launch(self._address, data, num_threads)
-        pool().run(launch.kernel, ctypes.addressof(data), num_threads)
+        if num_threads == 1:
+            self._here(ctypes.addressof(data))
+        else:
+            pool().run(launch.kernel, ctypes.addressof(data), num_threads)
         observe = observer.get()
         if observe is not None:
             observe(launch)
@@ -264,7 +271,7 @@ class Kernel:
     def alone(self, num_tasks: int, *args: int) -> None:
         """Call the kernel once, on this thread."""
         data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)(ctypes.addressof(data))
+        self._here(ctypes.addressof(data))
 
 
 class Launch(NamedTuple):

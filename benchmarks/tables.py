@@ -26,8 +26,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "figures": "| output tokens per second, bfloat16 | Mini-Infer | vLLM | OpenVINO | llama.cpp | transformers "
         "| over the best of them |",
         "8 chat requests": "SmolLM2-135M, 8 requests, 64-256 in, 64-128 out",
-        "figures_note": "Medians of {rounds} alternating "
-        "rounds; {machine}, {date}; a dash: not measured; below 1.00x we lose. How, and how to repeat it: [Benchmarks]({page}).",
+        "figures_note": "Medians of {rounds} alternating rounds; {machine}, {date}; a dash: not measured; below 1.00x "
+        "we lose. How, and how to repeat it: [Benchmarks]({page}).",
         "1 request": "0.6B shape, 1 request, 32 in, 128 out",
         "16 requests": "0.6B shape, 16 requests, 32-256 in, 16-128 out",
         "64 requests": "0.6B shape, 64 requests, 32-64 in and out",

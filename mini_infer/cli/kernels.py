@@ -57,14 +57,17 @@ def show_kernels(console: Console, backend: str | None = None) -> None:
 def measure_products(console: Console, layers: Mapping[str, Sequence[tuple[int, int]]] = LAYERS) -> None:
     """Time every way to multiply with the weights of such layers on this processor, keep the times and show them.
 
+    What was measured before is forgotten, so other weights are measured anew when they are next loaded.
+
     Raises:
         KernelError: the CPU's kernels are not there.
     """
     if "cpu" not in kernels.available_backends():
         raise KernelError(f"the CPU's kernels are not there: {_why_not('cpu')}; pip install 'mini-infer[cpu]'")
-    from mini_infer.kernels.cpu import linear
+    from mini_infer.kernels.cpu import choice, linear
     from mini_infer.kernels.cpu.cache import choices_file
 
+    choice.forget()
     for model, shapes in layers.items():
         for inputs, outputs in shapes:
             weight = torch.randn(outputs, inputs).bfloat16()

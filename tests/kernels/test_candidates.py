@@ -223,11 +223,13 @@ def test_a_large_weight_is_measured_once_and_multiplies(place: Path) -> None:
 
 
 def test_the_command_measures_again_and_shows_what_is_taken(place: Path) -> None:
+    choice.measure("another", {"one": lambda size: None}, [1])
     console = Console(width=120, record=True, file=io.StringIO())
     measure_products(console, {"small": ((64, 128),)})
     shown = console.export_text()
     assert "small: 64 → 128" in shown and str(linear.SIZES[-1]) in shown and all(name in shown for name in HERE)
-    assert json.loads((place / "choices.json").read_text())
+    (key,) = json.loads((place / "choices.json").read_text())
+    assert key.startswith("pack_linear 64 to 128,"), "what was measured before is forgotten"
 
 
 def test_each_number_of_tokens_has_its_own_kind() -> None:

@@ -60,6 +60,12 @@ def times(key: str, names: Sequence[str], sizes: Sequence[int]) -> Times | None:
     return known if fits else None
 
 
+def forget() -> None:
+    """Whatever was measured is measured again when it is next needed."""
+    _known().clear()
+    _keep({})
+
+
 def measure(key: str, candidates: Mapping[str, Callable[[int], object]], sizes: Sequence[int]) -> Times:
     """Run each candidate at each size, in turns, and keep the times."""
     found: Times = {name: {} for name in candidates}

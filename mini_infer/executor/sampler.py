@@ -130,17 +130,12 @@ class _Filters:
 
 def _draw(logits: Tensor, filters: _Filters, kernels: Kernels) -> Tensor:
     """One token per row, drawn from the filtered distribution by inverting its cumulative sum."""
-    if kernels.backend_of("argmax_logprob") == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
-        from mini_infer.kernels.cpu.sampling import draw_tokens
-
-        of = filters.columns
-        return draw_tokens(logits, of["temperature"], of["top_k"], of["top_p"], of["min_p"], filters.uniform)
     # How many are left in `_likeliest` the host must ask for, which on a GPU costs more than it saves.
     most = 0 if logits.is_cuda else logits.shape[-1] // _SHARE
     top_k = filters.columns["top_k"]
     has_few = (top_k > 0) & (top_k * _GROUP <= most)
     if not has_few.any():
-        return _invert(_wide(logits), filters)
+        return _one_each(logits, filters, kernels)
     token_ids = torch.empty(len(top_k), dtype=torch.int64)
     for reduced in (True, False):
         rows = np.flatnonzero(has_few == reduced)
@@ -149,11 +144,21 @@ def _draw(logits: Tensor, filters: _Filters, kernels: Kernels) -> Tensor:
         some = logits if len(rows) == len(top_k) else logits[torch.from_numpy(rows)]
         if reduced:
             some, ids = _likeliest(some, int(top_k[rows].max()))
-            chosen = ids.gather(1, _invert(_wide(some), filters[rows])[:, None])[:, 0]
+            chosen = ids.gather(1, _one_each(some, filters[rows], kernels)[:, None])[:, 0]
         else:
-            chosen = _invert(_wide(some), filters[rows])
+            chosen = _one_each(some, filters[rows], kernels)
         token_ids[torch.from_numpy(rows)] = chosen
     return token_ids
+
+
+def _one_each(logits: Tensor, filters: _Filters, kernels: Kernels) -> Tensor:
+    """Where in each row the draw's own random number falls; ``[R]``. On a CPU in one kernel."""
+    if kernels.backend_of("argmax_logprob") == "cpu" and logits.dtype in (torch.float32, torch.bfloat16):
+        from mini_infer.kernels.cpu.sampling import draw_tokens
+
+        of = filters.columns
+        return draw_tokens(logits, of["temperature"], of["top_k"], of["top_p"], of["min_p"], filters.uniform)
+    return _invert(_wide(logits), filters)
 
 
 def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -172,7 +172,10 @@ def _prefills(device: Device) -> Iterator[CompileCase]:
 
 
 def _quantized(device: Device) -> Iterator[CompileCase]:
-    """Formats that differ for the compiler, for a few tokens and for many; the models' sizes do not."""
+    """Formats that differ for the compiler, for a few tokens and for many; the models' sizes do not.
+
+    Two of them stand for the largest model's, which are always compiled.
+    """
     formats = {  # the codes' type, a group, whether there are offsets
         "int8": ("*i8", 4096, False),
         "fp8": ("*u8", 128, False),
@@ -185,8 +188,9 @@ def _quantized(device: Device) -> Iterator[CompileCase]:
         types = dict.fromkeys(("x", "bias", "out"), "*") | dict.fromkeys(("scales", "offsets"), "*fp16")
         types |= {"table": "*fp32", "codes": codes} | ({} if many else {"out": "*fp32"})
         tile = quantized_linear.config(512 if many else 1, 8 if group > 32 else 4, DTYPES[name].itemsize, device)
+        model = "Llama-3-8B" if (kind, many, name) in (("int4", False, "fp16"), ("table", True, "fp16")) else "other"
         yield _case(
-            f"quantized_linear {kind} {'many' if many else 'few'} {name}",
+            f"quantized_linear {model} {kind} {'many' if many else 'few'} {name}",
             quantized_linear.quantized_linear_kernel,
             types,
             quantized_linear.constexprs(tile, kind, group, not many) | {"HAS_OFFSETS": offsets, "HAS_BIAS": True},
@@ -194,7 +198,7 @@ def _quantized(device: Device) -> Iterator[CompileCase]:
             num_stages=tile.num_stages,
         )
     yield _case(
-        "add_splits fp16",
+        "add_splits Llama-3-8B fp16",
         quantized_linear.add_splits_kernel,
         {"partial": "*fp32", "bias": "*", "out": "*"},
         {"HAS_BIAS": True, "BLOCK": quantized_linear.ADDED},
@@ -208,14 +212,14 @@ def _in_8_bits(device: Device) -> Iterator[CompileCase]:
             continue
         codes, sides = {"codes": f"*{kind}"}, {"x_scales": "*fp32", "scales": "*fp16", "bias": "*", "out": "*"}
         yield _case(
-            f"round_tokens {kind} fp16",
+            f"round_tokens Llama-3-8B {kind} fp16",
             w8a8_linear.round_tokens_kernel,
             {"x": "*", "scales": "*fp32"} | codes,
             {"LIMIT": limit, "BLOCK": w8a8_linear.BLOCK},
             num_warps=1,
         )
         yield _case(
-            f"w8a8_linear {kind} fp16",
+            f"w8a8_linear Llama-3-8B {kind} fp16",
             w8a8_linear.w8a8_linear_kernel,
             {"x": f"*{kind}"} | codes | sides,
             {"HAS_BIAS": True, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK": w8a8_linear.BLOCK},

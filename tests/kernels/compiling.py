@@ -50,9 +50,8 @@ def cases(target: str) -> dict[str, Any]:
     from .compile_cases import compile_cases
 
     float8 = target in ("sm_89", "sm_90", "sm_100", "sm_120")
-    device = Device(
-        SHARED_MEMORY[target], 132, tensor_cores=target != "sm_75", float8=float8
-    )  # SMs compile into nothing
+    num_sms = 132  # which compile into nothing
+    device = Device(SHARED_MEMORY[target], num_sms, tensor_cores=target != "sm_75", float8=float8)
     found, labels = {}, set()
     for case in compile_cases(device):
         if target == "sm_75" and "*bf16" in case.signature.values():

@@ -161,7 +161,8 @@ def config(num_tokens: int, bits: int, itemsize: int, device: Device) -> Config:
     block_m = min(64, max(16, triton.next_power_of_2(num_tokens)))
     if itemsize == 4 or not device.tensor_cores:
         return Config(min(32, block_m), 32, bits * 4, 4, 3)
-    return Config(block_m, 64, bits * 8, 4, 3)
+    block_n = 32 if bits == 4 and block_m == 16 else 64  # taking bytes apart needs registers
+    return Config(block_m, block_n, bits * 8, 4, 3)
 
 
 def num_splits(tiles: int, num_steps: int, device: Device) -> int:

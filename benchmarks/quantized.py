@@ -17,7 +17,7 @@ from mini_infer import kernels
 from mini_infer.kernels import PackedLinear, QuantizedMatrix
 
 INPUTS, OUTPUTS = 1024, 6144
-TOKENS = {1: 200, 4: 100, 16: 60, 64: 20, 384: 7, 1500: 5}
+TOKENS = {1: 600, 4: 200, 16: 60, 64: 20, 384: 7, 1500: 5}
 """And rounds of each."""
 
 FORMATS = ("bfloat16", "int8", "int8 in groups of 32", "int4 in groups of 32", "table in groups of 32")

@@ -56,8 +56,8 @@ _HALVES = ir.VectorType(ir.HalfType(), LANES)
 
 @intrinsic(prefer_literal=True)
 def integer_tile(
-    typing_context, kind, scales, offsets, rows, x, x_stride, sides, steps, eights, w, w_scales, w_offsets, table, out,
-    ahead, ahead_stride,
+    typing_context, kind, scales, offsets, rows, x, x_stride, sides, steps, eights, w, w_scales, w_offsets,
+    scale_stride, table, out, ahead, ahead_stride,
 ):  # fmt: skip
     """One tile. The first three arguments must be constants.
 
@@ -72,6 +72,7 @@ def integer_tile(
         steps, eights: how many steps, and how many times eight k each has.
         w: address of the codes, ``[steps * eights, 2, columns, 4]``, or without the 2 where a byte holds two of them.
         w_scales, w_offsets: addresses, ``[steps, columns]``.
+        scale_stride: bytes between the scales of two steps; 0 if all share them.
         table: address of 16 bytes, as often as a vector holds them.
         out: address of the sums, float32 ``[rows, columns]``.
         ahead, ahead_stride: address of what will be read later, and how many bytes further it is for each eight.
@@ -93,12 +94,13 @@ def integer_tile(
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    return types.void(*constants, *[types.int64] * 13), codegen
+    return types.void(*constants, *[types.int64] * 14), codegen
 
 
 def _write(
     builder: Any, kind: Kind, scales: Scales, offsets: int, rows: int, x: Any, x_stride: Any, sides: Any, steps: Any,
-    eights: Any, w: Any, w_scales: Any, w_offsets: Any, table: Any, out: Any, ahead: Any, ahead_stride: Any,
+    eights: Any, w: Any, w_scales: Any, w_offsets: Any, scale_stride: Any, table: Any, out: Any, ahead: Any,
+    ahead_stride: Any,
 ) -> None:  # fmt: skip
     """Write the loops in LLVM's language."""
     places = [(row, vector) for row in range(rows) for vector in range(VECTORS)]
@@ -145,7 +147,7 @@ def _write(
             phi.add_incoming(value, eight_loop)
 
         builder.position_at_end(after)
-        scale_at = builder.mul(step, _number(scale_bytes))
+        scale_at = builder.mul(step, scale_stride)
         for vector in range(VECTORS):
             place = vector * scale_bytes // VECTORS
             scale = _scales(builder, scales, builder.add(w_scales, scale_at), place)

@@ -102,9 +102,10 @@ class _Panels:
 
     Attributes:
         codes: int32 `[panels, words, COLUMNS]`, four bytes each.
-        scales: `[panels, steps, COLUMNS]`, float16 or float32.
+        scales: `[panels, steps, COLUMNS]`, float16 or float32; or `[panels, 1, COLUMNS]`, where all steps share them.
         offsets: the same, or None.
-        step: how many inputs share a scale.
+        step: how many inputs are multiplied before they are scaled.
+        steps: of a row; the last may be padded.
         of: the dtype of the matrix's codes.
         table: as the matrix has it.
         shape: of the matrix.
@@ -114,6 +115,7 @@ class _Panels:
     scales: Tensor
     offsets: Tensor | None
     step: int
+    steps: int
     of: torch.dtype
     table: Tensor | None
     shape: tuple[int, int]
@@ -122,7 +124,8 @@ class _Panels:
     def of_matrix(cls, matrix: QuantizedMatrix, *, half: bool) -> "_Panels":
         """`half`: scales that float16 can hold to within a 2000th may be rounded to it."""
         outputs, inputs = matrix.shape
-        group = -(-inputs // STEP) * STEP if matrix.group >= inputs else matrix.group
+        whole_row = matrix.group >= inputs
+        group = STEP if whole_row else matrix.group
         step = max(size for size in range(8, STEP + 1, 8) if group % size == 0)
         steps = -(-inputs // step)
         codes = matrix.codes.view(torch.int8)
@@ -137,11 +140,11 @@ class _Panels:
         def spread(some: Tensor) -> Tensor:
             some = some.repeat_interleave(group // step, dim=1)[:, :steps] if group != step else some
             some = pad(some, (0, 0, 0, num_panels * COLUMNS - outputs))
-            some = some.view(num_panels, COLUMNS, steps).transpose(1, 2)
+            some = some.view(num_panels, COLUMNS, -1).transpose(1, 2)
             return some.to(torch.float16 if as_half else torch.float32).contiguous()
 
         offsets = None if matrix.offsets is None else spread(matrix.offsets)
-        return cls(packed, spread(matrix.scales), offsets, step, matrix.codes.dtype, matrix.table, matrix.shape)
+        return cls(packed, spread(matrix.scales), offsets, step, steps, matrix.codes.dtype, matrix.table, matrix.shape)
 
 
 def _fits_half(numbers: Tensor) -> bool:
@@ -157,7 +160,8 @@ def _rows(panels: _Panels, dtype: torch.dtype, ids: Tensor) -> Tensor:
 
     offsets = None if panels.offsets is None else gather(panels.offsets)
     codes = gather(panels.codes).view(panels.of)
-    rows = QuantizedMatrix(codes, gather(panels.scales), panels.step, offsets, panels.table)
+    group = panels.step if panels.scales.shape[1] == panels.steps else panels.step * panels.steps
+    rows = QuantizedMatrix(codes, gather(panels.scales), group, offsets, panels.table)
     return rows.dequantize(dtype)[:, : panels.shape[1]]
 
 
@@ -172,7 +176,7 @@ class _IntegerProduct:
         halves: Scales = "half" if panels.scales.dtype is torch.float16 else "single"
         self._panels, self._bias = panels, bias  # the addresses below are theirs
         num_panels, num_words, _ = panels.codes.shape
-        num_steps = panels.scales.shape[1]
+        num_steps, num_scales = panels.steps, panels.scales.shape[1]
         self._kernel = _integer_kernel(kind, halves, panels.offsets is not None)
         self._quantize = _quantize_kernel(kind != "int8")
         self._num_runs = -(-panels.codes.nbytes // RUN), num_panels
@@ -187,6 +191,7 @@ class _IntegerProduct:
             panels.step // 8,
             num_words * 4 * COLUMNS,
             num_panels,
+            num_scales,
         )
         self._num_steps, self._work = num_steps, panels.codes.numel()
 
@@ -288,7 +293,8 @@ def _integer_kernel(kind: Kind, halves: Scales, offsets: bool) -> Kernel:
         codes, scales, offsets, table = args[FIRST + 6], args[FIRST + 7], args[FIRST + 8], args[FIRST + 9]
         bias, has_bias = pointer(args[FIRST + 10], np.uint16), args[FIRST + 10] != 0
         num_outputs, steps, eights = args[FIRST + 11], args[FIRST + 12], args[FIRST + 13]
-        panel_bytes, num_panels = args[FIRST + 14], args[FIRST + 15]
+        panel_bytes, num_panels, num_scales = args[FIRST + 14], args[FIRST + 15], args[FIRST + 16]
+        scale_stride = scale_bytes if num_scales == steps else 0
         x_stride, side_stride = steps * eights * 8, steps * 12
         sums_at = buffer(_TILE)
         sums = pointer(sums_at, np.float32)
@@ -308,8 +314,8 @@ def _integer_kernel(kind: Kind, halves: Scales, offsets: bool) -> Kernel:
                     ahead_stride = eight_bytes // num_passes if num_passes > 1 else 0
                     integer_tile(
                         kind, halves, shifted, last - first, x + first * x_stride, x_stride,
-                        sides + first * side_stride, steps, eights, w, scales + panel * steps * scale_bytes,
-                        offsets + panel * steps * scale_bytes, table, sums_at, ahead, ahead_stride,
+                        sides + first * side_stride, steps, eights, w, scales + panel * num_scales * scale_bytes,
+                        offsets + panel * num_scales * scale_bytes, scale_stride, table, sums_at, ahead, ahead_stride,
                     )  # fmt: skip
                     for row in range(last - first):
                         place, at = (first + row) * num_outputs + column, row * COLUMNS
@@ -345,9 +351,10 @@ class _ValueProduct:
             0 if bias is None else bias.data_ptr(),
             panels.shape[0],
             panels.shape[1],
-            panels.scales.shape[1],
+            panels.steps,
             panels.step,
             num_words,
+            panels.scales.shape[1],
         )
         self._num_panels, self._work = num_panels, panels.codes.numel()
 
@@ -380,9 +387,9 @@ def _value_kernel(of: torch.dtype, has_table: bool, has_offsets: bool, element: 
         table = pointer(args[FIRST + 7], np.float32)
         bias, has_bias = pointer(args[FIRST + 8], element), args[FIRST + 8] != 0
         num_outputs, num_inputs, num_steps = args[FIRST + 9], args[FIRST + 10], args[FIRST + 11]
-        step, num_words = args[FIRST + 12], args[FIRST + 13]
+        step, num_words, num_scales = args[FIRST + 12], args[FIRST + 13], args[FIRST + 14]
         x_stride = 4 * num_inputs
-        values_at = args[FIRST + 14] + thread_number(args) * 4 * (_VALUES + _SUMS)
+        values_at = args[FIRST + 15] + thread_number(args) * 4 * (_VALUES + _SUMS)
         sums_at = values_at + 4 * _VALUES
         values, sums = pointer(values_at, np.float32), pointer(sums_at, np.float32)
         for task in tasks(args):
@@ -394,7 +401,7 @@ def _value_kernel(of: torch.dtype, has_table: bool, has_offsets: bool, element: 
             for at_step in range(num_steps):
                 first_k = at_step * step
                 words = panel * num_words + first_k // in_word
-                side = (panel * num_steps + at_step) * COLUMNS
+                side = (panel * num_scales + min(at_step, num_scales - 1)) * COLUMNS
                 for group in range(step // in_word):
                     for place in range(in_word):
                         to, at = (group * in_word + place) * COLUMNS, (words + group) * COLUMNS

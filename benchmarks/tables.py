@@ -43,6 +43,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "runs": "3. Tasks of 2 MiB instead of one panel | product 1024 to 151936, batch {tokens}",
         "groups": "7. `top_k` by groups instead of over all tokens | sampling, vocabulary 151936, batch {tokens}",
         "recording": "9. A decode step replayed instead of called | {shape} shape, batch {tokens}",
+        "quality": "| model | weights | bytes per weight | mean KLD | 99.9 % KLD | same top token | perplexity |",
         "batching": "| question | figure | command |",
         "static": "Tokens per second of continuous batching, over static batches of {batch}",
         "waste": "KV memory that is held and holds no token",
@@ -94,6 +95,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "runs": "3. 一个任务 2 MiB，而不是一块面板 | 乘法 1024 到 151936，批大小 {tokens}",
         "groups": "7. `top_k` 先看组，而不是看所有词元 | 采样，词表 151936，批大小 {tokens}",
         "recording": "9. 解码步重放，而不是逐个调用 | {shape} 规模，批大小 {tokens}",
+        "quality": "| 模型 | 权重 | 每个权重的字节数 | 平均 KL 散度 | 99.9% 分位 | 首选词元相同 | 困惑度 |",
         "batching": "| 问题 | 数字 | 命令 |",
         "static": "连续批处理每秒的词元数，相对每批 {batch} 个的静态批",
         "waste": "已占用却没有存放词元的 KV 内存",
@@ -146,6 +148,7 @@ def tables(language: str) -> dict[str, str]:
         "quantized": quantized_table(results("quantized-cpu"), words),
         "tricks": tricks_table(results("tricks-cpu"), words),
         "batching": batching_table(words),
+        "quality": quality_table(results("quality"), words),
         "serving": serving_table(results("serving"), words),
         "gpu": gpu_tables(words),
     }
@@ -367,6 +370,25 @@ def quantized_table(measured: dict[str, Any], words: Mapping[str, str]) -> str:
         cells = [f"{row['microseconds']:,.0f} µs, {row['speedup']:.2f}x" for row in others]
         lines.append(" | ".join([f"| {tokens}", f"{base['microseconds']:,.0f} µs", *cells]) + " |")
     return "\n".join([*lines, "", _source(measured, "quantized-cpu", words)])
+
+
+def quality_table(found: dict[str, Any], words: Mapping[str, str]) -> str:
+    """What quantisation costs."""
+    lines = [words["quality"], "|---|---|" + "---:|" * 5]
+    for row in found["figures"]["rows"]:
+        # The bundled model knows one subject, so that its perplexity on prose says nothing.
+        perplexity = f"{row['perplexity'] / row['base_perplexity']:.3f} ×"
+        cells = (
+            row["model"],
+            row["weights"],
+            f"{row['bytes_per_weight']:.2f}",
+            f"{row['mean_kld']:.4f} ± {row['mean_kld_error']:.4f}",
+            f"{row['kld_999']:.3f}",
+            f"{row['same_top']:.1%}",
+            perplexity,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(found, "quality", words)])
 
 
 def serving_table(served: dict[str, Any], words: Mapping[str, str]) -> str:

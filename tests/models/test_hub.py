@@ -50,6 +50,32 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
         resolve_model(tmp_path / "model.bin")
 
 
+def test_one_of_the_gguf_files_of_a_directory(tmp_path: Path) -> None:
+    def put(*names: str) -> Path:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        directory.mkdir()
+        for name in names:
+            (directory / name).touch()
+        return directory
+
+    only = put("m-Q8_0.gguf", "mmproj-m.gguf", "README.md")
+    assert resolve_model(only) == resolve_model(f"{only}:q8_0") == only / "m-Q8_0.gguf"
+    assert resolve_model(only / "m-Q8_0.gguf") == only / "m-Q8_0.gguf"
+    several = put(
+        "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q4_K.gguf", "m-f16-00001-of-00002.gguf", "m-f16-00002-of-00002.gguf"
+    )
+    assert resolve_model(several) == several / "m-Q4_K_M.gguf", "as llama.cpp chooses"
+    assert resolve_model(f"{several}:Q4_K") == several / "m-Q4_K.gguf"
+    assert resolve_model(f"{several}:F16") == several / "m-f16-00001-of-00002.gguf"
+    with pytest.raises(ModelNotFoundError, match=r"no single GGUF file called Q6_K.*m-Q4_K\.gguf"):
+        resolve_model(f"{several}:Q6_K")
+    with pytest.raises(ModelNotFoundError, match=r"several GGUF files; choose with NAME:Q4_K_M"):
+        resolve_model(put("a.gguf", "b.gguf"))
+    other = put("model.safetensors", "m-Q8_0.gguf")
+    assert resolve_model(other) == other, "safetensors go first"
+    assert resolve_model(f"{other}:Q8_0") == other / "m-Q8_0.gguf"
+
+
 @pytest.mark.parametrize("name", ["", "two words", "org/", "a--b", "-x"])
 def test_an_impossible_name(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=r"neither a directory here nor a possible Hub name"):

@@ -42,6 +42,7 @@ def main() -> None:
 
     def judge(model: str, name: str, decoder: Decoder, base: Decoder, token_ids: list[int]) -> None:
         rows.append({"model": model, "weights": name, **asdict(compare(decoder, base, token_ids, WINDOW))})
+        save("quality", "python -m benchmarks.quality", {"window": WINDOW, "rows": rows})
         print(model, name, f"{rows[-1]['mean_kld']:.5f}", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,7 +59,6 @@ def main() -> None:
             judge("SmolLM2", kind, load(other, None), base, token_ids)
         for scheme in ("int8", "int4"):
             judge("SmolLM2", scheme, load(plain, scheme), base, token_ids)
-    print(save("quality", "python -m benchmarks.quality", {"window": WINDOW, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Logits to tokens, for the whole batch at once."""
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,20 +44,26 @@ def sample(logits: Tensor, draws: Draws, kernels: Kernels) -> tuple[Tensor, Tens
         filters) ``[D]``.
     """
     raw_ids, raw_logprobs = kernels.argmax_logprob(logits)
-    adjusted = _mask(_edit(logits, draws.edits), draws.edits)
+    edits = draws.edits if logits.is_cuda else _without_idle_masks(draws, raw_ids)
+    adjusted = _mask(_edit(logits, edits), edits)
     is_drawn = draws.temperature > 0
-    is_drawn[draws.edits.forced_draws] = False
+    is_drawn[edits.forced_draws] = False
     drawing = np.flatnonzero(is_drawn)
-    if adjusted is logits and not len(drawing) and not len(draws.edits.forced_draws):
+    if adjusted is logits and not len(drawing) and not len(edits.forced_draws):
         return raw_ids, raw_logprobs
-    token_ids = raw_ids if adjusted is logits else _wide(adjusted).argmax(dim=-1)
+    token_ids = raw_ids
+    if len(edits.scaled_draws) or len(edits.added_draws):
+        token_ids = adjusted.argmax(dim=-1)
+    elif adjusted is not logits:
+        rows = _sent(edits.masked_draws, logits)
+        token_ids = raw_ids.index_copy(0, rows, _wide(adjusted[rows]).argmax(dim=-1))
     if len(drawing) == len(draws):  # then no row needs to be copied
         token_ids = _draw(adjusted, _Filters.of(draws, drawing), kernels)
     elif len(drawing):
         rows = send(torch.from_numpy(drawing), logits.device)
         token_ids = token_ids.index_copy(0, rows, _draw(adjusted[rows], _Filters.of(draws, drawing), kernels))
-    if len(draws.edits.forced_draws):
-        forced = (_sent(draws.edits.forced_draws, logits), _sent(draws.edits.forced_ids, logits))
+    if len(edits.forced_draws):
+        forced = (_sent(edits.forced_draws, logits), _sent(edits.forced_ids, logits))
         token_ids = token_ids.index_copy(0, *forced)
     # logprob(a) - logprob(b) = logit(a) - logit(b): the sum over the vocabulary is made once.
     chosen_logits, largest = (_wide(logits.gather(1, ids[:, None])[:, 0]) for ids in (token_ids, raw_ids))
@@ -81,6 +89,17 @@ def _edit(logits: Tensor, edits: LogitEdits) -> Tensor:
         place = (_sent(edits.added_draws, logits), _sent(edits.added_ids, logits))
         logits.index_put_(place, _sent(edits.terms, logits).to(logits.dtype), accumulate=True)
     return logits
+
+
+def _without_idle_masks(draws: Draws, raw_ids: Tensor) -> LogitEdits:
+    """The edits without the masks of greedy draws whose likeliest token they allow: it stays the likeliest."""
+    edits = draws.edits
+    if not len(edits.masked_draws) or len(edits.scaled_draws) or len(edits.added_draws):
+        return edits
+    likeliest = raw_ids.numpy()[edits.masked_draws]
+    is_allowed = edits.masks[np.arange(len(likeliest)), likeliest // 8] >> (likeliest % 8) & 1
+    kept = np.flatnonzero((is_allowed == 0) | (draws.temperature[edits.masked_draws] > 0))
+    return replace(edits, masked_draws=edits.masked_draws[kept], masks=edits.masks[kept])
 
 
 def _mask(logits: Tensor, edits: LogitEdits) -> Tensor:

@@ -4,7 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from mini_infer.engine.describe import Wanted
 from mini_infer.engine.rules import Rule, make_rules
 from mini_infer.executor import sampler
 from mini_infer.scheduler import Sequence
-from mini_infer.step import Draws
+from mini_infer.step import Draws, LogitEdits
 
 VOCAB_SIZE = 24
 PROMPT = [3, 9, 3, 17]
@@ -504,3 +504,43 @@ def test_top_p_without_a_question_keeps_all_of_equal_tokens() -> None:
     weights = torch.tensor([[0.0, 1.0, 1.0, 1.0, -1.0]]).exp()
     kept = sampler._keep_top_p_unasked(weights, torch.tensor([[0.5]]))
     assert (kept > 0).tolist() == [[False, True, True, True, False]]
+
+
+class TestMasks:
+    """Bits that say which tokens a draw may give, beside everything else that changes logits."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_only_allowed_tokens_come(self, dtype: torch.dtype, temperature: float) -> None:
+        generator = torch.Generator().manual_seed(1)
+        num_rows, vocab = 24, 131  # no multiple of 8
+        logits = torch.randn(num_rows, vocab, generator=generator).to(dtype)
+        allowed = torch.rand(num_rows, vocab, generator=generator) < 0.2
+        allowed[:, 0] = True
+        masked = [row for row in range(num_rows) if row % 3]
+        params = SamplingParams(temperature=temperature, seed=5)
+        draws = draws_of(completions(params, num_rows, 5))
+        packed = np.packbits(allowed.numpy()[masked], axis=-1, bitorder="little")
+        for extra in ({}, {"added_draws": np.array([1]), "added_ids": np.array([7]), "terms": np.array([0.5])}):
+            edits = LogitEdits(
+                **extra,
+                masked_draws=np.array(masked),
+                masks=packed,
+                forced_draws=np.array([2, 3]),
+                forced_ids=np.array([9, 130]),
+            )
+            token_ids, logprobs = sampler.sample(logits, replace(draws, edits=edits), KERNELS)
+            wide = logits.double().clone()
+            if extra:
+                wide[1, 7] += 0.5
+            for row in masked:
+                wide[row, ~allowed[row]] = -torch.inf
+            if temperature:
+                plain = replace(draws, edits=LogitEdits())
+                expected, _ = sampler.sample(wide.to(dtype), plain, KERNELS)
+            else:
+                expected = wide.argmax(dim=-1)
+            expected[2], expected[3] = 9, 130
+            assert token_ids.tolist() == expected.tolist()
+            true = logits.double().log_softmax(dim=-1).gather(1, token_ids[:, None])[:, 0]
+            assert torch.allclose(logprobs.double(), true, atol=1e-5)

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import yaml
 
 from .arithmetic import Exercises, Sum, sum_question, sums
+from .calls import OFFER, Call, draw_call
 from .glossary import LANGUAGES, Entry, Glossary, Language, load_glossary
 from .questions import Asker, as_typed, ordinary_phrases
 from .stories import story
@@ -21,16 +22,23 @@ END_OF_TEXT = "<|endoftext|>"
 START = "<|im_start|>"
 END = "<|im_end|>"
 CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{% for tool in tools %}"
+    "{{ tool['function']['name'] + '(' + tool['function']['parameters']['properties'] | join(', ') + ')\n' }}"
+    "{% endfor %}<|im_end|>\n{% endif %}"
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message['tool_calls'] %}{{ '\n' if loop.index > 1 or message['content'] else '' }}"
+    "{{ '<tool_call>\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}"
+    "{{ call['function']['arguments'] | tojson + '}\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 Choice = TypeVar("Choice")
 
 # How often each kind of document and of exchange is drawn, relative to the others.
-DOCUMENTS = {"chat": 76, "page": 12, "story": 6, "drill": 6}
+DOCUMENTS = {"chat": 70, "page": 12, "story": 6, "drill": 6, "call": 6}
 EXCHANGES = {
     "term": 66,
     "comparison": 11,
@@ -41,6 +49,7 @@ EXCHANGES = {
 }
 SYSTEM_MESSAGES = 0.15
 LANGUAGE_SWITCHES = 0.1
+PLAIN_BEFORE_CALL = 0.4
 TURNS = {1: 70, 2: 18, 3: 8, 4: 4}
 
 
@@ -67,6 +76,25 @@ def chat(exchanges: list[Exchange], system: str | None = None) -> list[Segment]:
         ]
         opening = "\n"
     return [*segments, Segment(f"\n{END_OF_TEXT}", learn=False)]
+
+
+def call_chat(call: Call, exchange: Exchange | None) -> list[Segment]:
+    """A conversation with tools: a question that needs one; before it perhaps one that does not."""
+    opening, plain = f"{START}tools\n{OFFER}{END}\n", list[Segment]()
+    if exchange is not None:
+        plain = [
+            Segment(f"{opening}{START}user\n{exchange.question}{END}\n{START}assistant\n", learn=False),
+            Segment(f"{exchange.answer}{END}", learn=True),
+        ]
+        opening = "\n"
+    return [
+        *plain,
+        Segment(f"{opening}{START}user\n{call.question}{END}\n{START}assistant\n", learn=False),
+        Segment(f"{call.written}{END}", learn=True),
+        Segment(f"\n{START}tool\n{call.result}{END}\n{START}assistant\n", learn=False),
+        Segment(f"{call.answer}{END}", learn=True),
+        Segment(f"\n{END_OF_TEXT}", learn=False),
+    ]
 
 
 def page(exchange: Exchange) -> list[Segment]:
@@ -116,6 +144,9 @@ class Corpus:
             return [Segment(story(rng, language)[1] + END_OF_TEXT, learn=True)]
         if kind == "drill":
             return table(exercises.drill(rng))
+        if kind == "call":
+            plain = self._exchange(rng, language, exercises) if rng.random() < PLAIN_BEFORE_CALL else None
+            return call_chat(draw_call(rng, language, self.glossary), plain)
         exchanges = []
         for _ in range(_draw(rng, TURNS)):
             if rng.random() < LANGUAGE_SWITCHES:

@@ -15,8 +15,7 @@ from mini_infer.serving.protocol import ChatBody
 from mini_infer.serving.reasoning import Thinking, num_reasoning_tokens, thinks
 from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, render, usage
-from mini_infer.serving.tool_fields import tool_use
-from mini_infer.structured import StructuredOutputsParams
+from mini_infer.serving.tool_fields import answer_form, tool_use
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -51,22 +50,8 @@ class _ChatCompletion:
             service.defaults,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=self._num_top if body.logprobs else None,
-            **self._form(),
+            **answer_form(self._tools, body.structured(), service.engine.tokenizer.special_tokens),
         )
-
-    def _form(self) -> dict[str, Any]:
-        """What holds the answer to a form: that of the calls it may make, or one that the caller asks for."""
-        structured = self._body.structured()
-        if self._tools is None:
-            return {"structured_outputs": structured}
-        tokenizer = self._service.engine.tokenizer
-        special = {text: token_id for token_id, text in tokenizer.special_tokens.items()}
-        # The marks of calls are special tokens in some vocabularies.
-        form: dict[str, Any] = {"skip_special_tokens": False} if self._tools.format.mark in special else {}
-        if self._tools.is_constrained or structured is not None:
-            otherwise = None if structured is None else structured.as_rule()
-            form["structured_outputs"] = StructuredOutputsParams(grammar=self._tools.grammar(special, otherwise))
-        return form
 
     async def whole(self) -> Whole:
         (output,) = await self._service.complete(

@@ -1,6 +1,6 @@
 """What requests may say: the bodies of every endpoint, and what each of their fields means."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +23,16 @@ from mini_infer.engine.tools import MAX_TOOLS
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from mini_infer.serving.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_MESSAGES
-from mini_infer.serving.tool_fields import ResponseFormat, ToolCall, ToolChoice, ToolsField, structured_outputs
+from mini_infer.serving.tool_fields import (
+    ResponseFormat,
+    ToolCall,
+    ToolChoice,
+    ToolField,
+    ToolsField,
+    nested_choice,
+    nested_function,
+    structured_outputs,
+)
 from mini_infer.structured import StructuredOutputsParams
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
@@ -273,9 +282,9 @@ class Message(Body):
         return self
 
     @classmethod
-    def of(cls, role: str, content: Any) -> "Message":
-        """A plain one; raises pydantic's ``ValidationError`` unless it is."""
-        return cls.model_validate({"role": role, "content": content})
+    def of(cls, role: str, content: Any, **fields: Any) -> "Message":
+        """A message from its parts; raises pydantic's ``ValidationError`` unless it is one."""
+        return cls.model_validate({"role": role, "content": content, **fields})
 
     def for_template(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
@@ -364,17 +373,19 @@ class ReasoningOptions(Body):
     generate_summary: Any = Field(None, description="Accepted and ignored.")
 
 
-class TextOptions(Body):
-    format: Any = Field(None, description=_NOT_YET)
-    verbosity: Any = Field(None, description=_NOT_YET)
+def _nested_format(value: Any) -> Any:
+    """A format as chats have it, of one as responses do, with all on one floor."""
+    if isinstance(value, dict) and value.get("type") == "json_schema" and "json_schema" not in value:
+        schema = {name: item for name, item in value.items() if name != "type"}
+        return {"type": "json_schema", "json_schema": schema}
+    return value
 
-    @model_validator(mode="after")
-    def _refuse_what_is_not_there_yet(self) -> "TextOptions":
-        for name, harmless in (("format", {"type": "text"}), ("verbosity", "medium")):
-            if getattr(self, name) not in (None, harmless):
-                message = f"text.{name} is not supported yet; leave it out"
-                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": f"text.{name}"})
-        return self
+
+class TextOptions(Body):
+    format: Annotated[ResponseFormat, BeforeValidator(_nested_format)] | None = Field(
+        None, description="text, json_object, or json_schema with a schema"
+    )
+    verbosity: Literal["medium"] | None = Field(None, description="Nothing but medium")
 
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -407,9 +418,16 @@ class ResponsesBody(OpenAIBody):
     )
     add_generation_prompt: bool | None = Field(None, description="Extension. As in chats")
     continue_final_message: bool = Field(False, description="Extension. As in chats")
-    tools: Any = Field(None, description=_NOT_YET)
-    tool_choice: Any = Field(None, description=_NOT_YET)
-    parallel_tool_calls: Any = Field(None, description=_IGNORED)
+    tools: (
+        Annotated[
+            list[Annotated[ToolField, BeforeValidator(nested_function)]], Field(fail_fast=True, max_length=MAX_TOOLS)
+        ]
+        | None
+    ) = Field(None, description="Functions that the answer may call")
+    tool_choice: Annotated[ToolChoice, BeforeValidator(nested_choice)] | None = Field(
+        None, description="none, auto (if there are tools), required, one function, or a selection with a mode"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false allows one call at most")
     max_tool_calls: Any = Field(None, description=_IGNORED)
     truncation: Any = Field(None, description=_NOT_YET)
     background: Any = Field(None, description=_NOT_YET)
@@ -417,8 +435,6 @@ class ResponsesBody(OpenAIBody):
     prompt: Any = Field(None, description=_NOT_YET)
 
     _NOT_SUPPORTED: ClassVar = {
-        "tools": (([],), "tools are not supported yet; leave them out"),
-        "tool_choice": (("none", "auto"), "tools are not supported yet, so none can be chosen; leave tool_choice out"),
         "truncation": (("disabled",), "nothing is cut off in silence; leave truncation out"),
         "background": ((False,), "background is not supported; /v1/generate is asked now and fetched later"),
         "conversation": ((), "conversations are not kept here; use previous_response_id"),
@@ -426,6 +442,12 @@ class ResponsesBody(OpenAIBody):
         "n": ((1,), "a response is one answer; ask for it n times"),
         "include": (([], [_LOGPROBS]), f"nothing but {_LOGPROBS} can be included"),
     }
+
+    def structured(self) -> StructuredOutputsParams | None:
+        wanted = None if self.text is None else self.text.format
+        if wanted is not None and wanted.type != "text":
+            return structured_outputs(wanted, self.structured_outputs, {})
+        return super().structured()
 
     @property
     def wants_logprobs(self) -> bool:
@@ -440,25 +462,46 @@ class ResponsesBody(OpenAIBody):
         """
         if isinstance(self.input, str):
             return [Message.of("user", self.input)]
-        return [message for place, item in enumerate(self.input) for message in _messages_of(place, item)]
+        messages: list[Message] = []
+        for place, item in enumerate(self.input):
+            message = _message_of(place, item)
+            if message is None:
+                continue
+            before = messages[-1] if messages else message
+            if message.tool_calls and before is not message and before.role == "assistant":
+                # The calls of one answer, and the text before them, are items of their own.
+                calls = [*(before.tool_calls or ()), *message.tool_calls]
+                messages[-1] = before.model_copy(update={"tool_calls": calls})
+            else:
+                messages.append(message)
+        return messages
 
 
-def _messages_of(place: int, item: Mapping[str, Any]) -> Iterator[Message]:
+def _message_of(place: int, item: Mapping[str, Any]) -> Message | None:
     """The message that an input item is; the reasoning of an earlier response is none."""
     kind = item.get("type", "message")
     if kind == "reasoning":
-        return
-    if kind != "message":
-        raise InvalidRequestError(f"input[{place}] is of type {repr(kind)[:40]}; only messages are supported")
-    content = item.get("content")
+        return None
+    if kind not in ("message", "function_call", "function_call_output"):
+        raise InvalidRequestError(
+            f"input[{place}] is of type {repr(kind)[:40]}; supported are messages, and calls of functions with their "
+            "outputs"
+        )
+    content = item.get("output" if kind == "function_call_output" else "content")
     if isinstance(content, list):
         content = [_plain_part(part) for part in content]
     try:
-        yield Message.model_validate({"role": item.get("role"), "content": content})
+        if kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            return Message.of("assistant", None, tool_calls=[call])
+        if kind == "function_call_output":
+            return Message.of("tool", content, tool_call_id=item.get("call_id"))
+        return Message.model_validate({"role": item.get("role"), "content": content})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequestError(f"input[{place}].{where}: {first['msg']}") from error
+        where = "".join(f".{part}" for part in first["loc"])
+        raise InvalidRequestError(f"input[{place}]{where}: {first['msg']}") from error
 
 
 def _plain_part(part: Any) -> Any:

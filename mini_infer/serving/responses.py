@@ -8,16 +8,19 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request, Response
 
 from mini_infer.engine.intake import Prompt
+from mini_infer.engine.tools import ToolFormat
 from mini_infer.outputs import GenerateOutput, TokenLogprobs
 from mini_infer.serving.answers import Whole, event
 from mini_infer.serving.errors import ApiError
 from mini_infer.serving.kept import Kept
 from mini_infer.serving.limits import MAX_MESSAGES
 from mini_infer.serving.logprobs import chat_logprobs, check_num_top
+from mini_infer.serving.messages import Message as Answer
 from mini_infer.serving.protocol import Message, ResponsesBody
-from mini_infer.serving.reasoning import Piece, Thinking, num_reasoning_tokens, thinks
+from mini_infer.serving.reasoning import Thinking, num_reasoning_tokens, thinks
 from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, render
+from mini_infer.serving.tool_fields import answer_form, tool_use
 
 KEPT_RESPONSES = 4096
 """How many responses are kept at most; the oldest go first."""
@@ -88,10 +91,14 @@ class _Response:
         self._body = body
         self._created = now()
         self._thinks = thinks(service.template)
+        tokenizer = service.engine.tokenizer
+        self._tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer.tool_format)
+        self._format = None if self._tools is None else self._tools.format
         self._params = body.sampling_params(
             service.defaults,
             max_tokens=body.max_output_tokens,
             logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
+            **answer_form(self._tools, body.structured(), tokenizer.special_tokens),
         )
         before: tuple[Message, ...] = ()
         if (previous := body.previous_response_id) is not None:
@@ -104,7 +111,7 @@ class _Response:
         (output,) = await self._service.complete(
             self._request, [await self._prompt()], self._params, [self._request_id], self._body.priority
         )
-        items = _Items(self._thinking(output.prompt))
+        items = _Items(self._format, self._thinking(output.prompt))
         for _ in items.add(output.text, self._places(output), is_last=True):
             pass  # nobody listens
         return Whole(self._finish(output, items), self._num_places(output))
@@ -127,7 +134,7 @@ class _Response:
         ) as increments:
             begun = {"response": self._frame("in_progress", [])}
             yield say("response.created", begun) + say("response.in_progress", begun)
-            items = _Items(self._thinking(increments.requests[0].prompt))
+            items = _Items(self._format, self._thinking(increments.requests[0].prompt))
             async for increment in increments:
                 places = self._entries(increment.logprobs)
                 for kind, fields in items.add(increment.text, places, is_last=increment.finish_reason is not None):
@@ -142,7 +149,8 @@ class _Response:
         body = self._body
         instructions = [] if body.instructions is None else [Message.of("system", body.instructions)]
         effort = None if body.reasoning is None else body.reasoning.effort
-        return await render(self._service, [*instructions, *self._conversation], body, effort)
+        tools = () if self._tools is None else self._tools.tools
+        return await render(self._service, [*instructions, *self._conversation], body, effort, tools)
 
     def _thinking(self, prompt: str | None) -> Thinking | None:
         return Thinking(prompt or "") if self._thinks else None
@@ -190,11 +198,19 @@ class _Response:
             },
         }
         if self._body.store is not False:
-            conversation = (*self._conversation, Message.of("assistant", items.content))
-            size = sum(len(message.content or "") for message in conversation) + len(output.text)
+            answer = Message.of("assistant", items.content or None if items.calls else items.content, **items.calls)
+            conversation = (*self._conversation, answer)
+            size = sum(len(str(message.for_template())) for message in conversation) + len(output.text)
             size += len(self._body.instructions or "") + len(str(self._body.metadata)) + 100 * self._num_places(output)
             self._kept.put(self.id, KeptResponse(response, conversation), size)
         return response
+
+    def _text_format(self) -> dict[str, Any]:
+        wanted = None if self._body.text is None else self._body.text.format
+        if wanted is None:
+            return {"type": "text"}
+        named = wanted.json_schema
+        return {"type": wanted.type} | ({} if named is None else named.model_dump(by_alias=True, exclude_none=True))
 
     def _frame(self, status: str, output: Seq[dict[str, Any]]) -> dict[str, Any]:
         body = self._body
@@ -211,14 +227,14 @@ class _Response:
             "metadata": body.metadata or {},
             "model": self._service.model_name,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
             "store": body.store is not False,
             "temperature": self._params.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": self._text_format()},
+            "tool_choice": _flat(body.tool_choice) if body.tool_choice is not None else "auto",
+            "tools": [_flat(tool) for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": self._params.top_p,
             "truncation": "disabled",
@@ -226,22 +242,46 @@ class _Response:
         }
 
 
+def _flat(field: Any) -> Any:
+    """A tool, or a choice of one, as responses have it: all on one floor."""
+    if isinstance(field, str):
+        return field
+    plain = field.model_dump(exclude_none=True)
+    if plain["type"] == "allowed_tools":
+        allowed = plain["allowed_tools"]
+        tools = [{"type": "function"} | tool["function"] for tool in allowed["tools"]]
+        return {"type": "allowed_tools", "mode": allowed["mode"], "tools": tools}
+    return {"type": "function"} | plain["function"]
+
+
 class _Items:
-    """The items of a response as they grow: the reasoning, if there is any, then the message.
+    """The items of a response as they grow: the reasoning, if there is any, then the message, and calls of functions.
 
     Args:
-        thinking: tells the two apart; None where there is no reasoning.
+        format: how calls are written; None if there can be none.
+        thinking: tells reasoning from answer; None where there is no reasoning.
 
     Attributes:
         done: items that are whole.
         content: the text of the message.
     """
 
-    def __init__(self, thinking: Thinking | None) -> None:
+    def __init__(self, format: ToolFormat | None, thinking: Thinking | None) -> None:
         self._thinking = thinking
+        self._answer = Answer(format, thinking)
         self.done: list[dict[str, Any]] = []
         self.content = ""
         self._open: dict[str, Any] | None = None
+
+    @property
+    def calls(self) -> dict[str, Any]:
+        """The calls, as a field of a message in a chat; nothing if there are none."""
+        calls = [
+            {"id": item["call_id"], "function": {"name": item["name"], "arguments": item["arguments"]}}
+            for item in self.done
+            if item["type"] == "function_call"
+        ]
+        return {"tool_calls": calls} if calls else {}
 
     def add(self, text: str, logprobs: list[dict[str, Any]], *, is_last: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         """More text; the events that tell of it, by kind.
@@ -251,30 +291,47 @@ class _Items:
             is_last: no more comes.
         """
         was_thinking = self._thinking is not None and self._thinking.is_open
-        piece = Piece("", text) if self._thinking is None else self._thinking.feed(text, is_last=is_last)
-        if piece.reasoning:
-            yield from self._begin("reasoning")
-            yield from self._grow("response.reasoning_text.delta", piece.reasoning, {})
+        deltas = self._answer.feed(text, is_last=is_last)
         is_thinking = self._thinking is not None and self._thinking.is_open
         places = [] if (was_thinking and not is_last) or is_thinking else logprobs
-        if piece.content or places or (is_last and not is_thinking):
-            yield from self._begin("message")
-        if piece.content or places:
-            self.content += piece.content
-            yield from self._grow("response.output_text.delta", piece.content, {"logprobs": places})
+        if places and not any("content" in delta for delta in deltas) and not self._answer.has_calls:
+            deltas = [*deltas, {"content": ""}]  # a token without a text has a log probability all the same
+        for delta in deltas:
+            if "reasoning_content" in delta:
+                yield from self._begin("reasoning")
+                yield from self._grow("response.reasoning_text.delta", delta["reasoning_content"])
+            if "content" in delta:
+                yield from self._begin("message")
+                self.content += delta["content"]
+                yield from self._grow("response.output_text.delta", delta["content"], places)
+                places = []
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    yield from self._end()
+                    yield from self._begin("function_call", call)
+                if arguments := call["function"]["arguments"]:
+                    yield from self._grow("response.function_call_arguments.delta", arguments)
         if is_last:
-            if self._open is None:
+            if not is_thinking and not self._answer.has_calls:
                 yield from self._begin("message")  # there is always one
             yield from self._end()
 
-    def _begin(self, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _begin(self, kind: str, call: dict[str, Any] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         if self._open is not None:
             if self._open["type"] == kind:
                 return
             yield from self._end()
+        item: dict[str, Any]
+        if call is not None:
+            item = {"type": kind, "id": f"fc_{secrets.token_hex(12)}", "call_id": call["id"]}
+            item |= {"name": call["function"]["name"], "arguments": "", "status": "in_progress"}
+            self._open = item
+            yield "response.output_item.added", {"output_index": len(self.done), "item": dict(item)}
+            return
+        part: dict[str, Any]
         if kind == "reasoning":
-            item: dict[str, Any] = {"type": kind, "id": f"rs_{secrets.token_hex(12)}", "summary": []}
-            part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
+            item = {"type": kind, "id": f"rs_{secrets.token_hex(12)}", "summary": []}
+            part = {"type": "reasoning_text", "text": ""}
         else:
             item = {"type": kind, "id": f"msg_{secrets.token_hex(12)}", "role": "assistant"}
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -282,31 +339,42 @@ class _Items:
         yield "response.output_item.added", {"output_index": len(self.done), "item": self._open | {"content": []}}
         yield "response.content_part.added", self._place() | {"part": dict(part)}
 
-    def _grow(self, kind: str, text: str, more: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _grow(
+        self, kind: str, text: str, logprobs: list[dict[str, Any]] | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         assert self._open is not None
-        (part,) = self._open["content"]
-        part["text"] += text
-        if "logprobs" in more:
-            part["logprobs"] += more["logprobs"]
+        more: dict[str, Any] = {}
+        if self._open["type"] == "function_call":
+            self._open["arguments"] += text
+        else:
+            (part,) = self._open["content"]
+            part["text"] += text
+            if self._open["type"] == "message":
+                more = {"logprobs": logprobs or []}
+                part["logprobs"] += more["logprobs"]
         yield kind, self._place() | {"delta": text} | more
 
     def _end(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        assert self._open is not None
-        item, self._open = self._open, self._open | {"status": "completed"}
-        (part,) = item["content"]
-        if item["type"] == "reasoning":
-            yield "response.reasoning_text.done", self._place() | {"text": part["text"]}
+        if self._open is None:
+            return
+        item = self._open
+        if item["type"] == "function_call":
+            arguments = {"name": item["name"], "arguments": item["arguments"]}
+            yield "response.function_call_arguments.done", self._place() | arguments
         else:
-            yield (
-                "response.output_text.done",
-                self._place() | {"text": part["text"], "logprobs": part["logprobs"]},
-            )
-        yield "response.content_part.done", self._place() | {"part": part}
+            (part,) = item["content"]
+            if item["type"] == "reasoning":
+                yield "response.reasoning_text.done", self._place() | {"text": part["text"]}
+            else:
+                told = {"text": part["text"], "logprobs": part["logprobs"]}
+                yield "response.output_text.done", self._place() | told
+            yield "response.content_part.done", self._place() | {"part": part}
         place = {"output_index": len(self.done)}
-        done, self._open = self._open, None
-        self.done.append(done)
-        yield "response.output_item.done", place | {"item": done}
+        self._open = None
+        self.done.append(item | {"status": "completed"})
+        yield "response.output_item.done", place | {"item": self.done[-1]}
 
     def _place(self) -> dict[str, Any]:
         assert self._open is not None
-        return {"item_id": self._open["id"], "output_index": len(self.done), "content_index": 0}
+        place = {"item_id": self._open["id"], "output_index": len(self.done)}
+        return place if self._open["type"] == "function_call" else place | {"content_index": 0}

@@ -52,6 +52,22 @@ class AllowedTools(Lenient):
     allowed_tools: _Allowed
 
 
+def nested_function(value: Any) -> Any:
+    """A tool as chats have it, ``{"type", "function": {...}}``, of one as responses do, with all on one floor."""
+    if isinstance(value, dict) and value.get("type") == "function" and "function" not in value:
+        return {"type": "function", "function": {name: item for name, item in value.items() if name != "type"}}
+    return value
+
+
+def nested_choice(value: Any) -> Any:
+    """The same of ``tool_choice``."""
+    if isinstance(value, dict) and value.get("type") == "allowed_tools" and "allowed_tools" not in value:
+        tools = value.get("tools")
+        named = [nested_function(tool) for tool in tools] if isinstance(tools, list) else tools
+        return {"type": "allowed_tools", "allowed_tools": {"mode": value.get("mode"), "tools": named}}
+    return nested_function(value)
+
+
 ToolsField = Annotated[list[ToolField], Field(fail_fast=True, max_length=MAX_TOOLS)]
 ToolChoice = Annotated[
     Literal["none", "auto", "required"] | NamedTool | AllowedTools, Field(union_mode="left_to_right")
@@ -96,6 +112,24 @@ def tool_use(tools: list[ToolField] | None, choice: Any, several: bool | None, f
         names = [tool.function.name for tool in choice.allowed_tools.tools]
         return choose(known, choice.allowed_tools.mode, names, many, format)
     return choose(known, choice or "auto", None, many, format)
+
+
+def answer_form(
+    tools: ToolUse | None, structured: StructuredOutputsParams | None, special_tokens: Mapping[int, str]
+) -> dict[str, Any]:
+    """Sampling options that hold an answer to a form: that of the calls it may make, or one that the caller asks for.
+
+    Args:
+        special_tokens: id and text of each; the marks of calls are such tokens in some vocabularies.
+    """
+    if tools is None:
+        return {"structured_outputs": structured}
+    special = {text: token_id for token_id, text in special_tokens.items()}
+    form: dict[str, Any] = {"skip_special_tokens": False} if tools.format.mark in special else {}
+    if tools.is_constrained or structured is not None:
+        otherwise = None if structured is None else structured.as_rule()
+        form["structured_outputs"] = StructuredOutputsParams(grammar=tools.grammar(special, otherwise))
+    return form
 
 
 def structured_outputs(

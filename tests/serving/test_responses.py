@@ -246,15 +246,16 @@ class TestRefused:
             ({"input": 5}, "input must be a text, or a list of input items"),
             ({"input": []}, "input"),
             ({"input": ["x"]}, "input must be"),
-            ({"input": [{"role": "user"}]}, "input[0].content"),
+            ({"input": [{"role": "user"}]}, "input[0]: content"),
             ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
             ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
             ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
             ({"input": [{"role": "user", "content": "x"}] * 3000}, "input"),
             ({"max_output_tokens": 0}, "max_tokens"),
             ({"n": 2}, "n"),
-            ({"tools": [{"type": "web_search"}]}, "tools"),
-            ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+            ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+            ({"tool_choice": "required"}, "tool_choice"),
+            ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
             ({"truncation": "auto"}, "truncation"),
             ({"background": True}, "background"),
             ({"include": ["file_search_call.results"]}, "include"),
@@ -286,3 +287,66 @@ class TestRefused:
             "max_output_tokens": 1,
         }
         assert http.post(PATH, json={"input": QUESTION} | fields).status_code == 200
+
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "The weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+
+
+class TestTools:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+    def test_a_call(self, client: openai.OpenAI, stream: bool, choice: Any) -> None:
+        options: Any = {"model": "tutor", "input": "How is the weather?", "tools": [WEATHER], "tool_choice": choice}
+        options |= {"max_output_tokens": 200, "parallel_tool_calls": False}
+        if stream:
+            with client.responses.stream(**options) as events:
+                pieces = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+                response: Any = events.get_final_response()
+        else:
+            response = client.responses.create(**options)
+        (call,) = response.output
+        assert (call.type, call.name, call.status, response.status) == (
+            "function_call",
+            "get_weather",
+            "completed",
+            "completed",
+        )
+        arguments = json.loads(call.arguments)
+        assert arguments.keys() == {"city", "days"} and isinstance(arguments["days"], int)
+        if stream:
+            assert "".join(pieces) == call.arguments
+        assert response.tools[0].name == "get_weather"
+
+    def test_the_loop(self, client: openai.OpenAI) -> None:
+        """By what is kept and by items sent back, the prompt of the next turn is the same."""
+        options: Any = {"model": "tutor", "tools": [WEATHER], "max_output_tokens": 200}
+        options["parallel_tool_calls"] = False
+        first = client.responses.create(input="How is the weather?", tool_choice="required", **options)
+        call: Any = first.output[0]
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+        options["tool_choice"] = "none"
+        second = client.responses.create(input=[result], previous_response_id=first.id, **options)
+        question: Any = {"role": "user", "content": "How is the weather?"}
+        again = client.responses.create(input=[question, *first.output, result], **options)  # type: ignore[list-item]
+        assert second.output_text == again.output_text
+        assert second.usage is not None and again.usage is not None
+        assert second.usage.input_tokens == again.usage.input_tokens
+
+    def test_structured(self, client: openai.OpenAI) -> None:
+        schema = WEATHER["parameters"]
+        form: Any = {"format": {"type": "json_schema", "name": "weather", "schema": schema, "strict": True}}
+        response = client.responses.create(model="tutor", input="Hm", text=form, max_output_tokens=200)
+        assert json.loads(response.output_text).keys() == {"city", "days"}
+        assert response.text is not None and response.text.format is not None
+        assert response.text.format.type == "json_schema" and response.text.format.schema_ == schema

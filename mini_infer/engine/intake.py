@@ -8,7 +8,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mini_infer.config import EngineConfig
-from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream
+from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream, make_forks
 from mini_infer.engine.decoding.beams import BeamOptions, BeamSearch
 from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
@@ -97,7 +97,22 @@ class Intake:
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         stop_token_ids = self._stop_token_ids(params)
         completions = self._completions(params, token_ids)
-        sequences = self._sequences(request_id, token_ids, params, priority, caller)
+        max_length = self._max_length(len(token_ids), params)
+
+        def sequence() -> Sequence:
+            return Sequence(
+                request_id=request_id,
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                max_length=max_length,
+                priority=priority,
+                caller=caller,
+                cache_salt=params.cache_salt,
+                reads_prefix_cache=not params.reads_whole_prompt,
+            )
+
+        num_seats = self._max_num_seqs if caller is None else seats_for_one(self._max_num_seqs)
+        sequences = make_forks(sequence, params.n, num_seats)
         rules = make_rules(params, token_ids, stop_token_ids)
         grammars = self._compile(params, stop_token_ids)
         streams = {
@@ -131,30 +146,6 @@ class Intake:
     def _completions(self, params: SamplingParams, token_ids: TokenIds) -> list[Completion]:
         make_stream = self._stream_maker(token_ids, params)
         return [Completion(place, params.min_tokens, make_stream()) for place in range(params.n)]
-
-    def _sequences(
-        self, request_id: str, token_ids: TokenIds, params: SamplingParams, priority: int, caller: Hashable
-    ) -> list[Sequence]:
-        """One for each completion; as many as there can be seats for fork from the first."""
-        max_length = self._max_length(len(token_ids), params)
-
-        def make(forks: tuple[Sequence, ...] = ()) -> Sequence:
-            return Sequence(
-                request_id=request_id,
-                token_ids=list(token_ids),
-                num_prompt_tokens=len(token_ids),
-                max_length=max_length,
-                priority=priority,
-                caller=caller,
-                cache_salt=params.cache_salt,
-                reads_prefix_cache=not params.reads_whole_prompt,
-                forks=forks,
-                num_seats=1 + len(forks),
-            )
-
-        others = [make() for _ in range(params.n - 1)]
-        num_seats = self._max_num_seqs if caller is None else seats_for_one(self._max_num_seqs)
-        return [make(forks=tuple(others[: num_seats - 1])), *others]
 
     def _compile(self, params: SamplingParams, stop_token_ids: frozenset[int]) -> Seq[Grammar | None]:
         """The grammar of each completion."""

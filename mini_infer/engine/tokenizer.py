@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mini_infer.config import EngineConfig
+from mini_infer.config import CheckpointOptions
 from mini_infer.engine.detokenizer import Detokenizer
 from mini_infer.engine.tools import ToolFormat, find_format, prepare, read_tools
 from mini_infer.exceptions import ContextLengthError, InvalidCheckpointError, InvalidRequestError, MiniInferError
@@ -53,7 +53,7 @@ class Tokenizer:
 
     renderer: Renderer | None = None
 
-    def __init__(self, directory: Path, config: EngineConfig, vocab_size: int) -> None:
+    def __init__(self, directory: Path, config: CheckpointOptions, vocab_size: int) -> None:
         self.hf, self.end_token_ids = _read(directory, config)
         self._vocab_size = vocab_size
         vocab: dict[str, int] = self.hf.get_vocab()
@@ -281,7 +281,7 @@ class Tokenizer:
         return byte_tokens
 
 
-def _read(path: Path, config: EngineConfig) -> tuple[Any, frozenset[int]]:
+def _read(path: Path, config: CheckpointOptions) -> tuple[Any, frozenset[int]]:
     """The tokenizer of transformers, and the ids of the tokens that end a text."""
     if is_gguf(path):
         return read_tokenizer(path)

@@ -39,6 +39,18 @@ class Stream:
     grammar: Grammar | None = None
 
 
+def make_forks(make: Callable[[], Sequence], n: int, num_seats: int) -> list[Sequence]:
+    """The sequences of ``n`` completions of one prompt, whose keys and values they share.
+
+    As many as there can be seats for fork from the first once it is computed. The others queue for themselves, see
+    ``Autoregressive.start``.
+    """
+    first, *others = (make() for _ in range(n))
+    first.forks = tuple(others[: num_seats - 1])
+    first.num_seats = 1 + len(first.forks)
+    return [first, *others]
+
+
 class Autoregressive:
     """The usual decoding, for ``n`` completions that share their prompt.
 

@@ -26,6 +26,7 @@ from mini_infer.executor.runner import ModelRunner
 from mini_infer.kernels import AttentionMetadata
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch
+from mini_infer.parallel.share import WHOLE
 from mini_infer.scheduler import ScheduledSequence, SchedulerOutputs, Sequence, SequenceStatus
 from mini_infer.step import StepInput
 from tests.engine.checkpoints import make_engine_checkpoint
@@ -118,6 +119,8 @@ def test_a_growing_sequence_sends_one_block_at_a_time() -> None:
 
 class Watched:
     """In a model's place: keeps the batches that it is given, and computes nothing."""
+
+    share = WHOLE
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []

@@ -184,7 +184,7 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> int:
         stats = engine.stats()
         assert stats.num_used_blocks + stats.num_cached_blocks + stats.num_free_blocks == stats.num_blocks
     faults.arm(False)
-    while engine._loop._flights:  # what is left of those that ended early
+    while engine._loop.flights:  # what is left of those that ended early
         engine.step()
     stats = engine.stats()
     assert (stats.num_used_blocks, stats.num_used_cpu_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)

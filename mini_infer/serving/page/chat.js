@@ -76,8 +76,8 @@ async function ask(question) {
   turns.push(turn);
   try {
     const body = { messages: conversation(), ...sampling() };
-    for await (const event of stream("v1/chat/completions", body, measure, controller.signal)) {
-      claim(event.id, "chat", question);
+    const queued = (id) => claim(id, "chat", question);
+    for await (const event of stream("v1/chat/completions", body, measure, controller.signal, queued)) {
       const piece = event.choices[0]?.delta.content ?? "";
       turn.answer += piece;
       follow(log, () => {

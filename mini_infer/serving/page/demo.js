@@ -62,9 +62,11 @@ async function send() {
     const prompt = await Promise.all(QUESTIONS.map((question) => tokenize(question, signal)));
     measure.sent = performance.now();
     const body = { max_tokens: MAX_TOKENS, ...sampling(), prompt };
-    for await (const event of stream("v1/completions", body, measure, signal)) {
-      if (!demoId) QUESTIONS.forEach((question, i) => claim(`${event.id}-${i}`, "demo", question));
-      demoId = event.id;
+    const queued = (id) => {
+      demoId = id;
+      QUESTIONS.forEach((question, i) => claim(`${id}-${i}`, "demo", question));
+    };
+    for await (const event of stream("v1/completions", body, measure, signal, queued)) {
       for (const { index, text } of event.choices) texts[index].append(text);
     }
     const seconds = (performance.now() - measure.sent) / 1000;

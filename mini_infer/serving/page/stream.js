@@ -38,10 +38,15 @@ export class Measure {
   }
 }
 
-/** Send a request that streams, and hand over its events; `measure` takes each of them in first. */
-export async function* stream(path, body, measure, signal) {
+/**
+ * Send a request that streams, and hand over its events; `measure` takes each of them in first. `queued` is told the
+ * request's id before, when the server has taken it.
+ */
+export async function* stream(path, body, measure, signal, queued) {
   const options = { stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
-  for await (const event of events(await request(path, { body: { ...body, ...options }, signal }))) {
+  const response = await request(path, { body: { ...body, ...options }, signal });
+  queued(response.headers.get("x-request-id"));
+  for await (const event of events(response)) {
     measure.add(event);
     yield event;
   }

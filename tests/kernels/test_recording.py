@@ -97,6 +97,17 @@ def test_a_replay_outlives_what_recorded_it() -> None:
 
 
 @torch.inference_mode()
+def test_a_replay_needs_no_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "parallel", lambda: jit._alone)
+    monkeypatch.setattr(recording, "parallel_address", lambda: 0)
+    network, ids = Network(random.Random(1), torch.float32), torch.arange(7)
+    replay, result = cpu_capture()(lambda: network(ids))
+    ids.random_(0, 100)
+    replay()
+    torch.testing.assert_close(result, network(ids), rtol=0, atol=0)
+
+
+@torch.inference_mode()
 def test_memory_of_intermediate_results_is_used_again() -> None:
     weight, x = torch.randn(WIDTH), torch.randn(50, WIDTH)
 

@@ -1,4 +1,4 @@
-"""How a kernel written in Python becomes machine code that runs on several threads.
+"""How a kernel written in Python becomes machine code that runs on PyTorch's own threads.
 
 Numba compiles a kernel for the machine it runs on, and `cache` keeps the result on disk; no C compiler is involved. A
 kernel is a function of one argument, an array of integers: addresses and sizes, no Python objects, so that it runs
@@ -13,7 +13,8 @@ the load by itself:
 
     double(num_rows, x.data_ptr(), y.data_ptr(), n)
 
-The threads are those of `pool`; there are as many as `torch.get_num_threads()` says.
+Two thread pools on the same cores would wait for each other, so kernels run on the pool that PyTorch already has: its
+OpenMP runtime is asked to call the kernel on every thread. Where there is no such runtime a kernel runs on one thread.
 
 A number in a tensor is a float32 or a bfloat16; `load` and `store` hide which. bfloat16 is the upper half of a float32,
 so reading one is a shift.
@@ -21,6 +22,7 @@ so reading one is a shift.
 
 import ctypes
 import functools
+import os
 import struct
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -37,7 +39,6 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from mini_infer.kernels.cpu.cache import compiled
-from mini_infer.kernels.cpu.pool import pool
 from mini_infer.kernels.registry import register
 
 FIRST = 3
@@ -258,12 +259,12 @@ class Kernel:
         if num_tasks == 0:
             return
         data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
-        num_threads = 1 if work < _SMALL else pool().threads(min(torch.get_num_threads(), num_tasks))
+        num_threads = 1 if work < _SMALL else min(torch.get_num_threads(), num_tasks)
         launch = Launch(self._address, data, num_threads)
         if num_threads == 1:
             self._here(ctypes.addressof(data))
         else:
-            pool().run(launch.kernel, ctypes.addressof(data), num_threads)
+            parallel()(launch.kernel, ctypes.addressof(data), num_threads, 0)
         observe = observer.get()
         if observe is not None:
             observe(launch)
@@ -302,6 +303,30 @@ def float_bits(value: float) -> int:
     """A float as an integer argument; the kernel gets it back with `as_float`."""
     bits: int = struct.unpack("=q", struct.pack("=d", value))[0]
     return bits
+
+
+@functools.cache
+def parallel() -> Callable[[int, int, int, int], None]:
+    """OpenMP's "call this function with this argument on that many threads", from the runtime that PyTorch loaded."""
+    try:
+        # By this name the loader finds the library that is in memory already: PyTorch's own.
+        library = ctypes.CDLL("libgomp.so.1", mode=getattr(os, "RTLD_NOLOAD", 0) | ctypes.DEFAULT_MODE)
+        gomp_parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return _alone
+    gomp_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    gomp_parallel.restype = None
+    return gomp_parallel
+
+
+def parallel_address() -> int:
+    """Where that function is; 0 where there is none."""
+    function: Any = parallel()
+    return 0 if function is _alone else ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _alone(address: int, data: int, num_threads: int, flags: int) -> None:
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(data)
 
 
 def has_feature(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Products by oneDNN, the library for neural networks that PyTorch brings along; the weight is in an order of its own.
 
 PyTorch has the functions, but under private names; where they are missing, or do not do what they did, this candidate
-is not there. It runs on PyTorch's threads, not on those of `pool`.
+is not there.
 """
 
 import functools

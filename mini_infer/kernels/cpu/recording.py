@@ -24,6 +24,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -31,8 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mini_infer.exceptions import NotRecordableError
-from mini_infer.kernels.cpu.jit import FIRST, Launch, kernel, observer, pointer
-from mini_infer.kernels.cpu.pool import launch, pool
+from mini_infer.kernels.cpu.jit import FIRST, Launch, kernel, observer, parallel_address, pointer
 from mini_infer.kernels.registry import recording
 
 _Item: TypeAlias = Launch | Callable[[], object]
@@ -170,25 +172,50 @@ class _Launches:
     Attributes:
         launches: what they are; they own the arguments that the table points to.
         table: int64 ``[N, 3]``, addresses of kernel and argument, and the number of threads.
+        openmp: address of what starts threads; 0 where there is none.
     """
 
     launches: list[Launch]
     table: np.ndarray
+    openmp: int
 
     @classmethod
     def of(cls, launches: list[Launch]) -> "_Launches":
         rows = [(launch.kernel, ctypes.addressof(launch.data), launch.num_threads) for launch in launches]
-        return cls(launches, np.array(rows, dtype=np.int64))
+        return cls(launches, np.array(rows, dtype=np.int64), parallel_address())
 
     def __call__(self) -> None:
-        _launch_all.alone(len(self.table), self.table.ctypes.data, pool().address)
+        _launch_all.alone(len(self.table), self.table.ctypes.data, self.openmp)
+
+
+@intrinsic
+def _launch(typing_context, openmp, address, data, num_threads):
+    """Call a kernel on some threads, or on this one where there is no OpenMP."""
+
+    def codegen(context, builder, signature, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        openmp, address, data, num_threads = args
+        data = builder.inttoptr(data, byte)
+        with builder.if_else(builder.icmp_unsigned("!=", openmp, ir.Constant(openmp.type, 0))) as (there, missing):
+            with there:
+                function = ir.FunctionType(ir.VoidType(), [byte, byte, number, number]).as_pointer()
+                builder.call(
+                    builder.inttoptr(openmp, function),
+                    [builder.inttoptr(address, byte), data, builder.trunc(num_threads, number), ir.Constant(number, 0)],
+                )
+            with missing:
+                function = ir.FunctionType(ir.VoidType(), [byte]).as_pointer()
+                builder.call(builder.inttoptr(address, function), [data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @kernel
 def _launch_all(args):
-    table, pool = pointer(args[FIRST], np.int64), args[FIRST + 1]
+    table, openmp = pointer(args[FIRST], np.int64), args[FIRST + 1]
     for i in range(args[1]):
         data = pointer(table[3 * i + 1], np.int64)
         data[0] = 0  # the next task
         data[2] = 0  # the next thread's number
-        launch(pool, table[3 * i], table[3 * i + 1], table[3 * i + 2])
+        _launch(openmp, table[3 * i], table[3 * i + 1], table[3 * i + 2])

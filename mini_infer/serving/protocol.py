@@ -1,4 +1,7 @@
-"""What requests may say: the bodies of every endpoint, and what each of their fields means."""
+"""What requests may say: the bodies of the endpoints, and what each of their fields means.
+
+That of ``/v1/responses``, which has a language of its own, is in `responses_body`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -27,25 +30,22 @@ from mini_infer.serving.tool_fields import (
     ResponseFormat,
     ToolCall,
     ToolChoice,
-    ToolField,
     ToolsField,
-    nested_choice,
-    nested_function,
     structured_outputs,
 )
 from mini_infer.structured import StructuredOutputsParams
 
 _HELP = {field.name: field.metadata["help"] for field in fields(SamplingParams)}
 
-_IGNORED = "Accepted and ignored."
-_NOT_YET = "Not supported yet."
+IGNORED = "Accepted and ignored."
+NOT_YET = "Not supported yet."
 
 # Lists stop at their first bad item: collecting a million complaints would hold everybody up.
 _TokenIds = Annotated[list[int], Field(fail_fast=True)]
 _SEVERAL = Field(fail_fast=True, max_length=MAX_CHOICES)
 
 
-def _says(name: str, shape: str) -> WrapValidator:
+def says(name: str, shape: str) -> WrapValidator:
     """What a field that takes several shapes says to others, in place of what each of its shapes would say."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -64,12 +64,12 @@ def _says(name: str, shape: str) -> WrapValidator:
 _Prompts = Annotated[
     str | _TokenIds | Annotated[list[str | _TokenIds], _SEVERAL],
     Field(union_mode="left_to_right"),
-    _says("prompt", "a text, token ids, or a list of either"),
+    says("prompt", "a text, token ids, or a list of either"),
 ]
 _Stop = Annotated[str, Field(max_length=MAX_STOP_STRING_LENGTH)]
 _Stops = Annotated[
     _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_STRINGS)] | None,
-    _says("stop", "a string, or a list of strings"),
+    says("stop", "a string, or a list of strings"),
 ]
 
 
@@ -140,21 +140,29 @@ class SamplingBody(Body):
         return replace(defaults, **given, **settled)
 
 
+class StreamOptions(Body):
+    include_usage: bool = Field(False, description="End with one more event that counts the tokens")
+    continuous_usage_stats: bool = Field(
+        False, description="Extension. With include_usage, count them in every event, as far as they go"
+    )
+    include_obfuscation: Any = Field(None, description=IGNORED)
+
+
 class OpenAIBody(SamplingBody):
     """What chats and completions have in common beside sampling."""
 
     model: str | None = Field(None, description="The served model's name; null for whatever is served")
     stream: bool = Field(False, description="Send the answer piece by piece as server-sent events")
-    stream_options: "StreamOptions | None" = Field(None, description="Only with stream")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream")
 
-    user: Any = Field(None, description=_IGNORED)
-    metadata: Any = Field(None, description=_IGNORED)
-    store: Any = Field(None, description=_IGNORED)
-    service_tier: Any = Field(None, description=_IGNORED)
-    safety_identifier: Any = Field(None, description=_IGNORED)
-    prompt_cache_key: Any = Field(None, description=_IGNORED)
-    prompt_cache_retention: Any = Field(None, description=_IGNORED)
-    prediction: Any = Field(None, description=_IGNORED)
+    user: Any = Field(None, description=IGNORED)
+    metadata: Any = Field(None, description=IGNORED)
+    store: Any = Field(None, description=IGNORED)
+    service_tier: Any = Field(None, description=IGNORED)
+    safety_identifier: Any = Field(None, description=IGNORED)
+    prompt_cache_key: Any = Field(None, description=IGNORED)
+    prompt_cache_retention: Any = Field(None, description=IGNORED)
+    prediction: Any = Field(None, description=IGNORED)
 
     response_format: ResponseFormat | None = Field(None, description="text, json_object, or json_schema with a schema")
     structured_outputs: dict[str, Any] | None = Field(
@@ -203,21 +211,13 @@ class OpenAIBody(SamplingBody):
         return self
 
 
-class StreamOptions(Body):
-    include_usage: bool = Field(False, description="End with one more event that counts the tokens")
-    continuous_usage_stats: bool = Field(
-        False, description="Extension. With include_usage, count them in every event, as far as they go"
-    )
-    include_obfuscation: Any = Field(None, description=_IGNORED)
-
-
 class CompletionBody(OpenAIBody):
     prompt: _Prompts = Field(description="A text, token ids, or a list of either")
     max_tokens: int | None = Field(16, description="Most tokens to generate; 0 only with echo")
     echo: bool = Field(False, description="Begin each choice with its prompt")
     logprobs: int | None = Field(None, description="Report each token's log probability and this many likeliest")
-    best_of: Any = Field(None, description=_NOT_YET)
-    suffix: Any = Field(None, description=_NOT_YET)
+    best_of: Any = Field(None, description=NOT_YET)
+    suffix: Any = Field(None, description=NOT_YET)
 
     _NOT_SUPPORTED: ClassVar = {
         "best_of": ((1,), "best_of is not supported yet; ask for n completions and choose among them yourself"),
@@ -266,7 +266,7 @@ class Message(Body):
         None, description="Calls that an answer made"
     )
     tool_call_id: str | None = Field(None, description="Of the call that this is the result of")
-    function_call: Any = Field(None, description=_NOT_YET)
+    function_call: Any = Field(None, description=NOT_YET)
 
     @model_validator(mode="after")
     def _has_something_to_say(self) -> "Message":
@@ -299,14 +299,12 @@ class Message(Body):
 
 
 _Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-_TemplateVariables = dict[str, Any]
+TemplateVariables = dict[str, Any]
 
 
 class ChatBody(OpenAIBody):
     messages: _Messages = Field(description="The conversation so far")
-    chat_template_kwargs: _TemplateVariables = Field(
-        {}, description="Extension. Further variables of the chat template"
-    )
+    chat_template_kwargs: TemplateVariables = Field({}, description="Extension. Further variables of the chat template")
     add_generation_prompt: bool | None = Field(
         None, description="Extension. Begin an answer behind the messages; true unless continue_final_message is"
     )
@@ -322,10 +320,10 @@ class ChatBody(OpenAIBody):
         None, description="none, auto (if there are tools), required, one function, or a selection with a mode"
     )
     parallel_tool_calls: bool | None = Field(None, description="false allows one call at most")
-    functions: Any = Field(None, description=_NOT_YET)
-    function_call: Any = Field(None, description=_NOT_YET)
-    modalities: Any = Field(None, description=_NOT_YET)
-    audio: Any = Field(None, description=_NOT_YET)
+    functions: Any = Field(None, description=NOT_YET)
+    function_call: Any = Field(None, description=NOT_YET)
+    modalities: Any = Field(None, description=NOT_YET)
+    audio: Any = Field(None, description=NOT_YET)
     reasoning_effort: str | None = Field(
         None, description="How much to think, where the chat template has a switch for that"
     )
@@ -354,7 +352,7 @@ class ChatBody(OpenAIBody):
 _Inputs = Annotated[
     str | _TokenIds | Annotated[list[str | _TokenIds], _SEVERAL],
     Field(union_mode="left_to_right"),
-    _says("input", "a text, token ids, or a list of either"),
+    says("input", "a text, token ids, or a list of either"),
 ]
 
 
@@ -363,159 +361,15 @@ class EmbeddingsBody(Body):
     input: _Inputs = Field(description="A text, token ids, or a list of either")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian")
     dimensions: int | None = Field(None, description="Nothing but the model's own")
-    user: Any = Field(None, description=_IGNORED)
+    user: Any = Field(None, description=IGNORED)
     priority: int = Field(0, description="Extension. Higher goes first, with --scheduling-policy priority")
-
-
-class ReasoningOptions(Body):
-    effort: str | None = Field(None, description="How much to think, where the chat template has a switch for that")
-    summary: Any = Field(None, description="Accepted and ignored: reasoning is given whole.")
-    generate_summary: Any = Field(None, description="Accepted and ignored.")
-
-
-def _nested_format(value: Any) -> Any:
-    """A format as chats have it, of one as responses do, with all on one floor."""
-    if isinstance(value, dict) and value.get("type") == "json_schema" and "json_schema" not in value:
-        schema = {name: item for name, item in value.items() if name != "type"}
-        return {"type": "json_schema", "json_schema": schema}
-    return value
-
-
-class TextOptions(Body):
-    format: Annotated[ResponseFormat, BeforeValidator(_nested_format)] | None = Field(
-        None, description="text, json_object, or json_schema with a schema"
-    )
-    verbosity: Literal["medium"] | None = Field(None, description="Nothing but medium")
-
-
-_LOGPROBS = "message.output_text.logprobs"
-
-_Items = Annotated[list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
-
-
-class ResponsesBody(OpenAIBody):
-    input: Annotated[
-        str | _Items, Field(union_mode="left_to_right"), _says("input", "a text, or a list of input items")
-    ] = Field(description="A text, or items: messages, and the items of earlier responses")
-    instructions: str | None = Field(None, description="A system message for this response alone")
-    previous_response_id: str | None = Field(None, description="Go on from this response, which must still be kept")
-    store: bool | None = Field(None, description="false keeps nothing, so that no request can go on from this response")
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = Field(None, description="Given back with the response")
-    max_output_tokens: int | None = Field(
-        None, description="Most tokens to generate, reasoning included; null for as many as the context holds"
-    )
-    reasoning: ReasoningOptions | None = Field(None, description="How much to think")
-    text: TextOptions | None = Field(None, description="The form of the answer")
-    include: list[str] | None = Field(None, description=f"Only {_LOGPROBS} is there to be included")
-    top_logprobs: int | None = Field(None, description="With that, this many of the likeliest tokens at each place")
-    chat_template_kwargs: _TemplateVariables = Field(
-        {}, description="Extension. Further variables of the chat template"
-    )
-    add_generation_prompt: bool | None = Field(None, description="Extension. As in chats")
-    continue_final_message: bool = Field(False, description="Extension. As in chats")
-    tools: (
-        Annotated[
-            list[Annotated[ToolField, BeforeValidator(nested_function)]], Field(fail_fast=True, max_length=MAX_TOOLS)
-        ]
-        | None
-    ) = Field(None, description="Functions that the answer may call")
-    tool_choice: Annotated[ToolChoice, BeforeValidator(nested_choice)] | None = Field(
-        None, description="none, auto (if there are tools), required, one function, or a selection with a mode"
-    )
-    parallel_tool_calls: bool | None = Field(None, description="false allows one call at most")
-    max_tool_calls: Any = Field(None, description=_IGNORED)
-    truncation: Any = Field(None, description=_NOT_YET)
-    background: Any = Field(None, description=_NOT_YET)
-    conversation: Any = Field(None, description=_NOT_YET)
-    prompt: Any = Field(None, description=_NOT_YET)
-
-    _NOT_SUPPORTED: ClassVar = {
-        "truncation": (("disabled",), "nothing is cut off in silence; leave truncation out"),
-        "background": ((False,), "background is not supported; /v1/generate is asked now and fetched later"),
-        "conversation": ((), "conversations are not kept here; use previous_response_id"),
-        "prompt": ((), "prompts are not kept here; send it as input"),
-        "n": ((1,), "a response is one answer; ask for it n times"),
-        "include": (([], [_LOGPROBS]), f"nothing but {_LOGPROBS} can be included"),
-    }
-
-    def structured(self) -> StructuredOutputsParams | None:
-        wanted = None if self.text is None else self.text.format
-        if wanted is not None and wanted.type != "text":
-            return structured_outputs(wanted, self.structured_outputs, {})
-        return super().structured()
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether each token's log probability is to be reported."""
-        return bool(self.include) or bool(self.top_logprobs)
-
-    def messages(self) -> list[Message]:
-        """What the input adds to the conversation.
-
-        Raises:
-            InvalidRequestError: an item is of a kind that is not known here, or malformed.
-        """
-        if isinstance(self.input, str):
-            return [Message.of("user", self.input)]
-        messages: list[Message] = []
-        for place, item in enumerate(self.input):
-            message = _message_of(place, item)
-            if message is None:
-                continue
-            before = messages[-1] if messages else message
-            if message.tool_calls and before is not message and before.role == "assistant":
-                # The calls of one answer, and the text before them, are items of their own.
-                calls = [*(before.tool_calls or ()), *message.tool_calls]
-                messages[-1] = before.model_copy(update={"tool_calls": calls})
-            else:
-                messages.append(message)
-        return messages
-
-
-def _message_of(place: int, item: Mapping[str, Any]) -> Message | None:
-    """The message that an input item is; the reasoning of an earlier response is none."""
-    kind = item.get("type", "message")
-    if kind == "reasoning":
-        return None
-    if kind not in ("message", "function_call", "function_call_output"):
-        raise InvalidRequestError(
-            f"input[{place}] is of type {repr(kind)[:40]}; supported are messages, and calls of functions with their "
-            "outputs"
-        )
-    content = item.get("output" if kind == "function_call_output" else "content")
-    if isinstance(content, list):
-        content = [_plain_part(part) for part in content]
-    try:
-        if kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
-            return Message.of("assistant", None, tool_calls=[call])
-        if kind == "function_call_output":
-            return Message.of("tool", content, tool_call_id=item.get("call_id"))
-        return Message.model_validate({"role": item.get("role"), "content": content})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = "".join(f".{part}" for part in first["loc"])
-        raise InvalidRequestError(f"input[{place}]{where}: {first['msg']}") from error
-
-
-def _plain_part(part: Any) -> Any:
-    """A part of a message as chats have it."""
-    if isinstance(part, dict) and part.get("type") in ("input_text", "output_text"):
-        return {"type": "text", "text": part.get("text")}
-    return part
 
 
 class TokenizeBody(Body):
     model: str | None = Field(None, description="The served model's name; null for whatever is served")
     prompt: str | None = Field(None, description="A text; or give messages")
     messages: _Messages | None = Field(None, description="A conversation, put into the model's chat template first")
-    chat_template_kwargs: _TemplateVariables = Field({}, description="Further variables of the chat template")
+    chat_template_kwargs: TemplateVariables = Field({}, description="Further variables of the chat template")
     add_special_tokens: bool | None = Field(
         None, description="Put around it what the tokenizer adds to a text; true for prompt, false for messages"
     )

@@ -16,8 +16,9 @@ from mini_infer.serving.kept import Kept
 from mini_infer.serving.limits import MAX_MESSAGES
 from mini_infer.serving.logprobs import chat_logprobs, check_num_top
 from mini_infer.serving.messages import Message as Answer
-from mini_infer.serving.protocol import Message, ResponsesBody
+from mini_infer.serving.protocol import Message
 from mini_infer.serving.reasoning import Thinking, num_reasoning_tokens, thinks
+from mini_infer.serving.responses_body import ResponsesBody
 from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, render
 from mini_infer.serving.tool_fields import answer_form, tool_use

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.measure import DEVICE
@@ -83,6 +84,7 @@ def kernel_cases() -> Iterator[Case]:
         for model, tokens in PRODUCTS:
             yield product_case(model, tokens, dtype)
         yield sampling_case(16, 151936, dtype)
+        yield drawing_case(16, 151936, dtype)
     yield from quantized_cases()
 
 
@@ -217,6 +219,26 @@ def sampling_case(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Case:
         lambda: {"logits": normal(dtype, num_rows, vocab_size)},
         n * dtype.itemsize,
         3 * n,
+    )
+
+
+def drawing_case(num_rows: int, vocab_size: int, dtype: torch.dtype) -> Case:
+    """A token of each sequence at random, from the 50 likeliest."""
+    n = num_rows * vocab_size
+    return Case(
+        "draw_tokens",
+        f"{num_rows} x {vocab_size} tokens, top_k 50",
+        dtype,
+        lambda: {
+            "logits": normal(dtype, num_rows, vocab_size),
+            "temperature": np.full(num_rows, 0.8),
+            "top_k": np.full(num_rows, 50),
+            "top_p": np.full(num_rows, 0.95),
+            "min_p": np.zeros(num_rows),
+            "uniform": np.linspace(0, 0.99, num_rows),
+        },
+        n * dtype.itemsize,
+        n,
     )
 
 

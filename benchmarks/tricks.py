@@ -18,9 +18,7 @@ from rich.console import Console
 from benchmarks.compare import random_checkpoint
 from benchmarks.report import save
 from mini_infer import LLM, SamplingParams, kernels
-from mini_infer.executor import sampler
 from mini_infer.kernels.cpu import linear
-from mini_infer.step import Draws, LogitEdits
 
 ROUNDS = 15
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 32
@@ -53,32 +51,24 @@ def long_runs(num_tokens: int) -> dict[str, float]:
     return in_turns(lambda: seconds(1), lambda: seconds(linear.RUN))
 
 
-def groups(batch: int) -> dict[str, float]:
-    """A sampled token of Qwen3's vocabulary: ``top_k`` looked for among all tokens, and among the best groups of 64."""
+def drawing(batch: int) -> dict[str, float]:
+    """A token of Qwen3's vocabulary at random, from the 50 likeliest: PyTorch's operations, and one kernel."""
     logits = torch.randn(batch, 151936).bfloat16()
-    rows, chosen = np.arange(batch), kernels.resolve("cpu")
-    draws = Draws(
-        rows=rows,
-        table_rows=rows,
-        seeds=rows.astype(np.uint64),
-        indices=np.zeros_like(rows),
-        positions=np.zeros_like(rows),
-        temperature=np.full(batch, 0.8),
-        top_k=np.full(batch, 50),
-        top_p=np.full(batch, 0.95),
-        min_p=np.zeros(batch),
-        num_logprobs=np.full(batch, -1),
-        edits=LogitEdits(),
+    columns = (
+        np.full(batch, 0.8),
+        np.full(batch, 50),
+        np.full(batch, 0.95),
+        np.zeros(batch),
+        np.linspace(0, 0.99, batch),
     )
+    composed, fused = (kernels.resolve("cpu", backend) for backend in ("reference", "cpu"))
 
-    def seconds(share: int) -> float:
-        with patch.object(sampler, "_SHARE", share), torch.inference_mode():
-            start = time.perf_counter()
-            sampler.sample(logits, draws, chosen)
-            return time.perf_counter() - start
+    def seconds(by: kernels.Kernels) -> float:
+        start = time.perf_counter()
+        by.draw_tokens(logits, *columns)
+        return time.perf_counter() - start
 
-    nothing = 1 << 30  # the vocabulary divided by it
-    return in_turns(lambda: seconds(nothing), lambda: seconds(sampler._SHARE))
+    return in_turns(lambda: seconds(composed), lambda: seconds(fused))
 
 
 def recording(shape: str, batch: int) -> dict[str, float]:
@@ -101,7 +91,7 @@ def recording(shape: str, batch: int) -> dict[str, float]:
 def measure() -> Iterator[dict[str, Any]]:
     for num_tokens in (1, 16):
         yield {"trick": "runs", "shape": "qwen3-0.6b", "tokens": num_tokens, **long_runs(num_tokens)}
-    yield {"trick": "groups", "shape": "qwen3-0.6b", "tokens": 16, **groups(16)}
+    yield {"trick": "drawing", "shape": "qwen3-0.6b", "tokens": 16, **drawing(16)}
     for shape, batch in (("tiny", 1), ("tiny", 64), ("qwen3-0.6b", 1)):
         yield {"trick": "recording", "shape": shape, "tokens": batch, **recording(shape, batch)}
 

@@ -73,13 +73,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for what the device is busy with."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is reused only once it was copied
-
-
 def send_arrays(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays as tensors on the device: to a GPU all of them in one copy, which nobody waits for."""
     if device.type == "cpu":

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer.executor.device import send, send_arrays
+from mini_infer.executor.device import send_arrays
 from mini_infer.executor.graphs import DecodeGraphs
 from mini_infer.executor.logprobs import ScoreTensors, score_tokens
 from mini_infer.executor.sampler import sample
 from mini_infer.kernels import AttentionMetadata
+from mini_infer.kernels.host import send
 from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
 from mini_infer.parallel.group import Link
@@ -134,7 +135,7 @@ class ModelRunner:
         asking = np.flatnonzero(draws.num_logprobs >= 0)
         if not len(asking):
             return token_ids, logprobs, None
-        wanted = send(torch.from_numpy(asking), self.device)
+        wanted = send(asking, self.device)
         return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], int(draws.num_logprobs.max()))
 
     def _score(self, hidden: Tensor, scores: Scores) -> ScoreTensors | None:

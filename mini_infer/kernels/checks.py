@@ -4,11 +4,13 @@ from collections.abc import Callable, Set
 from types import EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mini_infer.exceptions import KernelError
 from mini_infer.kernels.attention import AttentionMetadata
+from mini_infer.kernels.host import Floats, Ints
 from mini_infer.kernels.quantized import QuantizedMatrix
 
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -301,6 +303,21 @@ def _argmax_logprob(logits: Tensor) -> torch.device:
     return logits.device
 
 
+def _draw_tokens(
+    logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats, uniform: Floats
+) -> torch.device:
+    check("draw_tokens", "logits", logits, ("num_rows", "vocab_size"))
+    if logits.shape[1] == 0:
+        raise KernelError(f"draw_tokens: logits must have a vocabulary; got {describe(logits)}")
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "uniform": uniform}
+    for name, array in parameters.items():
+        dtype = np.int64 if name == "top_k" else np.float64
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (len(logits),):
+            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise KernelError(f"draw_tokens: {name} must be a {dtype.__name__} array [{len(logits)}]; got {got}")
+    return logits.device
+
+
 CHECKS: dict[str, Callable[..., torch.device]] = {
     "rmsnorm": _rmsnorm,
     "add_rmsnorm": _add_rmsnorm,
@@ -315,5 +332,6 @@ CHECKS: dict[str, Callable[..., torch.device]] = {
     "pack_linear": _pack_linear,
     "pack_quantized": _pack_quantized,
     "argmax_logprob": _argmax_logprob,
+    "draw_tokens": _draw_tokens,
 }
 """The check of each operation there is."""

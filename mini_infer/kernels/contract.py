@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mini_infer.exceptions import KernelError
 from mini_infer.kernels.attention import AttentionMetadata
+from mini_infer.kernels.host import Floats, Ints
 from mini_infer.kernels.packed_linear import PackedLinear
 from mini_infer.kernels.quantized import QuantizedMatrix
 
@@ -398,6 +399,36 @@ class Operations:
             A row that holds NaN has logprob NaN and an arbitrary i within the vocabulary.
         """
         return self.functions["argmax_logprob"](logits)
+
+    def draw_tokens(
+        self, logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats, uniform: Floats
+    ) -> Tensor:
+        """A token of each row, at random: the filters in this order, then the cumulative sum inverted.
+
+            w_j = exp((z_j - max z) / temperature)
+            w_j = 0 unless z_j is among the top_k largest, or equals the last of them
+            w_j = 0 unless the larger weights together make less than top_p of all that is left
+            w_j = 0 if it is less than min_p times the largest
+            i = the first whose w_0 + ... + w_i exceeds uniform · Σ w
+
+        The parameters are on the host, whatever the logits' device: what they are decides what there is to compute.
+
+        Holtzman et al., The Curious Case of Neural Text Degeneration (top-p), 2019, https://arxiv.org/abs/1904.09751
+        Nguyen et al., Turning Up the Heat: Min-p Sampling, 2024, https://arxiv.org/abs/2407.01082
+
+        Args:
+            logits: `[num_rows, vocab_size]`, vocab_size ≥ 1.
+            temperature: `[num_rows]`, above 0.
+            top_k: `[num_rows]`; below 1 keeps all.
+            top_p: `[num_rows]`; 0 leaves the likeliest token, 1 all. Of tokens as likely as the last that stays, the
+                first stay; on a GPU all do, where telling them apart would take a wait.
+            min_p: `[num_rows]`; 0 keeps all.
+            uniform: `[num_rows]`, in [0, 1).
+
+        Returns:
+            i, int64 `[num_rows]`. Of a row that holds NaN, an arbitrary i within the vocabulary.
+        """
+        return self.functions["draw_tokens"](logits, temperature, top_k, top_p, min_p, uniform)
 
 
 def _of_pairs(table: Tensor, q: Tensor, interleaved: bool) -> Tensor:

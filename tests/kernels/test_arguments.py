@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,11 @@ def quantized(**changed: object) -> kernels.QuantizedMatrix:
 
 GOOD: dict[str, dict[str, object]] = {
     "argmax_logprob": {"logits": f(3, 8)},
+    "draw_tokens": {
+        "logits": f(3, 8),
+        **{name: np.full(3, 0.5) for name in ("temperature", "top_p", "min_p", "uniform")},
+        "top_k": np.full(3, 4),
+    },
     "pack_linear": {"weight": f(5, 8), "bias": f(5)},
     "pack_quantized": {"matrix": quantized(), "bias": f(5), "dtype": F32},
     "rmsnorm": {"x": f(3, 8), "weight": f(8), "eps": 1e-6},

@@ -8,11 +8,9 @@ goes to memory for each of its steps. Floor: bytes / memory bandwidth.
 """
 
 import functools
-from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from mini_infer.kernels.cpu.jit import (
     thread_number,
 )
 from mini_infer.kernels.cpu.softmax import largest_score
+from mini_infer.kernels.host import Floats, Ints
 from mini_infer.kernels.reference import sampling as reference
 
 _BLOCK = 64
@@ -75,28 +74,12 @@ def _kernel(element: type) -> Kernel:
     return argmax_logprob
 
 
+@register_fast("draw_tokens", reference.draw_tokens)
 def draw_tokens(
-    logits: Tensor,
-    temperature: npt.NDArray[np.float64],
-    top_k: npt.NDArray[Any],
-    top_p: npt.NDArray[np.float64],
-    min_p: npt.NDArray[np.float64],
-    uniform: npt.NDArray[np.float64],
+    logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats, uniform: Floats
 ) -> Tensor:
-    """One token per row, as `executor.sampler` draws it: filters in that order, then the cumulative sum inverted.
-
-    A row's work is one or two passes over its logits. Numbers below the k-th largest are dropped by a heap of the k
-    largest; what is left is so little that sorting it for ``top_p`` costs nothing.
-
-    Args:
-        logits: ``[R, V]``, float32 or bfloat16.
-        temperature: ``[R]``, above 0.
-        top_k: ``[R]``; 0 or less keeps all.
-        top_p, min_p, uniform: ``[R]``.
-
-    Returns:
-        int64 ``[R]``.
-    """
+    """A row's work is one or two passes over its logits. Numbers below the k-th largest are dropped by a heap of the k
+    largest; what is left is so little that sorting it for ``top_p`` costs nothing."""
     logits = logits.contiguous()
     num_rows, vocab_size = logits.shape
     limits = np.finfo(np.float32)

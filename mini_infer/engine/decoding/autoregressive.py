@@ -7,7 +7,7 @@ out is the same with drafts and without, token for token; drafts that turn out r
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -113,16 +113,19 @@ class Autoregressive:
         known = item.end + 1 - item.num_logits
         outcomes = []
         for sequence, token_ids, logprobs, _ in _drawn(item, answer):
-            drafts = sequence.token_ids[known : item.end]
-            num_right = next((i for i, draft in enumerate(drafts) if token_ids[i] != draft), len(drafts)) + 1
-            settled = token_ids[:num_right]
+            settled: TokenIds = []
             reason: FinishReason | None = None
-            for place, token_id in enumerate(settled):
-                if math.isnan(logprobs[place]):
-                    settled, reason = settled[:place], "error"
+            for token_id, logprob, draft in zip(
+                token_ids, logprobs, (*sequence.token_ids[known : item.end], None), strict=True
+            ):
+                if math.isnan(logprob):
+                    reason = "error"
                     break
-                if self._stops(request, sequence, known + place, token_id):
-                    settled, reason = settled[: place + 1], "stop"
+                settled.append(token_id)
+                if self._stops(request, sequence, known + len(settled) - 1, token_id):
+                    reason = "stop"
+                    break
+                if token_id != draft:  # what was drawn after it followed something else
                     break
             settled, reason = self._within_grammar(sequence, settled, reason)
             outcomes.append(Outcome(sequence, tuple(settled), known + max(len(settled) - 1, 0), reason))
@@ -234,12 +237,14 @@ class Autoregressive:
 
 def _drawn(
     item: ScheduledSequence, answer: Answer
-) -> Iterator[tuple[Sequence, TokenIds, list[float], list[TokenScore]]]:
+) -> Iterable[tuple[Sequence, TokenIds, list[float], list[TokenScore]]]:
     """What was drawn for a sequence, one token or one after each of its drafts, and for those that fork from it: the
     tokens, their log probabilities, and their scores if those were asked for."""
+    sequences = (item.sequence, *item.forks)
+    if item.num_logits == 1:
+        return zip(sequences, answer.token_ids, answer.logprobs, answer.token_scores, strict=True)
     token_ids = list(chain.from_iterable(answer.token_ids))
     logprobs = list(chain.from_iterable(answer.logprobs))
     scores = list(chain.from_iterable(answer.token_scores))
-    for place, sequence in enumerate((item.sequence, *item.forks)):
-        own = slice(place * item.num_logits, (place + 1) * item.num_logits)
-        yield sequence, token_ids[own], logprobs[own], scores[own]
+    parts = [slice(i * item.num_logits, (i + 1) * item.num_logits) for i in range(len(sequences))]
+    return [(s, token_ids[p], logprobs[p], scores[p]) for s, p in zip(sequences, parts, strict=True)]

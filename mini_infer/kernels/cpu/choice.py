@@ -31,7 +31,13 @@ Times = dict[str, dict[int, float]]
 """Seconds of each candidate at each size."""
 
 ROUNDS = 5
-"""Runs of each candidate at each size, of which the quickest counts."""
+"""Runs of each candidate at each size at most, of which the quickest counts."""
+
+ENOUGH = 0.1
+"""Seconds after which a size gets no further round, if there were two: long runs err less."""
+
+HOPELESS = 1.5
+"""A candidate that took so many times the best one's time is not run again."""
 
 MARGIN = 0.95
 """A candidate must take less than this share of the first one's time to be taken instead."""
@@ -71,12 +77,18 @@ def measure(key: str, candidates: Mapping[str, Callable[[int], object]], sizes: 
     found: Times = {name: {} for name in candidates}
     for size in sizes:
         best = dict.fromkeys(candidates, float("inf"))
-        for round_ in range(ROUNDS + 1):
+        for run in candidates.values():
+            run(size)  # compiles, allocates and fills caches
+        start = time.perf_counter()
+        for round_ in range(ROUNDS):
+            hopeless = HOPELESS * min(best.values())
             for name, run in candidates.items():
-                begin = time.perf_counter()
-                run(size)
-                if round_:  # the first one compiles, allocates and fills caches
+                if round_ == 0 or best[name] <= hopeless:
+                    begin = time.perf_counter()
+                    run(size)
                     best[name] = min(best[name], time.perf_counter() - begin)
+            if round_ and time.perf_counter() - start > ENOUGH:
+                break
         for name, seconds in best.items():
             found[name][size] = seconds
     logger.info("measured %s: %s", key, found)

@@ -78,8 +78,8 @@ def _kernel(element: type) -> Kernel:
 def draw_tokens(
     logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats, uniform: Floats
 ) -> Tensor:
-    """A row's work is one or two passes over its logits. Numbers below the k-th largest are dropped by a heap of the k
-    largest; what is left is so little that sorting it for ``top_p`` costs nothing."""
+    """One pass over a row finds the largest of each few neighbours, so that most of these need no second look. A heap
+    holds the k largest, and what is left of the row is so little that sorting it for ``top_p`` costs nothing."""
     logits = logits.contiguous()
     num_rows, vocab_size = logits.shape
     limits = np.finfo(np.float32)
@@ -88,7 +88,7 @@ def draw_tokens(
     )
     few = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size).astype(np.int64)
     token_ids = torch.empty(num_rows, dtype=torch.int64)
-    scratch = torch.empty((torch.get_num_threads(), 3, vocab_size), dtype=torch.float32)
+    scratch = torch.empty((torch.get_num_threads(), 3 * vocab_size + vocab_size // _BLOCK + 1), dtype=torch.float32)
     _draw_kernel(ELEMENTS[logits.dtype])(
         num_rows,
         logits.data_ptr(),
@@ -111,17 +111,27 @@ def _scaled(logits, place, largest, temperature):
 
 
 @numba.njit
-def _kth_largest(logits, begin, end, k, heap):
-    """The k-th largest of ``logits[begin:end]``; in ``heap`` is room for k, each not above its two children."""
+def _look_at_blocks(logits, begin, count, maxima):
+    """Write the largest of each ``_BLOCK`` neighbours of a row; the largest of all."""
+    largest = -np.float32(np.inf)
+    for first in range(0, count, _BLOCK):
+        highest = largest_score(logits, begin + first, begin + min(first + _BLOCK, count), np.float32(1))
+        store(maxima, first // _BLOCK, highest)
+        largest = max(largest, highest)
+    return largest
+
+
+@numba.njit
+def _kth_largest(logits, begin, count, k, maxima, heap):
+    """The k-th largest of a row; in ``heap`` is room for k, each not above its two children."""
     for i in range(k):
         heap[i] = load(logits, begin + i)
     for i in range(k // 2 - 1, -1, -1):
         _sink(heap, i, k)
-    for first in range(begin + k, end, _BLOCK):
-        last = min(first + _BLOCK, end)
-        if largest_score(logits, first, last, np.float32(1)) > heap[0]:
-            for i in range(first, last):
-                z = load(logits, i)
+    for first in range(k // _BLOCK * _BLOCK, count, _BLOCK):
+        if maxima[first // _BLOCK] > heap[0]:
+            for i in range(max(first, k), min(first + _BLOCK, count)):
+                z = load(logits, begin + i)
                 if z > heap[0]:
                     heap[0] = z
                     _sink(heap, 0, k)
@@ -224,14 +234,14 @@ def _draw_kernel(element: type) -> Kernel:
         logits, columns = pointer(args[FIRST], element), pointer(args[FIRST + 1], np.float64)
         few, token_ids = pointer(args[FIRST + 2], np.int64), pointer(args[FIRST + 3], np.int64)
         vocab_size, num_rows = args[FIRST + 5], args[FIRST + 6]
-        room = args[FIRST + 4] + thread_number(args) * 3 * vocab_size * 4
+        room = args[FIRST + 4] + thread_number(args) * (3 * vocab_size + vocab_size // _BLOCK + 1) * 4
         weights, ids = pointer(room, np.float32), pointer(room + vocab_size * 4, np.int32)
-        ranked = pointer(room + vocab_size * 8, np.float32)
+        ranked, maxima = pointer(room + vocab_size * 8, np.float32), pointer(room + vocab_size * 12, np.float32)
         for row in tasks(args):
-            begin, end = row * vocab_size, (row + 1) * vocab_size
+            begin = row * vocab_size
             temperature, top_p = np.float32(columns[row]), np.float32(columns[num_rows + row])
             min_p, uniform = np.float32(columns[2 * num_rows + row]), columns[3 * num_rows + row]
-            largest = largest_score(logits, begin, end, np.float32(1))
+            largest = _look_at_blocks(logits, begin, vocab_size, maxima)
             largest = largest if largest < _MOST else _MOST
             k = few[row]
             if k == vocab_size and top_p >= 1:
@@ -241,15 +251,13 @@ def _draw_kernel(element: type) -> Kernel:
             total = np.float64(-1)
             looked_at, count = k if k < vocab_size else min(_RANKED, vocab_size), -1
             while count < 0:
-                place = _kth_largest(logits, begin, end, looked_at, ranked)
+                place = _kth_largest(logits, begin, vocab_size, looked_at, maxima, ranked)
                 place = place if place < _MOST else _MOST
                 threshold = (place - largest) / temperature
                 count = 0
                 for first in range(0, vocab_size, _BLOCK):
-                    last = min(first + _BLOCK, vocab_size)
-                    highest = largest_score(logits, begin + first, begin + last, np.float32(1))
-                    if (min(highest, _MOST) - largest) / temperature >= threshold:
-                        for i in range(first, last):
+                    if (min(maxima[first // _BLOCK], _MOST) - largest) / temperature >= threshold:
+                        for i in range(first, min(first + _BLOCK, vocab_size)):
                             scaled = _scaled(logits, begin + i, largest, temperature)
                             if scaled >= threshold:
                                 weights[count], ids[count] = exp(scaled), i

@@ -184,7 +184,7 @@ class EngineOptions:
         False, "Plan a step and read the last one while one computes; or how many may be under way at once, 1 to 4"
     )
     trace: str | os.PathLike[str] | None = option(
-        None, "File that every step is written to, for Perfetto or `mini-infer trace`; None writes none"
+        None, "File that every step is written to, for Perfetto or `mini-infer trace`; of replicas, one for each"
     )
 
     def __post_init__(self) -> None:

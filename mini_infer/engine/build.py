@@ -1,7 +1,7 @@
 """From a configuration to the parts of an engine: tokenizer, scheduler, executor, loop."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,11 +80,12 @@ def build(config: EngineConfig) -> Parts:
     max_model_len = min(local.max_model_len for local in replicas)
     defaults = GenerationDefaults.from_directory(directory, tokenizer.end_token_ids, model_config.vocab_size)
     loops = []
-    for local in replicas:
+    for number, local in enumerate(replicas):
         scheduler = make_scheduler(
             config, max_model_len, local.num_gpu_blocks, _preemption_costs(local), _fair_size(local)
         )
-        loops.append(make_loop(config, scheduler, local.executor))
+        mine = config if len(replicas) == 1 else _with_trace_of_its_own(config, number)
+        loops.append(make_loop(mine, scheduler, local.executor))
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
@@ -130,6 +131,14 @@ def make_loop(
     width = -(-scheduler.max_model_len // config.block_size)
     describer = Describer(config.max_num_seqs, width, config.block_size)
     return EngineLoop(scheduler, executor, describer, max(config.depth, config.pipeline_parallel_size), observers)
+
+
+def _with_trace_of_its_own(config: EngineConfig, replica: int) -> EngineConfig:
+    """The configuration of a replica, which has steps and blocks of its own: of run.json, it writes run.0.json."""
+    if config.trace is None:
+        return config
+    path = Path(config.trace)
+    return replace(config, trace=path.with_name(f"{path.stem}.{replica}{path.suffix}"))
 
 
 def make_router(config: EngineConfig, replicas: "Sequence[Local]") -> Router:

@@ -178,8 +178,11 @@ def _runner(
 
 
 def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
-    """The runner with graphs for its decodes, where launches can be recorded."""
+    """The runner with graphs for its decodes, where launches can be recorded. Ranks record the same sizes in the same
+    order, with their sums."""
     forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
+    if runner.device.type == "cuda" and not runner.model.share.group.on_device:
+        return runner  # sums go by way of the host
     if runner.device.type == "cuda":
         graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, runner.device, cuda_capture(runner.device))
         try:
@@ -190,7 +193,7 @@ def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRun
                 f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
                 "or max_num_seqs, or set enforce_eager=True"
             ) from error
-    elif runner.model.kernels.backend_of("paged_attention") == "cpu" and runner.model.share.is_whole:
+    elif runner.model.kernels.backend_of("paged_attention") == "cpu":
         from mini_infer.kernels.cpu.recording import cpu_capture
 
         graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())

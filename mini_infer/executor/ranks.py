@@ -346,11 +346,6 @@ def check_layout(config: EngineConfig, model_config: ModelConfig) -> None:
     shards, stages = config.tensor_parallel_size, config.pipeline_parallel_size
     if shards * stages > 1:
         check_available()
-    if shards > 1 and config.quantization is not None:
-        raise InvalidConfigError(
-            f"quantization={config.quantization!r} with tensor_parallel_size={shards}: quantised layers cannot be "
-            "shared out yet; use pipeline_parallel_size or data_parallel_size"
-        )
     heads = {(layer.attention.num_heads, layer.attention.num_kv_heads) for layer in model_config.layers}
     widths = {layer.feed_forward.intermediate_size for layer in model_config.layers}
     most = min(model_config.vocab_size, *widths)

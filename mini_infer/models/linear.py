@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from mini_infer.exceptions import UnsupportedModelError
 from mini_infer.kernels import Kernels, PackedLinear, QuantizedMatrix, large_memory
-from mini_infer.models.matrices import Matrix, Ordered, bytes_of, join
+from mini_infer.models.matrices import Matrix, Ordered, bytes_of, cut, join
 from mini_infer.parallel.slices import Span, whole
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -206,7 +206,8 @@ class Linear(Weighted):
             self.register_parameter(spec.name, empty_parameter(spec.shape, dtype))
 
     def parts(self, names: Sequence[str]) -> list[Part]:
-        plain = all(format is DENSE for format in self.formats)
+        coded_before_it_is_cut = self.scheme is not None and not self.inputs.is_whole
+        plain = all(format is DENSE for format in self.formats) and not coded_before_it_is_cut
         parts = []
         start: Counter[str] = Counter()
         for name, format, rows in zip(names, self.formats, self.outputs, strict=True):
@@ -214,7 +215,8 @@ class Linear(Weighted):
             for spec in format.tensors(rows.total, self.inputs.total, self.bias_wanted):
                 dim, parameter = spec.outputs or 0, spec.name if plain else ""
                 place = (dim, start[spec.name]) if plain else (0, 0)
-                index = None if is_whole else spec.cut(rows, self.inputs)
+                # Of what has codes all is read, one matrix at a time, since scales may be shared across the cut.
+                index = spec.cut(rows, self.inputs) if plain and not is_whole else None
                 full = f"{name}.{spec.name}"
                 part = Part(full, spec.shape, parameter, *place, spec.dtypes, spec.optional, index)
                 parts.append(part)
@@ -228,9 +230,20 @@ class Linear(Weighted):
         for part in parts:  # those of one matrix share what stands before their last word
             matrix, _, name = part.name.rpartition(".")
             tensors.setdefault(matrix, {})[name] = read(part.name, part.index).to(device)
-        biases = [some["bias"].to(self.dtype) for some in tensors.values() if "bias" in some]
-        matrices = [format.matrix(some) for format, some in zip(self.formats, tensors.values(), strict=True)]
+        matrices, biases = [], []
+        for format, some, rows in zip(self.formats, tensors.values(), self.outputs, strict=True):
+            matrices.append(self._mine(format.matrix(some), rows))
+            if "bias" in some:
+                biases.append(some["bias"][rows.start : rows.stop].to(self.dtype))
         self._pack(join(matrices, self.dtype), torch.cat(biases) if biases else None)
+
+    def _mine(self, matrix: Matrix, rows: Span) -> Matrix:
+        """Of a whole matrix, what this module has: of few bits, the very codes that they are in the whole."""
+        if rows.is_whole and self.inputs.is_whole:
+            return matrix
+        if self.scheme is not None and isinstance(matrix, Tensor):
+            matrix = self.scheme(matrix.to(self.dtype))
+        return cut(matrix, rows, self.inputs, self.dtype)
 
     def finish(self) -> None:
         self._pack(self.weight.data, getattr(self, "bias", None))
@@ -275,10 +288,11 @@ class Embedding(Weighted):
 
     def parts(self, names: Sequence[str]) -> list[Part]:
         inputs = self.weight.shape[1]
-        parameter = "weight" if self.formats[0] is DENSE else ""
+        plain = self.formats[0] is DENSE
+        parameter = "weight" if plain else ""
         parts = []
         for spec in self.formats[0].tensors(self.span.total, inputs, False):
-            index = None if self.span.is_whole else spec.cut(self.span, whole(inputs))
+            index = spec.cut(self.span, whole(inputs)) if plain and not self.span.is_whole else None
             full = f"{names[0]}.{spec.name}"
             parts.append(Part(full, spec.shape, parameter, 0, 0, spec.dtypes, spec.optional, index))
         return parts
@@ -288,6 +302,8 @@ class Embedding(Weighted):
             return super().fill(parts, read, device)
         tensors = {part.name.rpartition(".")[2]: read(part.name, part.index).to(device) for part in parts}
         matrix = self.formats[0].matrix(tensors)
+        if not self.span.is_whole:
+            matrix = cut(matrix, self.span, whole(matrix.shape[1]), self.dtype)
         self.bytes = bytes_of(matrix)
         if isinstance(matrix, Tensor):
             self.weight = nn.Parameter(matrix.to(self.dtype), requires_grad=False)

@@ -1,7 +1,8 @@
-"""Several matrices as one: what is stored apart is multiplied together.
+"""Several matrices as one, since what is stored apart is multiplied together; and a part of one, for a rank that has no
+more of it.
 
-Checkpoints may hold the parts of a fused projection in formats of their own; the values of what is joined are theirs,
-exactly.
+Checkpoints may hold the parts of a fused projection in formats of their own; the values of what is joined or cut are
+theirs, exactly.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.kernels import QuantizedMatrix
+from mini_infer.parallel.slices import Span
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,48 @@ def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
         if alike[0].offsets is None
         else torch.cat([m.offsets.to(scales) for m in alike if m.offsets is not None]),
         table=alike[0].table,
+    )
+
+
+def cut(matrix: Matrix, outputs: Span, inputs: Span, dtype: torch.dtype) -> Matrix:
+    """Some of the outputs of a matrix, and of its inputs.
+
+    What is cut between inputs that share a scale gets scales for smaller groups; what has its inputs in another order
+    has plain numbers, in ``dtype``, if it is cut between inputs at all.
+    """
+    if isinstance(matrix, Ordered):
+        if inputs.is_whole:
+            return replace(matrix, matrix=_some_outputs(matrix.matrix, slice(outputs.start, outputs.stop)))
+        matrix = matrix.dequantize(dtype)
+    rows = slice(outputs.start, outputs.stop)
+    if isinstance(matrix, Tensor):
+        return matrix[rows, inputs.start : inputs.stop]
+    matrix = _some_outputs(matrix, rows)
+    return matrix if inputs.is_whole else _some_inputs(matrix, inputs)
+
+
+def _some_outputs(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
+    offsets = None if matrix.offsets is None else matrix.offsets[rows].contiguous()
+    return replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows].contiguous(), offsets=offsets)
+
+
+def _some_inputs(matrix: QuantizedMatrix, inputs: Span) -> QuantizedMatrix:
+    ends = inputs.start, inputs.stop
+    if matrix.scales.shape[1] == 1:
+        group, groups = len(inputs), slice(None)
+    else:
+        group = math.gcd(matrix.group, *(end for end in ends if end < inputs.total))
+        groups = slice(inputs.start // group, -(-inputs.stop // group))
+        matrix = _with_group(matrix, group)
+    if matrix.codes.dtype is torch.uint8 and any(end % 2 for end in ends):
+        matrix = _as_int8(matrix)
+    per_byte = 2 if matrix.codes.dtype is torch.uint8 else 1
+    return replace(
+        matrix,
+        codes=matrix.codes[:, inputs.start // per_byte : inputs.stop // per_byte].contiguous(),
+        scales=matrix.scales[:, groups].contiguous(),
+        offsets=None if matrix.offsets is None else matrix.offsets[:, groups].contiguous(),
+        group=group,
     )
 
 

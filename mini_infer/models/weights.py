@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError, UnsupportedModelError
+from mini_infer.exceptions import InvalidCheckpointError, OutOfMemoryError
 from mini_infer.kernels import Kernels, large_memory
 from mini_infer.models.checkpoint import Checkpoint, Stored
 from mini_infer.models.config import ModelConfig
@@ -216,11 +216,6 @@ def _fills(model: Decoder, names: Names, checkpoint: Checkpoint) -> list[_Fill]:
             called = [pattern.replace("*", layer) for pattern in names[path.replace(f".{place}.", ".*.", 1)]]
             if isinstance(module, Linear | Embedding):
                 module.formats = [checkpoint.format(name) for name in called]
-                if model.share.group.size > 1 and any(format is not DENSE for format in module.formats):
-                    raise UnsupportedModelError(
-                        f"{called[0]} is quantised, and quantised layers cannot be shared out yet: use "
-                        "pipeline_parallel_size or data_parallel_size instead of tensor_parallel_size"
-                    )
             parts = [part for part in module.parts(called) if not part.optional or part.name in checkpoint.stored]
             fills.append(_Fill(layer, module, parts))
     return fills

@@ -25,6 +25,7 @@ class Group(Protocol):
 
     Attributes:
         rank, size: which one this is, of how many.
+        on_device: a sum is made by the device alone, without the host, so a CUDA graph can hold it.
     """
 
     @property
@@ -32,6 +33,9 @@ class Group(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def on_device(self) -> bool: ...
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors, of one shape and dtype, on each of them. May reuse the memory of ``x``."""
@@ -50,6 +54,7 @@ class Alone:
 
     rank: int = 0
     size: int = 1
+    on_device: bool = True
 
     def sum(self, x: Tensor) -> Tensor:
         return x
@@ -71,12 +76,14 @@ class DistributedGroup:
     Attributes:
         rank, size: within the group.
         first: rank 0's number among all ranks of the replica.
+        on_device: it is NCCL's.
         group: torch's own handle.
     """
 
     rank: int
     size: int
     first: int
+    on_device: bool
     group: Any
 
     def sum(self, x: Tensor) -> Tensor:
@@ -189,7 +196,7 @@ def join(
     if shards == 1:
         return ALONE, link
     groups = [dist.new_group(list(range(each * shards, (each + 1) * shards))) for each in range(stages)]
-    return DistributedGroup(shard, shards, stage * shards, groups[stage]), link
+    return DistributedGroup(shard, shards, stage * shards, backend == "nccl", groups[stage]), link
 
 
 def _has_card_of_its_own(store: Any, device: torch.device, rank: int, size: int) -> bool:

@@ -8,10 +8,16 @@ import torch
 
 from mini_infer import kernels
 from mini_infer.models import load_model, read_config
+from mini_infer.models.matrices import cut, in_groups
+from mini_infer.models.quantization.schemes import SCHEMES
 from mini_infer.parallel.share import Share
+from mini_infer.parallel.slices import Span, whole
 from tests.parallel.together import ThreadGroup, together
 
 from .checkpoints import FAMILIES, make_checkpoint
+from .gguf.test_model import make as make_gguf
+from .quantization.test_formats import quantized_checkpoint
+from .quantization.writers import FORMATS
 from .test_decoder import PagedRun
 
 KERNELS = kernels.resolve("cpu", "reference")
@@ -27,19 +33,64 @@ def sizes_of(seed: int) -> dict[str, int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shares_of_the_layers_together_are_the_model(tmp_path: Path, family: str, seed: int) -> None:
     make_checkpoint(tmp_path, family, seed, torch.float64, **sizes_of(seed))
-    config = read_config(tmp_path)
+    for size in (2, 4):
+        assert_shares_are_the_model(tmp_path, size, seed)
+
+
+def assert_shares_are_the_model(path: Path, size: int, seed: int, quantization: str | None = None) -> None:
+    """In float64, where the order of sums is all that is left."""
+    config = read_config(path)
     draw = random.Random(seed)
     texts = [[draw.randrange(config.vocab_size) for _ in range(length)] for length in (23, 1, 9)]
+
+    def run(share: Share) -> list[torch.Tensor] | None:
+        model = load_model(path, config, torch.float64, "cpu", KERNELS, quantization, share)
+        return PagedRun(model, texts, 4, torch.float64).finish(seed)
+
     with torch.inference_mode():
-        expected = PagedRun(load_model(tmp_path, config, torch.float64, "cpu", KERNELS), texts, 4, torch.float64)
-        whole = expected.finish(seed)
+        expected = run(Share())
+    mine, *others = together(size, lambda group: run(Share(group)))
+    assert mine is not None and expected is not None and not any(others)
+    for computed, reference in zip(mine, expected, strict=True):
+        torch.testing.assert_close(computed, reference, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_shares_of_every_format(tmp_path: Path, name: str) -> None:
+    """Cut where scales change, and between inputs that have one (96 features in four: 32, 32, 16, 16)."""
+    path, _ = quantized_checkpoint(tmp_path, *FORMATS[name], num_hidden_layers=2, sliding_window=None)
     for size in (2, 4):
+        assert_shares_are_the_model(path, size, 1)
 
-        def work(group: ThreadGroup) -> list[torch.Tensor] | None:
-            model = load_model(tmp_path, config, torch.float64, "cpu", KERNELS, share=Share(group))
-            return PagedRun(model, texts, 4, torch.float64).finish(seed)
 
-        mine, *others = together(size, work)
-        assert mine is not None and not any(others)
-        for computed, reference in zip(mine, whole, strict=True):
-            torch.testing.assert_close(computed, reference, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_shares_of_a_gguf_file(tmp_path: Path, family: str) -> None:
+    """Embedding and output are in blocks, too, and Llama's rows stand in another order there."""
+    path, _ = make_gguf(tmp_path, family, 2)
+    for size in (2, 4):
+        assert_shares_are_the_model(path, size, 2)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_shares_that_are_quantised_as_they_are_loaded_have_the_codes_of_the_whole(tmp_path: Path, scheme: str) -> None:
+    make_checkpoint(tmp_path, "qwen3", 5, torch.float64, **sizes_of(0), intermediate_size=57)
+    assert_shares_are_the_model(tmp_path, 2, 5, scheme)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_part_of_a_matrix_has_the_values_of_the_whole(seed: int) -> None:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    outputs, inputs = draw.randint(2, 9), 2 * draw.randint(2, 70)
+    plain = torch.randn(outputs, inputs, generator=generator)
+    matrix = SCHEMES[draw.choice(list(SCHEMES))](plain)
+    order = torch.randperm(inputs, generator=generator)
+    matrices = [plain, matrix, in_groups(matrix, (torch.arange(inputs) // matrix.group)[order])]
+    start, column = draw.randrange(outputs - 1), draw.randrange(inputs - 1)
+    rows = Span(start, draw.randint(start + 1, outputs), outputs)
+    columns = draw.choice([whole(inputs), Span(column, draw.randint(column + 1, inputs), inputs)])
+    for each in matrices:
+        values, part = (
+            m if isinstance(m, torch.Tensor) else m.dequantize(torch.float64)
+            for m in (each, cut(each, rows, columns, torch.float64))
+        )
+        assert torch.equal(part, values[rows.start : rows.stop, columns.start : columns.stop]), f"{seed=}"

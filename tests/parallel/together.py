@@ -36,6 +36,7 @@ class _Table:
 class ThreadGroup:
     rank: int
     table: _Table
+    on_device: bool = False
 
     @property
     def size(self) -> int:

@@ -9,7 +9,8 @@ are read from the same memory each time and every intermediate result lies where
 - a new tensor gets its memory from an arena that outlives it. It is given to another tensor as soon as nothing refers
   to the first one, as in any allocator, and all recordings share it: only one of them runs at a time;
 - PyTorch's own operations, of which a step has a handful, are called again, and what they give is copied to where it
-  was. Views cost nothing: they are made once.
+  was. Views cost nothing: they are made once. So is a sum over ranks, which changes its tensor where it is, and is
+  waited for in each replay.
 
 A function that looks at the value of a tensor cannot be recorded, since it might have done something else for another.
 Nor can a kernel that is not ours: what it does by way of a pointer or a NumPy array, nobody would see, and a replay
@@ -112,6 +113,9 @@ class _Recorder(TorchDispatchMode):
         result = operation(*args, **kwargs)
         if operation in _ALLOCATIONS:
             return self._arena.tensor(result)
+        if operation.namespace == "c10d":  # its schema does not say that it writes
+            self._items.append(lambda: operation(*args, **kwargs)[-1].wait())
+            return result
         if operation._schema.is_mutable:
             self._items.append(lambda: operation(*args, **kwargs))
             return result

@@ -159,7 +159,8 @@ class ParallelOptions:
         None, "Replicas of the model; None is as many as the devices named are enough for"
     )
     launch: str = option(
-        "processes", "Who starts the ranks: processes (of this machine), or join (by hand, with mini-infer rank)"
+        "processes",
+        "Who starts the ranks: processes (of this machine), join (by hand, with mini-infer rank), or ray (its cluster)",
     )
     rank_address: str = option("127.0.0.1:0", "HOST:PORT that ranks join at, with launch=join; port 0 takes a free one")
     start_timeout: float = option(600.0, "Seconds that ranks have to come and to load their share")
@@ -169,7 +170,7 @@ class ParallelOptions:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if name != "data_parallel_size" or self.data_parallel_size is not None:
                 check_int(InvalidConfigError, name, getattr(self, name), 1)
-        check_choice(InvalidConfigError, "launch", self.launch, ("processes", "join"))
+        check_choice(InvalidConfigError, "launch", self.launch, ("processes", "join", "ray"))
         for name in ("start_timeout", "rank_timeout"):
             check_number(InvalidConfigError, name, getattr(self, name), 0, open_low=True)
 

@@ -199,10 +199,10 @@ def rank(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the engine.")] = 600.0,
 ) -> None:
     """Be a rank of an engine on this or another machine, until it ends."""
-    from mini_infer.executor.launch import call
+    from mini_infer.executor.launch import call, shared_key
     from mini_infer.executor.rank import serve
 
-    connection, machine = call(join, timeout)
+    connection, machine = call(join, shared_key(), timeout)
     serve(connection, machine, device)
 
 

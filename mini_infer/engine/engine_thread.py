@@ -126,7 +126,7 @@ class EngineThread:
         """Raise ``MiniInferError`` if nothing is done here any more."""
         self._lock.check()
         if self._stopping.is_set():
-            raise shut_down_error()
+            raise self.failure or shut_down_error()
 
     def put(self, function: Callable[[LLMEngine], T]) -> "concurrent.futures.Future[T]":
         result: concurrent.futures.Future[T] = concurrent.futures.Future()

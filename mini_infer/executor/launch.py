@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -41,11 +41,13 @@ class RankProcess:
         connection: to it.
         process: the child; None if somebody else started it.
         stderr: a file without a name that it writes to; None likewise.
+        machine: its address, as the driver sees it; empty for the driver's own children.
     """
 
     connection: "Connection[Any, Any]"
     process: "subprocess.Popen[bytes] | None" = None
     stderr: "IO[bytes] | None" = None
+    machine: str = ""
 
     def how_it_ended(self) -> str | None:
         """In words; None if it runs, or nobody can tell."""
@@ -146,12 +148,10 @@ class ChildProcesses:
         return RankProcess(ours, process, stderr)
 
     def _environment(self) -> dict[str, str]:
-        threads = str(max(1, num_cores() // self._num_local))
         package = str(Path(__file__).parents[2])
         paths = os.environ.get("PYTHONPATH")
         return {
-            "OMP_NUM_THREADS": threads,
-            "NUMBA_NUM_THREADS": threads,
+            **thread_limits(num_cores() // self._num_local),
             **os.environ,
             "PYTHONPATH": package if not paths else os.pathsep.join((package, paths)),
         }
@@ -165,15 +165,16 @@ class Joined:
 
     Args:
         address: HOST:PORT to listen on.
+        key: what ranks have to know.
 
     Raises:
-        InvalidConfigError: there is no key in the environment, or the address cannot be had.
+        InvalidConfigError: the address cannot be had.
     """
 
     can_restart = False
 
-    def __init__(self, address: str) -> None:
-        self._key = shared_key()
+    def __init__(self, address: str, key: bytes) -> None:
+        self._key = key
         self._lock = threading.Lock()
         host, port = parse_address(address)
         try:
@@ -192,14 +193,20 @@ class Joined:
         try:
             with self._lock:  # replicas wait one after the other, each for as many neighbours as it needs
                 while len(ranks) < size:
-                    ranks.append(self._accept(deadline, size, ranks))
+                    ranks.append(self.accept(deadline, len(ranks), size))
         except BaseException:
             for rank in ranks:
                 rank.close(kill=True)
             raise
-        return ranks
+        machines = [rank.machine for rank in ranks]
+        return sorted(ranks, key=lambda rank: machines.index(rank.machine))  # neighbours have most to say to each other
 
-    def _accept(self, deadline: float, size: int, ranks: Sequence[RankProcess]) -> RankProcess:
+    def accept(self, deadline: float, num_joined: int, size: int) -> RankProcess:
+        """The next of ``size`` ranks.
+
+        Raises:
+            RankError: none has come in time.
+        """
         while (left := deadline - time.monotonic()) > 0:
             self._listening.settimeout(left)
             try:
@@ -215,9 +222,9 @@ class Joined:
                 connection.close()
                 continue
             limit_receiving(connection, 0)
-            return RankProcess(connection)
+            return RankProcess(connection, machine=address[0])
         raise RankError(
-            f"{len(ranks)} of {size} ranks have joined at {self.host}:{self.port} in time; start the others with "
+            f"{num_joined} of {size} ranks have joined at {self.host}:{self.port} in time; start the others with "
             f"mini-infer rank --join, the same {KEY_VARIABLE} and a way to this address"
         )
 
@@ -225,14 +232,13 @@ class Joined:
         self._listening.close()
 
 
-def call(address: str, timeout: float) -> tuple["Connection[Any, Any]", str]:
+def call(address: str, key: bytes, timeout: float) -> tuple["Connection[Any, Any]", str]:
     """Join a driver as a rank: the connection, and this machine's address on the way there.
 
     Raises:
-        InvalidConfigError: no key, or an address that is none.
+        InvalidConfigError: the address is none.
         RankError: nobody listens there, or the key is another.
     """
-    key = shared_key()
     host, port = parse_address(address)
     deadline = time.monotonic() + timeout
     while True:  # whoever starts both at once does not know which is first
@@ -318,6 +324,11 @@ def _socket_of(connection: "Connection[Any, Any]") -> Iterator[socket.socket]:
         yield same
     finally:
         same.detach()
+
+
+def thread_limits(num_threads: int) -> dict[str, str]:
+    """Environment variables by which libraries take so many threads; at least one."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(max(1, num_threads)))
 
 
 def num_cores() -> int:

@@ -24,7 +24,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidConfigError, MiniInferError, RankError
 from mini_infer.executor.build import Local
 from mini_infer.executor.device import expand_devices, resolve_device
-from mini_infer.executor.launch import ChildProcesses, Joined, Launcher, RankProcess
+from mini_infer.executor.launch import ChildProcesses, Joined, Launcher, RankProcess, shared_key
 from mini_infer.executor.rank import config_fields, versions
 from mini_infer.executor.wire import output_from_json, pack_message, pack_step, unpack_message
 from mini_infer.interrupts import uninterrupted
@@ -308,7 +308,7 @@ def build_ranks(
     """
     check_layout(config, model_config)
     mesh = Mesh.of(config)
-    launcher: Launcher = Joined(config.rank_address) if config.launch == "join" else ChildProcesses(len(devices))
+    launcher = _make_launcher(config, devices)
     each = mesh.ranks_per_replica
 
     def start(replica: int) -> RankExecutor:
@@ -321,8 +321,19 @@ def build_ranks(
         for future in starting:
             if future.exception() is None:
                 future.result().close()
+        launcher.close()
         raise errors[0]
     return [_local(future.result()) for future in starting]
+
+
+def _make_launcher(config: EngineConfig, devices: Sequence[str]) -> Launcher:
+    if config.launch == "join":
+        return Joined(config.rank_address, shared_key())
+    if config.launch == "ray":
+        from mini_infer.executor.launch_ray import RayActors
+
+        return RayActors(devices)
+    return ChildProcesses(len(devices))
 
 
 def _local(executor: RankExecutor) -> Local:
@@ -378,7 +389,7 @@ def lay_out(config: EngineConfig) -> tuple[EngineConfig, list[str]]:
     config = replace(config, data_parallel_size=replicas)
     size = replicas * per_replica
     if len(named) == 1 and size > 1:
-        named = _as_many(named[0], size, config.launch == "join")
+        named = _as_many(named[0], size, config.launch != "processes")
     if len(named) != size:
         raise InvalidConfigError(
             f"device={config.device!r} names {len(named)} devices, and {replicas} replicas of {per_replica} ranks need "

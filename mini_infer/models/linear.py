@@ -281,18 +281,17 @@ class Embedding(Weighted):
 
     def __init__(self, rows: Span, inputs: int, dtype: torch.dtype) -> None:
         super().__init__(rows, (inputs,), dtype)
-        self.dtype = dtype
+        self.dtype, self.num_inputs = dtype, inputs
         self.formats: Sequence[Format] = [DENSE]
         self.bytes = self.weight.nbytes
         self._matrix: QuantizedMatrix | None = None
 
     def parts(self, names: Sequence[str]) -> list[Part]:
-        inputs = self.weight.shape[1]
         plain = self.formats[0] is DENSE
         parameter = "weight" if plain else ""
         parts = []
-        for spec in self.formats[0].tensors(self.span.total, inputs, False):
-            index = spec.cut(self.span, whole(inputs)) if plain and not self.span.is_whole else None
+        for spec in self.formats[0].tensors(self.span.total, self.num_inputs, False):
+            index = spec.cut(self.span, whole(self.num_inputs)) if plain and not self.span.is_whole else None
             full = f"{names[0]}.{spec.name}"
             parts.append(Part(full, spec.shape, parameter, 0, 0, spec.dtypes, spec.optional, index))
         return parts
@@ -303,7 +302,7 @@ class Embedding(Weighted):
         tensors = {part.name.rpartition(".")[2]: read(part.name, part.index).to(device) for part in parts}
         matrix = self.formats[0].matrix(tensors)
         if not self.span.is_whole:
-            matrix = cut(matrix, self.span, whole(matrix.shape[1]), self.dtype)
+            matrix = cut(matrix, self.span, whole(self.num_inputs), self.dtype)
         self.bytes = bytes_of(matrix)
         if isinstance(matrix, Tensor):
             self.weight = nn.Parameter(matrix.to(self.dtype), requires_grad=False)

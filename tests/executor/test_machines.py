@@ -2,7 +2,6 @@
 two network namespaces, with the cable between them pulled out."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mini_infer import LLM
+from mini_infer import LLM, SamplingParams
 from mini_infer.exceptions import InvalidConfigError, RankError
 
 from .layouts import PRESSURE, assert_same, draw_requests, make_model
+from .machines import on, pull_out_the_cable, two_machines
 
 KEY = "a long text that nobody guesses"
 
@@ -77,9 +77,6 @@ def test_without_a_key_nobody_listens(model: Path, monkeypatch: pytest.MonkeyPat
 
 # ---- two machines ------------------------------------------------------------------------------------------------
 
-NAMES = ("mi-one", "mi-two")
-ADDRESSES = ("10.203.0.1", "10.203.0.2")
-
 DRIVER = """
 import sys, time
 from mini_infer import LLM, SamplingParams
@@ -97,38 +94,14 @@ with LLM({model!r}, tensor_parallel_size=2, launch="join", rank_address="10.203.
 """
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture
 def machines() -> Iterator[None]:
-    """Two of them, with a cable between, and no other way to anywhere."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("needs root and iproute2, to make network namespaces")
-    try:
-        for name in NAMES:
-            ip("netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"network namespaces are not permitted here: {error.stderr.decode().strip()}")
-    try:
-        ip("link", "add", "mi-a", "netns", NAMES[0], "type", "veth", "peer", "name", "mi-b", "netns", NAMES[1])
-        for name, device, address in zip(NAMES, ("mi-a", "mi-b"), ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
-            ip("-n", name, "link", "set", device, "up")
-            ip("-n", name, "link", "set", "lo", "up")
+    with two_machines():
         yield
-    finally:
-        for name in NAMES:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
 def test_two_machines_until_the_cable_is_pulled_out(model: Path, machines: None) -> None:
     """Their hostname resolves to a loopback address, as that of many machines does."""
-
-    def on(place: int) -> tuple[str, ...]:
-        return ("ip", "netns", "exec", NAMES[place])
-
     driver = subprocess.Popen(
         [*on(0), sys.executable, "-c", textwrap.dedent(DRIVER.format(model=str(model)))],
         env={**os.environ, "MINI_INFER_RANK_KEY": KEY},
@@ -139,12 +112,10 @@ def test_two_machines_until_the_cable_is_pulled_out(model: Path, machines: None)
     assert driver.stdout is not None
     tokens = driver.stdout.readline()
     alone = LLM(model, dtype="float64", device="cpu", kernel_backend="reference", num_gpu_blocks=100)
-    from mini_infer import SamplingParams
-
     endless = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
     assert tokens.strip() == str(alone.generate([[1, 2, 3]], endless, False)[0].token_ids)
     assert driver.stdout.readline() == "again\n"
-    ip("-n", NAMES[1], "link", "set", "mi-b", "down")
+    pull_out_the_cable()
     began = time.monotonic()
     words = driver.stdout.read()
     assert "RankError" in words

@@ -12,7 +12,7 @@ from mini_infer.models.matrices import cut, in_groups
 from mini_infer.models.quantization.schemes import SCHEMES
 from mini_infer.parallel.share import Share
 from mini_infer.parallel.slices import Span, whole
-from tests.parallel.together import ThreadGroup, together
+from tests.parallel.together import together
 
 from .checkpoints import FAMILIES, make_checkpoint
 from .gguf.test_model import make as make_gguf

@@ -129,9 +129,10 @@ def test_a_hundred_streams_while_a_rank_is_killed(tmp_path: Path) -> None:
             os.kill(draw.choice(ranks_of(process)), signal.SIGKILL)
             return await asyncio.gather(*tasks)
 
-    with served(
-        model, "--tensor-parallel-size", "2", "--data-parallel-size", "2", "--served-model-name", "m"
-    ) as (process, url):
+    with served(model, "--tensor-parallel-size", "2", "--data-parallel-size", "2", "--served-model-name", "m") as (
+        process,
+        url,
+    ):
         before = ranks_of(process)
         assert len(before) == 4
         answers = asyncio.run(run(process, url))

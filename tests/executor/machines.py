@@ -1,0 +1,49 @@
+"""Two machines that are really two network namespaces, with a cable between."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+NAMES = ("mi-one", "mi-two")
+ADDRESSES = ("10.203.0.1", "10.203.0.2")
+
+
+def on(place: int) -> tuple[str, ...]:
+    """What to write before a command that is to run there."""
+    return ("ip", "netns", "exec", NAMES[place])
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def pull_out_the_cable() -> None:
+    ip("-n", NAMES[1], "link", "set", "mi-b", "down")
+
+
+@contextmanager
+def two_machines() -> Iterator[None]:
+    """They have no other way to anywhere; whatever still runs there in the end is killed."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("needs root and iproute2, to make network namespaces")
+    try:
+        for name in NAMES:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not permitted here: {error.stderr.decode().strip()}")
+    try:
+        ip("link", "add", "mi-a", "netns", NAMES[0], "type", "veth", "peer", "name", "mi-b", "netns", NAMES[1])
+        for name, device, address in zip(NAMES, ("mi-a", "mi-b"), ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield
+    finally:
+        for name in NAMES:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            subprocess.run(["kill", "-9", *pids], check=False, capture_output=True)
+            subprocess.run(["ip", "netns", "delete", name], check=False)

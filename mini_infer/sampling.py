@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 from mini_infer.compat.options import SAMPLING_ALIASES, SAMPLING_REFUSED
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.fields import check_bool, check_int, check_number, named_options, option, plain, plain_ids
+from mini_infer.fields import check_bool, check_choice, check_int, check_number, named_options, option, plain, plain_ids
 from mini_infer.structured import StructuredOutputsParams
+
+MAX_GEN_LENGTH = 8192
+"""Most masks of an answer, and most steps."""
+
+REMASKINGS = ("low_confidence", "random")
 
 MAX_STOP_STRINGS = 64
 """Most stop strings of a request."""
@@ -62,6 +67,21 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = option(
         None, "What the text must match: a JSON schema, a regular expression, choices or a grammar"
     )
+    gen_length: int | None = option(
+        None, "Diffusion models: masks that an answer begins as, 1 to 8192; None is max_tokens if given, else 128"
+    )
+    steps: int | None = option(
+        None, "Diffusion models: passes over the answer, 1 to 8192; None is 128, but no more than gen_length"
+    )
+    block_length: int | None = option(
+        None, "Diffusion models: masks that are written before any behind them; None is all of the answer"
+    )
+    cfg_scale: float | None = option(
+        None, "Diffusion models: how far to go away from what would be said without the prompt; None or 0 is not at all"
+    )
+    remasking: str | None = option(
+        None, "Diffusion models: which tokens of a step stay masked: those of low_confidence (None), or random ones"
+    )
 
     def __post_init__(self) -> None:
         error = InvalidRequestError
@@ -81,6 +101,13 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(error, name, getattr(self, name), 0)
+        for name, most in (("gen_length", MAX_GEN_LENGTH), ("steps", MAX_GEN_LENGTH), ("block_length", None)):
+            if getattr(self, name) is not None:
+                check_int(error, name, getattr(self, name), 1, most)
+        if self.cfg_scale is not None:
+            check_number(error, "cfg_scale", self.cfg_scale, 0)
+        if self.remasking is not None:
+            check_choice(error, "remasking", self.remasking, REMASKINGS)
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise error(f"cache_salt must be a non-empty string, got {self.cache_salt!r}; leave it out for none")
         check_bool(error, "prompt_embedding", self.prompt_embedding)
@@ -142,6 +169,12 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken, and nothing is drawn."""
         return self.temperature == 0
+
+    @property
+    def diffusion_options(self) -> dict[str, object]:
+        """Those of the options that mean something to diffusion models alone which were given."""
+        names = ("gen_length", "steps", "block_length", "cfg_scale", "remasking")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def has_penalties(self) -> bool:

@@ -4,7 +4,8 @@ So a step can be sent to another process, written to a file, replayed, or comput
 however the sequences that it came from have moved on. S sequences compute T tokens in it, D tokens are drawn.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -44,6 +45,25 @@ class LogitEdits:
     forced_draws: Ints = field(default_factory=lambda: NO_INTS)
     forced_ids: Ints = field(default_factory=lambda: NO_INTS)
 
+    def between(self, start: int, end: int) -> "LogitEdits":
+        """Those of some draws, counted from ``start``."""
+        scaled, added, masked, forced = (
+            (draws >= start) & (draws < end)
+            for draws in (self.scaled_draws, self.added_draws, self.masked_draws, self.forced_draws)
+        )
+        return LogitEdits(
+            self.scaled_draws[scaled] - start,
+            self.scaled_ids[scaled],
+            self.factors[scaled],
+            self.added_draws[added] - start,
+            self.added_ids[added],
+            self.terms[added],
+            self.masked_draws[masked] - start,
+            self.masks[masked],
+            self.forced_draws[forced] - start,
+            self.forced_ids[forced],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Draws:
@@ -53,12 +73,15 @@ class Draws:
         rows: int64 ``[D]``, which of the step's tokens the logits follow; several draws may share a row.
         table_rows: int64 ``[D]``, the sequence's row, under which the token is kept for the next step.
         seeds, indices, positions: ``[D]``, the key of the random number: the request's seed (uint64), which of its
-            completions this is, and which token of the sequence is drawn.
+            completions this is, and which token of the sequence is drawn; where one is drawn anew in several rounds,
+            plus 2^32 for each round before.
         temperature: ``[D]``; 0 takes the likeliest token.
         top_k: int64 ``[D]``; below 1 keeps all.
         top_p, min_p: ``[D]``.
         num_logprobs: int64 ``[D]``, how many of the likeliest tokens to report beside the drawn one; -1 reports none.
         edits: of the logits.
+        guides: int64 ``[D]``, the row of the same token without the prompt, -1 for none; or empty for no draw at all.
+        guidance: float64 ``[D]``; a guided draw's logits are g + (scale + 1) (l - g), where g are those of its guide.
     """
 
     rows: Ints
@@ -72,9 +95,22 @@ class Draws:
     min_p: Floats
     num_logprobs: Ints
     edits: LogitEdits
+    guides: Ints = field(default_factory=lambda: NO_INTS)
+    guidance: Floats = field(default_factory=lambda: NO_FLOATS)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def split(self, size: int) -> "Iterator[Draws]":
+        """In their order, at most ``size`` at a time."""
+        if len(self) <= size:
+            yield self
+            return
+        columns = [name.name for name in fields(self) if name.name != "edits"]
+        for start in range(0, len(self), size):
+            end = min(start + size, len(self))
+            some = {name: getattr(self, name)[start:end] for name in columns}
+            yield replace(self, **some, edits=self.edits.between(start, end))
 
 
 @dataclass(frozen=True, slots=True)

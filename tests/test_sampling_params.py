@@ -105,12 +105,6 @@ def test_stop_strings(stop: Any, strings: tuple[str, ...]) -> None:
     assert SamplingParams(stop_strings=stop) == SamplingParams(stop=stop)
 
 
-@pytest.mark.parametrize("name", ["gen_length", "steps", "cfg_scale", "remasking"])
-def test_options_of_diffusion_models_say_why_not(name: str) -> None:
-    with pytest.raises(InvalidRequestError, match=f"{name}=64: .*diffusion.* max_tokens"):
-        SamplingParams(**{name: 64})
-
-
 def test_a_typo_is_an_error_that_helps() -> None:
     with pytest.raises(InvalidRequestError, match=r"'temprature' \(given: 0\.5\); did you mean 'temperature'"):
         SamplingParams(temprature=0.5)

@@ -20,10 +20,7 @@ SAMPLING_ALIASES: Mapping[str, str] = {"stop_strings": "stop"}
 ENGINE_REFUSED: Mapping[str, str] = {}
 """Options of an engine that others have and this one does not, each with the reason."""
 
-SAMPLING_REFUSED: Mapping[str, str] = dict.fromkeys(
-    ("gen_length", "steps", "cfg_scale", "remasking"),
-    "steers a diffusion language model, which Mini-Infer does not run yet; use max_tokens and temperature",
-)
+SAMPLING_REFUSED: Mapping[str, str] = {}
 """The same for a request."""
 
 

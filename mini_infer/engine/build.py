@@ -14,6 +14,7 @@ from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.replicas import Replicas
 from mini_infer.engine.router import Router
 from mini_infer.engine.trace import StepTrace
+from mini_infer.exceptions import InvalidConfigError
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler import PreemptionCosts, Scheduler, make_policy
 from mini_infer.step import Executor
@@ -71,6 +72,7 @@ def build(config: EngineConfig) -> Parts:
         directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
     )
     model_config = read_config(directory)
+    config = _for_diffusion(config, model_config)
     tokenizer = Tokenizer(tokenizer_directory, config, model_config.vocab_size)
     config, devices = lay_out(config)
     if len(devices) == 1 and config.launch == "processes":
@@ -89,13 +91,36 @@ def build(config: EngineConfig) -> Parts:
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
-        intake=Intake(tokenizer, defaults, model_config.vocab_size, max_model_len, config),
+        intake=Intake(tokenizer, defaults, model_config.vocab_size, max_model_len, config, model_config.diffusion),
         loop=loops[0] if len(loops) == 1 else Replicas(loops, make_router(config, replicas)),
         executor=replicas[0].executor,
         max_model_len=max_model_len,
         model_config=model_config,
         device=replicas[0].device,
     )
+
+
+def _for_diffusion(config: EngineConfig, model: "ModelConfig") -> EngineConfig:
+    """A diffusion model computes a sequence at once, so that a step has room for the longest unless that is said.
+
+    Raises:
+        InvalidConfigError: an option that it cannot have.
+    """
+    if model.diffusion is None:
+        return config
+    if config.enable_prefix_caching:
+        raise InvalidConfigError(
+            "enable_prefix_caching=True: in a diffusion model a prompt's keys depend on the answer, so that no other "
+            "request can share them; leave it out"
+        )
+    if config.pipeline_parallel_size > 1:
+        raise InvalidConfigError(
+            "pipeline_parallel_size: stages are not implemented for diffusion models; leave it out"
+        )
+    if config.max_num_batched_tokens is not None:
+        return config
+    longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    return replace(config, max_num_batched_tokens=max(config.token_budget, longest))
 
 
 def make_scheduler(

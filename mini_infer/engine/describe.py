@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,7 @@ class Wanted:
         self._rows: list[int] = []
         self._keys: list[tuple[int, int, int]] = []
         self._params: list[SamplingParams] = []
+        self._guides: dict[int, tuple[int, float]] = {}
         self._edits = Edits()
         self._scores: list[tuple[int, int, int]] = []
         self._pools: list[tuple[int, int]] = []
@@ -72,6 +74,10 @@ class Wanted:
         self._rows.append(row)
         self._keys.append(key)
         self._params.append(params)
+
+    def guide(self, row: int, scale: float) -> None:
+        """Have the last draw guided, away from the logits after another row."""
+        self._guides[len(self._rows) - 1] = row, scale
 
     def score(self, row: int, target: int, num_top: int) -> None:
         """Report the log probability of a token after a row (-1: of none), and of the likeliest ones."""
@@ -106,7 +112,14 @@ class Wanted:
             min_p=np.array([p.min_p for p in params], dtype=np.float64),
             num_logprobs=np.array([-1 if p.logprobs is None else min(p.logprobs, 2**31) for p in params], np.int64),
             edits=self._edits.finish(),
+            **self._guidance(),
         )
+
+    def _guidance(self) -> dict[str, Any]:
+        if not self._guides:
+            return {}
+        guides, scales = zip(*(self._guides.get(draw, (-1, 0.0)) for draw in range(len(self._rows))), strict=True)
+        return {"guides": np.array(guides, dtype=np.int64), "guidance": np.array(scales, dtype=np.float64)}
 
     def scores(self) -> Scores:
         """As arrays."""
@@ -162,7 +175,7 @@ class Describer:
         """
         draw_rows = [self._row_of(sequence) for sequence in wanted.sequences]
         copies = (_pairs(plan.swap_out), _pairs(plan.copy), _pairs(plan.swap_in))
-        scheduled = plan.scheduled
+        scheduled = tuple(_with_twins(plan.scheduled))
         starts = np.array([item.start for item in scheduled], dtype=np.int32)
         counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
         query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
@@ -224,6 +237,14 @@ class Describer:
                     self._free.append(self._rows.pop(other))
             row = self._rows[sequence] = self._free.pop()
         return row
+
+
+def _with_twins(scheduled: Sequence[ScheduledSequence]) -> Iterator[ScheduledSequence]:
+    """To the executor a twin is a sequence like any other, behind the one that it belongs to."""
+    for item in scheduled:
+        yield item
+        if item.sequence.twin is not None:
+            yield item._replace(sequence=item.sequence.twin)
 
 
 def _pairs(copies: Sequence[BlockCopy]) -> Ints:

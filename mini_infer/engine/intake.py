@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mini_infer.config import EngineConfig
 from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream, make_forks
 from mini_infer.engine.decoding.beams import BeamOptions, BeamSearch
+from mini_infer.engine.decoding.canvas import Canvas
+from mini_infer.engine.decoding.diffusion import Diffusion
 from mini_infer.engine.detokenizer import StopStringMatcher, TextStream
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.request import Completion, Request
@@ -25,6 +27,7 @@ from mini_infer.typing import TokenIds
 if TYPE_CHECKING:
     from mini_infer.engine.no_tokenizer import NoTokenizer
     from mini_infer.engine.tokenizer import Tokenizer
+    from mini_infer.models import DiffusionConfig
 
 Prompt: TypeAlias = str | Seq[int]
 """Text, or token ids."""
@@ -42,6 +45,7 @@ class Intake:
         vocab_size: token ids are below this.
         max_model_len: most tokens of prompt and completion together.
         config: says how many sequences run at once, and the seed that those of requests without one follow from.
+        diffusion: how the model fills in masks; None for one that writes one token after the other.
 
     Attributes:
         grammars: compiles those of structured outputs.
@@ -54,6 +58,7 @@ class Intake:
         vocab_size: int,
         max_model_len: int,
         config: EngineConfig,
+        diffusion: "DiffusionConfig | None" = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._defaults = defaults
@@ -61,6 +66,8 @@ class Intake:
         self._max_model_len = max_model_len
         self._max_num_seqs = config.max_num_seqs
         self._seed = config.seed
+        self._token_budget = config.token_budget
+        self._diffusion = diffusion
         self._numbers = count()
         self.grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
 
@@ -97,6 +104,25 @@ class Intake:
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         stop_token_ids = self._stop_token_ids(params)
         completions = self._completions(params, token_ids)
+        text = str(prompt) if isinstance(prompt, str) else None
+        if self._diffusion is not None:
+            if params.gen_length is None and overrides.get("max_tokens") is not None:
+                params = replace(params, gen_length=params.max_tokens)
+            canvas = Canvas.of(self._diffusion, token_ids, params, self._check_room(len(token_ids), least=1))
+            canvas.check_budget(self._token_budget, self._max_num_seqs)
+
+            def masked() -> Sequence:
+                return canvas.sequence(request_id, priority, caller)
+
+            options = canvas.options(make_rules(params, token_ids, stop_token_ids)[0], stop_token_ids, seed)
+            answers = {masked(): completion for completion in completions}
+            diffusion = Diffusion(answers, options, self._tokenizer.token_text)
+            return Request(request_id, text, token_ids, params, completions, diffusion, listener)
+        for name, value in params.diffusion_options.items():
+            raise InvalidRequestError(
+                f"{name}={value!r} steers a diffusion language model, and this model writes one token after the other; "
+                "use max_tokens and temperature"
+            )
         max_length = self._max_length(len(token_ids), params)
 
         def sequence() -> Sequence:
@@ -119,9 +145,8 @@ class Intake:
             sequence: Stream(completion, own if grammar is None else (*own, grammar), grammar)
             for sequence, completion, own, grammar in zip(sequences, completions, rules, grammars, strict=True)
         }
-        decoding = Autoregressive(streams, stop_token_ids, seed, self._tokenizer.token_text)
-        text = str(prompt) if isinstance(prompt, str) else None
-        return Request(request_id, text, token_ids, params, completions, decoding, listener)
+        autoregressive = Autoregressive(streams, stop_token_ids, seed, self._tokenizer.token_text)
+        return Request(request_id, text, token_ids, params, completions, autoregressive, listener)
 
     def make_beam_search(
         self, prompt: Prompt, params: SamplingParams, length_penalty: float, early_stopping: bool
@@ -131,6 +156,8 @@ class Intake:
         Raises:
             InvalidRequestError: the prompt or a parameter is unusable.
         """
+        if self._diffusion is not None:
+            raise InvalidRequestError("a diffusion model has no beams to search along: it writes in any order")
         request_id = f"beams-{next(self._numbers)}-{secrets.token_hex(4)}"
         token_ids = self._token_ids(prompt)
         options = BeamOptions(

@@ -334,7 +334,7 @@ class EngineLoop:
                 raise _WantError(request, error) from error
             wanted.end_sequence()
             requests.append(request)
-            first_row += item.num_tokens
+            first_row += item.num_rows
         step = self._describer.describe(plan, wanted)
         return Flight(plan, requests, wanted, step, self._executor.submit(step))
 
@@ -453,7 +453,7 @@ class EngineLoop:
         return self.requests.get(request.request_id) is request
 
     def _count(self, plan: SchedulerOutputs) -> None:
-        num_decode_tokens = sum(item.num_tokens for item in plan.scheduled if item.is_decode)
+        num_decode_tokens = sum(item.num_rows for item in plan.scheduled if item.is_decode)
         self.counts.num_steps += 1
         self.counts.num_decode_tokens += num_decode_tokens
         self.counts.num_prompt_tokens += plan.num_tokens - num_decode_tokens

@@ -1,5 +1,6 @@
 """Log probabilities of tokens under the model, and how likely they were beside the others."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ class ScoreTensors(NamedTuple):
             TokenScore(logprob, rank, list(zip(ids[:num], values[:num], strict=True)))
             for num, logprob, rank, ids, values in columns
         ]
+
+
+def stacked(parts: Sequence[ScoreTensors]) -> ScoreTensors:
+    """The rows of all of them, which report equally many of the likeliest tokens."""
+    return ScoreTensors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def score_tokens(logits: Tensor, token_ids: Tensor, most: int) -> ScoreTensors:

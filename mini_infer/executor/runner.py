@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mini_infer.executor.device import send_arrays
 from mini_infer.executor.graphs import DecodeGraphs
-from mini_infer.executor.logprobs import ScoreTensors, score_tokens
+from mini_infer.executor.logprobs import ScoreTensors, score_tokens, stacked
 from mini_infer.executor.sampler import sample
 from mini_infer.kernels import AttentionMetadata
 from mini_infer.kernels.host import send
@@ -17,6 +17,9 @@ from mini_infer.memory.kv_cache import KVCache
 from mini_infer.models import Batch, Decoder
 from mini_infer.parallel.group import Link
 from mini_infer.step import Draws, Pools, Scores, StepInput, StepOutput
+
+_LOGITS_BYTES = 1 << 27
+"""Of logits that tokens are drawn from at once, before any copies: sampling makes up to five."""
 
 _SCORED_ROWS = 64
 """Rows of the vocabulary that are scored at once, to bound their memory."""
@@ -123,10 +126,30 @@ class ModelRunner:
         return self.model.forward(batch, self.kv_cache.layers, arriving)
 
     def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:
+        """A part of the draws after the other, so that the logits of a diffusion model's many rows never are too much
+        memory at once."""
+        config = self.model.config
+        parts = draws.split(max(1, _LOGITS_BYTES // (config.vocab_size * hidden.element_size())))
+        most = int(draws.num_logprobs.max())
+        drawn = [self._draw_some(hidden, some, most) for some in parts]
+        if len(drawn) == 1:
+            return drawn[0]
+        scores = [some for _, _, some in drawn if some is not None]
+        return (
+            torch.cat([token_ids for token_ids, _, _ in drawn]),
+            torch.cat([logprobs for _, logprobs, _ in drawn]),
+            stacked(scores) if scores else None,
+        )
+
+    def _draw_some(self, hidden: Tensor, draws: Draws, most: int) -> tuple[Tensor, Tensor, ScoreTensors | None]:
         """Of ranks that share the last layers one has the logits, draws, and tells the others the tokens."""
         rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
         logits = self.model.compute_logits(hidden[rows])
         group = self.model.share.group
+        if len(draws.guides):
+            logits = self._guided(logits, hidden, draws)
+        if logits is not None and self.model.config.diffusion is not None:
+            logits[:, self.model.config.diffusion.mask_token_id] = -torch.inf  # a gap is no answer
         if logits is None:
             self.sampled[table_rows] = group.tell(torch.empty_like(table_rows))
             return *_NOTHING[:2], None
@@ -136,7 +159,20 @@ class ModelRunner:
         if not len(asking):
             return token_ids, logprobs, None
         wanted = send(asking, self.device)
-        return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], int(draws.num_logprobs.max()))
+        return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], most)
+
+    def _guided(self, logits: Tensor | None, hidden: Tensor, draws: Draws) -> Tensor | None:
+        """Away from what would be said without the prompt (Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022,
+        https://arxiv.org/abs/2207.12598)."""
+        guided = np.flatnonzero(draws.guides >= 0)
+        places, rows = send_arrays([guided, draws.guides[guided]], self.device)
+        without = self.model.compute_logits(hidden[rows])
+        if logits is None or without is None:
+            return None
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scale = send(draws.guidance[guided], self.device).to(wide.dtype)[:, None]
+        wide[places] = without + (scale + 1) * (wide[places] - without)
+        return wide
 
     def _score(self, hidden: Tensor, scores: Scores) -> ScoreTensors | None:
         rows, targets = send_arrays([scores.rows, scores.targets], self.device)
@@ -148,7 +184,7 @@ class ModelRunner:
                 parts.append(score_tokens(logits, tokens, most))
         if not parts:
             return None
-        return ScoreTensors(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        return stacked(parts)
 
     def _pool(self, hidden: Tensor, pools: Pools) -> Tensor:
         owners = np.repeat(np.arange(len(pools)), pools.ends - pools.starts)
@@ -210,5 +246,6 @@ class ModelRunner:
                 context_lens=sent[5],
                 block_tables=self.tables[:, : step.width].index_select(0, sent[6]),
                 num_decodes=num_decodes,
+                span=self.model.config.attention_span,
             ),
         )

@@ -86,6 +86,22 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """What makes a model one of masked diffusion: it says what belongs into gaps, and sees both sides of them.
+
+    Attributes:
+        mask_token_id: stands for a gap.
+        span: how many neighbouring tokens see each other, as in `paged_prefill_attention`; None is all of a sequence.
+        shift: 1 where the logits after a token are for the next one, as in an autoregressive model; 0 where they are
+            for the token itself.
+    """
+
+    mask_token_id: int
+    span: int | None = None
+    shift: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder's shape and options.
 
@@ -100,6 +116,7 @@ class ModelConfig:
         tie_word_embeddings: the output projection is the embedding.
         dtype: of the checkpoint's weights; None where its config does not say.
         quantization: how its matrices are written down; None is as plain numbers, or as the files themselves say.
+        diffusion: how it fills in masks; None for a model that writes one token after the other.
     """
 
     architecture: str
@@ -111,11 +128,23 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: torch.dtype | None
     quantization: Quantization | None = None
+    diffusion: DiffusionConfig | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self, "vocab_size", "hidden_size", "num_layers", "max_position_embeddings")
         if not 0 <= self.rms_norm_eps < float("inf"):
             raise InvalidCheckpointError(f"rms_norm_eps must be finite and not negative; got {self.rms_norm_eps}")
+        if self.diffusion is not None:
+            mask = self.diffusion.mask_token_id
+            if not isinstance(mask, int) or not 0 <= mask < self.vocab_size:
+                raise InvalidCheckpointError(
+                    f"mask_token_id must be a token, an integer from 0 to {self.vocab_size - 1}; got {mask!r}"
+                )
+
+    @property
+    def attention_span(self) -> int:
+        """How many neighbouring tokens see each other, counted from a sequence's first; 1 is causal."""
+        return 1 if self.diffusion is None else self.diffusion.span or LARGEST_SIZE
 
     @property
     def num_layers(self) -> int:

@@ -5,7 +5,7 @@ Whose turn it is the scheduler decides; here it is settled what that takes of th
 
 from mini_infer.memory import BlockManager
 from mini_infer.scheduler.plan import BlockCopy, PlanDraft
-from mini_infer.scheduler.sequence import Sequence
+from mini_infer.scheduler.sequence import Sequence, SequenceStatus
 
 
 class Holdings:
@@ -27,6 +27,12 @@ class Holdings:
             How many tokens were found in the prefix cache.
         """
         manager, size = self._manager, self._manager.block_size
+        if sequence.twin is not None:
+            num_blocks = manager.blocks_for(len(sequence))
+            if manager.num_available_blocks < 2 * num_blocks + spare:
+                return None
+            sequence.twin.block_table = manager.allocate(num_blocks)
+            sequence.twin.status = SequenceStatus.RUNNING
         # The last token is always computed: its logits are wanted.
         most = (len(sequence) - 1) // size if reads_prefix else 0
         match = manager.match_prefix(sequence.token_ids, sequence.cache_salt, most)
@@ -135,6 +141,9 @@ class Holdings:
         return [place < known and self._manager.is_shared(block) for place, block in enumerate(table)]
 
     def release(self, sequence: Sequence) -> None:
+        if sequence.twin is not None:
+            self.release(sequence.twin)
+            sequence.twin.status = SequenceStatus.RESTING
         self._manager.free(sequence.block_table)
         sequence.block_table = []
         sequence.content_ids = []

@@ -38,6 +38,11 @@ class ScheduledSequence(NamedTuple):
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    @property
+    def num_rows(self) -> int:
+        """Tokens that the step computes for it, those of its twin among them."""
+        return self.num_tokens if self.sequence.twin is None else 2 * self.num_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutputs:
@@ -107,9 +112,11 @@ class Outcome(NamedTuple):
         token_ids: tokens that are known from now on, in place of provisional ones.
         num_valid: positions, from the first token on, whose keys and values are valid; those before the step stay so.
         finish_reason: why it ends with them; None if it goes on, or ends by its length, which the scheduler sees.
+        canvas: what stands behind them, where the provisional tokens are a canvas of masks.
     """
 
     sequence: Sequence
     token_ids: tuple[int, ...]
     num_valid: int
     finish_reason: FinishReason | None = None
+    canvas: tuple[int, ...] = ()

@@ -127,8 +127,16 @@ class Scheduler:
         Raises:
             InvalidConfigError: it could never run to its ``max_length`` here, so that it would block the queue.
         """
-        limit = min(self.max_model_len, self.block_manager.num_gpu_blocks * self.block_manager.block_size)
+        num_blocks = self.block_manager.num_gpu_blocks // (1 if sequence.twin is None else 2)
+        limit = min(self.max_model_len, num_blocks * self.block_manager.block_size)
         check_int(InvalidConfigError, "the sequence's max_length", sequence.max_length, len(sequence), limit)
+        check_int(
+            InvalidConfigError,
+            "what a step must compute at once",
+            sequence.least_tokens,
+            1,
+            self.max_num_batched_tokens,
+        )
         least = 1 + len(sequence.forks)
         check_int(InvalidConfigError, "the sequence's num_seats", sequence.num_seats, least, self.max_num_seqs)
         sequence.arrival = next(self._arrivals)
@@ -191,7 +199,7 @@ class Scheduler:
         for sequence in chunks:
             if draft.budget == 0 or len(draft.scheduled) == room:
                 break
-            if sequence.status is RUNNING:
+            if sequence.status is RUNNING and sequence.least_tokens <= draft.budget:
                 self._schedule(sequence, draft)
 
         while (
@@ -199,7 +207,7 @@ class Scheduler:
         ):
             crowding = crowding_callers(self.running, self._num_taken_seats, self.max_num_seqs)
             first = self.waiting.first(crowding)
-            if first is None:
+            if first is None or first.least_tokens > draft.budget:
                 break
             if self._admit(first, draft):
                 self.waiting.remove(first)
@@ -245,7 +253,7 @@ class Scheduler:
         """
         wanted = []
         for outcome in outcomes:
-            sequence, token_ids, num_valid, finish_reason = outcome
+            sequence, token_ids, num_valid, finish_reason, canvas = outcome
             if sequence.status is FINISHED:
                 continue
             known = sequence.num_known_tokens
@@ -254,6 +262,8 @@ class Scheduler:
                 fits = length == known + 1 or (not token_ids and finish_reason is not None)
             elif num_valid < len(sequence.content_ids) * self.block_manager.block_size:
                 fits = False  # others may share what this would take back
+            elif sequence.num_masks:
+                fits = len(token_ids) + len(canvas) == sequence.num_masks or finish_reason is not None
             elif sequence.decides_late:
                 fits = length <= sequence.max_length
             else:
@@ -264,7 +274,7 @@ class Scheduler:
                     f"positions valid; it has {known} known tokens of at most {sequence.max_length}, and under way are "
                     f"{sequence.num_placeholders} to sample and {sequence.num_drafts} drafts"
                 )
-            wanted.append((sequence, known, token_ids, num_valid, finish_reason))
+            wanted.append((sequence, known, token_ids, num_valid, finish_reason, canvas))
         if len(set(map(itemgetter(0), wanted))) < len(wanted):
             raise ValueError("a sequence cannot go on in two ways; give each one outcome")
         for settled in wanted:
@@ -277,6 +287,7 @@ class Scheduler:
         token_ids: tuple[int, ...],
         num_valid: int,
         finish_reason: FinishReason | None,
+        canvas: tuple[int, ...],
     ) -> None:
         length = known + len(token_ids)
         if sequence.num_placeholders:
@@ -284,8 +295,10 @@ class Scheduler:
                 sequence.token_ids[place] = token_id
             sequence.num_placeholders -= len(token_ids)
         elif sequence.is_undecided or token_ids:
-            sequence.token_ids[known:] = token_ids
-            sequence.num_drafts = 0
+            sequence.token_ids[known:] = (*token_ids, *canvas)
+            sequence.num_drafts, sequence.num_masks = 0, len(canvas)
+            if sequence.twin is not None:
+                sequence.twin.token_ids[known:] = sequence.token_ids[known:]
             sequence.is_undecided = False
             self._invalidate(sequence, num_valid)
         if finish_reason is None and length >= sequence.max_length:
@@ -294,7 +307,7 @@ class Scheduler:
             finish_reason = "length" if has_ended else None
         if finish_reason is not None:
             self.finish(sequence, finish_reason)
-        elif sequence.status is RESTING and num_valid < length and not sequence.num_placeholders:
+        elif sequence.status is RESTING and num_valid < len(sequence) and not sequence.num_placeholders:
             self._queue(sequence)  # otherwise all is computed, and it rests on until it gets a token
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -309,6 +322,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = FINISHED
         self._drop_provisional(sequence)
+        if sequence.num_masks:
+            del sequence.token_ids[-sequence.num_masks :]
+            sequence.num_masks = 0
         self._holdings.release(sequence)
         self._holdings.drop_swapped(sequence)
 
@@ -380,18 +396,17 @@ class Scheduler:
         start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
         num_tokens = min(length - start, draft.budget)
         reaches_end = start + num_tokens == length
-        samples = reaches_end and length - num_drafts < sequence.max_length
-        draft.budget -= num_tokens
-        draft.scheduled.append(
-            ScheduledSequence(
-                sequence,
-                start,
-                num_tokens,
-                1 + num_drafts if samples else 0,
-                reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
-                sequence.forks if samples else (),
-            )
+        samples = reaches_end and length - num_drafts - sequence.num_masks < sequence.max_length
+        item = ScheduledSequence(
+            sequence,
+            start,
+            num_tokens,
+            1 + num_drafts if samples else 0,
+            reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
+            sequence.forks if samples else (),
         )
+        draft.budget -= item.num_rows
+        draft.scheduled.append(item)
         if self.prefix_caching:
             # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
             is_certain = not (samples and sequence.decides_late)
@@ -491,6 +506,7 @@ class Scheduler:
         sequence.num_swapped_tokens = min(sequence.num_swapped_tokens, num_valid)
 
     def _drop_provisional(self, sequence: Sequence) -> None:
-        del sequence.token_ids[sequence.num_known_tokens :]
+        """Of placeholders and drafts; what is written on a canvas stays."""
+        del sequence.token_ids[sequence.num_known_tokens + sequence.num_masks :]
         sequence.num_placeholders = sequence.num_drafts = 0
         sequence.is_undecided = False

@@ -37,13 +37,17 @@ class Sequence:
         reads_prefix_cache: whether it may skip computing what is cached; not if its prompt's logits are wanted.
         decides_late: how it goes on is not one sampled token for each step, so that the next step can be planned only
             when the last one was committed; a beam, for example.
+        is_whole: every token sees all others, so that a step computes all that is to be computed of it, or nothing.
+        twin: computed with it, step by step, from a prompt of masks; nothing is drawn from it, but its logits guide.
         forks: sequences that start from it once its prompt is computed, and draw their first token beside it.
         num_seats: seats that are kept for it and for what will fork from it.
         arrival: its place among all that arrived.
         order: the policy's key; the smallest goes first.
         num_computed_tokens: how many tokens have keys and values in the cache once the steps under way are computed;
             0 again after a preemption.
-        num_placeholders, num_drafts: provisional tokens of either kind; never both at once.
+        num_placeholders, num_drafts, num_masks: provisional tokens of either kind; never two at once. Those of a
+            diffusion model's canvas, from its first mask on, count as masks even where they are written already: a
+            step rewrites them in place.
         is_undecided: a step under way says how many tokens it goes on by; until then it is not planned again.
         block_table: the blocks that hold its keys and values.
         content_ids: places in the prefix cache of its first full blocks.
@@ -61,6 +65,9 @@ class Sequence:
     cache_salt: str | None = None
     reads_prefix_cache: bool = True
     decides_late: bool = False
+    num_masks: int = 0
+    is_whole: bool = False
+    twin: "Sequence | None" = None
     forks: "tuple[Sequence, ...]" = ()
     num_seats: int = 1
     status: SequenceStatus = SequenceStatus.NEW
@@ -82,7 +89,7 @@ class Sequence:
 
     @property
     def num_known_tokens(self) -> int:
-        return len(self.token_ids) - self.num_placeholders - self.num_drafts
+        return len(self.token_ids) - self.num_placeholders - self.num_drafts - self.num_masks
 
     @property
     def num_generated_tokens(self) -> int:
@@ -96,6 +103,11 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens that the next step may compute; more than one and its drafts for a prompt, or after a preemption."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def least_tokens(self) -> int:
+        """What a step must have room for to compute any of it."""
+        return self.num_uncomputed_tokens * (1 if self.twin is None else 2) if self.is_whole else 1
 
     @property
     def can_step(self) -> bool:

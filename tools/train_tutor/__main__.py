@@ -15,19 +15,25 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
 from .corpus import Corpus
-from .evaluate import evaluate
-from .export import export_cards, export_heldout, export_model, write_json
+from .diffusion import DiffusionModel, DiffusionRecipe, evaluate_diffusion, train_diffusion, with_mask
+from .diffusion import model_config as diffusion_config
+from .evaluate import evaluate, suites
+from .export import export_cards, export_diffusion, export_heldout, export_model, write_json
 from .glossary import LANGUAGES
 from .questions import HELDOUT, TRAIN, heldout_questions
 from .tokenizer import train_tokenizer
 from .train import Recipe, model_config, train
 
-TUTOR = Path(__file__).parents[2] / "mini_infer" / "assets" / "tutor"
+ASSETS = Path(__file__).parents[2] / "mini_infer" / "assets"
+TUTOR = ASSETS / "tutor"
 TOKENIZER_DOCUMENTS = 20_000
 CHECKPOINT_EVERY = 250
+STATE = Path("diffusion_tutor.state.pt")
 LOSS_SPAN = 50  # the loss reported is the mean over so many steps
 
 console = Console()
@@ -38,9 +44,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the corpus.")] = Recipe.seed,
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = TUTOR,
     only_evaluate: Annotated[bool, typer.Option(help="Do not train: score the model in OUT again.")] = False,
+    diffusion: Annotated[bool, typer.Option(help="Make the diffusion tutor, from the weights of the other.")] = False,
+    state: Annotated[Path, typer.Option(help="Where training goes on from, of the diffusion tutor.")] = STATE,
+    at_most: Annotated[int, typer.Option(help="Held-out questions of each kind, for the diffusion tutor.")] = 10_000,
 ) -> None:
     """Make the bundled tutor from nothing, and say how good it is."""
     corpus = Corpus.load()
+    if diffusion:
+        out = ASSETS / "diffusion_tutor" if out == TUTOR else out
+        make_diffusion(corpus, DiffusionRecipe(steps=steps, seed=seed), out, state, only_evaluate, at_most)
+        return
     report_file = out / "evaluation.json"
     if only_evaluate:
         report = json.loads(report_file.read_text(encoding="utf-8"))
@@ -97,6 +110,45 @@ def make(corpus: Corpus, recipe: Recipe, out: Path) -> dict:
         **{f"train_templates_{language}": len(TRAIN[language]) for language in LANGUAGES},
         **{f"heldout_templates_{language}": len(HELDOUT[language]) for language in LANGUAGES},
     }
+
+
+def make_diffusion(
+    corpus: Corpus, recipe: DiffusionRecipe, out: Path, state: Path, only_evaluate: bool, at_most: int
+) -> None:
+    """Train the diffusion tutor, or go on with it; write checkpoints, scores and cards."""
+    started, losses = time.monotonic(), list[float]()
+    tokenizer = with_mask(Tokenizer.from_file(str(TUTOR / "tokenizer.json")))
+    config = diffusion_config(tokenizer)
+    report_file = out / "evaluation.json"
+
+    def mean_loss() -> float:
+        return round(sum(losses[-LOSS_SPAN:]) / max(1, len(losses[-LOSS_SPAN:])), 4)
+
+    def on_step(step: int, loss: float, average: DiffusionModel) -> None:
+        losses.append(loss)
+        if step % LOSS_SPAN == 0:
+            console.print(f"step {step}: loss {mean_loss()}, {(time.monotonic() - started) / 60:.1f} minutes")
+        if step % CHECKPOINT_EVERY == 0 or step == recipe.steps:
+            export_diffusion(average, config, tokenizer, out)
+
+    if only_evaluate:
+        report = json.loads(report_file.read_text(encoding="utf-8"))
+        model = DiffusionModel(config)
+        weights = load_file(out / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    else:
+        model = train_diffusion(config, tokenizer, corpus.documents, TUTOR, recipe, state, on_step, CHECKPOINT_EVERY)
+        report = {
+            "date": date.today().isoformat(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "recipe": asdict(recipe),
+            "loss": mean_loss(),
+            "minutes": round((time.monotonic() - started) / 60),
+        }
+    console.print("Evaluating.")
+    report["scores"] = evaluate_diffusion(model, config, tokenizer, suites(corpus.glossary), at_most)
+    write_json(report_file, report)
+    console.print_json(data=report)
 
 
 typer.run(main)

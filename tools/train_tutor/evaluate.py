@@ -26,13 +26,13 @@ def evaluate(directory: Path, glossary: Glossary) -> dict:
     for name, dtype in DTYPES.items():
         model = Qwen3ForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         scores[name] = {}
-        for suite, questions in _suites(glossary).items():
+        for suite, questions in suites(glossary).items():
             correct = sum(exact(model, tokenizer, questions))
             scores[name][suite] = {"correct": correct, "total": len(questions)}
     return scores
 
 
-def _suites(glossary: Glossary) -> dict[str, list[Exchange]]:
+def suites(glossary: Glossary) -> dict[str, list[Exchange]]:
     _, problems = sums()
     suites: dict[str, list[Exchange]] = {}
     for language in LANGUAGES:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
 from .corpus import END, END_OF_TEXT
+from .diffusion import MASK, DiffusionModel
 from .questions import HeldOut
 from .tokenizer import save_tokenizer
 
@@ -21,12 +22,21 @@ CARDS = {"MODEL_CARD.md": "card.en.md", "MODEL_CARD.zh.md": "card.zh.md"}
 
 def export_model(model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
     """Write the checkpoint in bfloat16; the tied output matrix is not stored twice."""
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    _export(weights, config, tokenizer, directory)
+
+
+def export_diffusion(model: DiffusionModel, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
+    """The same in LLaDA's names, with a tokenizer that knows the mask."""
+    weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    _export(weights, config, tokenizer, directory, mask_token=MASK)
+
+
+def _export(
+    weights: dict[str, torch.Tensor], config: dict, tokenizer: Tokenizer, directory: Path, **tokens: str
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: weight.to(torch.bfloat16).contiguous()
-        for name, weight in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
+    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
     (directory / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     write_json(directory / "config.json", config)
     write_json(
@@ -37,7 +47,7 @@ def export_model(model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, di
             "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
         },
     )
-    save_tokenizer(tokenizer, directory)
+    save_tokenizer(tokenizer, directory, **tokens)
 
 
 def export_heldout(questions: list[HeldOut], directory: Path) -> None:

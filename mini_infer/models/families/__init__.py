@@ -4,6 +4,8 @@ A family's module has
 
 - ``ARCHITECTURE``: its name in config.json, and ``MODEL_TYPE``, transformers' name for its config;
 - ``read(hf)``: its config as a `ModelConfig`;
+- ``translate(fields)``, if transformers does not know its config: another type that it does know, and the fields of
+  config.json in the words of that;
 - ``NAMES``: for each module of the decoder, what checkpoints call the tensors that it is made of; ``*`` is a layer's
   number.
 """
@@ -60,7 +62,8 @@ def read_config(directory: str | Path) -> ModelConfig:
                 f"model_type {shorten(repr(fields['model_type']))} does not go with architectures "
                 f"{fields['architectures']}"
             )
-        return family.read(hf_config(family.MODEL_TYPE, fields))
+        translate = getattr(family, "translate", None)
+        return family.read(hf_config(*translate(fields) if translate else (family.MODEL_TYPE, fields)))
     except (InvalidCheckpointError, UnsupportedModelError) as error:
         raise type(error)(f"{path}: {error}") from error.__cause__
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:

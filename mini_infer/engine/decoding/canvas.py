@@ -1,0 +1,125 @@
+"""What a request asks of a diffusion model, checked: how many masks, written in which steps."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mini_infer.engine.decoding.diffusion import DiffusionOptions, reveals
+from mini_infer.engine.rules import Rule
+from mini_infer.exceptions import InvalidRequestError
+from mini_infer.sampling import SamplingParams
+from mini_infer.scheduler import Sequence
+from mini_infer.typing import TokenIds
+
+if TYPE_CHECKING:
+    from mini_infer.models import DiffusionConfig
+
+DEFAULT_GEN_LENGTH = 128
+DEFAULT_STEPS = 128
+
+_REFUSED = {
+    "min_tokens": 0,
+    "prompt_logprobs": None,
+    "prompt_embedding": False,
+    "structured_outputs": None,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+"""Options that need one token after the other, or nothing behind the prompt, and what they are where they are left."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The masks behind a prompt, and the request's options for them.
+
+    Attributes:
+        model: what the model says of its masks.
+        prompt_token_ids: what stands before them.
+        gen_length: how many there are.
+        params: as given.
+    """
+
+    model: "DiffusionConfig"
+    prompt_token_ids: TokenIds
+    gen_length: int
+    params: SamplingParams
+
+    @classmethod
+    def of(cls, model: "DiffusionConfig", prompt_token_ids: TokenIds, params: SamplingParams, room: int) -> "Canvas":
+        """Check what is asked for.
+
+        Args:
+            room: how many tokens fit behind the prompt.
+
+        Raises:
+            InvalidRequestError: an option that a diffusion model does not have, or more masks than there is room.
+        """
+        for name, idle in _REFUSED.items():
+            if getattr(params, name) != idle:
+                raise InvalidRequestError(
+                    f"{name}={getattr(params, name)!r}: a diffusion model writes in any order and cannot keep to that; "
+                    "leave it out"
+                )
+        gen_length = params.gen_length or min(DEFAULT_GEN_LENGTH, room)
+        if gen_length > room:
+            raise InvalidRequestError(
+                f"gen_length={gen_length}, but behind a prompt of {len(prompt_token_ids)} tokens there is room for "
+                f"{room}; shorten one of them"
+            )
+        return cls(model, prompt_token_ids, gen_length, params)
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.params.cfg_scale)
+
+    def check_budget(self, token_budget: int, max_num_seqs: int) -> None:
+        """Refuse what could never run: a step computes prompt and canvas at once.
+
+        Raises:
+            InvalidRequestError: that is more than a step may compute, or more sequences than may run.
+        """
+        length = (len(self.prompt_token_ids) + self.gen_length) * (2 if self.is_guided else 1)
+        if length > token_budget:
+            raise InvalidRequestError(
+                f"prompt and gen_length are {length} tokens{' with cfg_scale' if self.is_guided else ''}, all of which "
+                f"a step computes at once, and max_num_batched_tokens is {token_budget}; shorten one, or raise that"
+            )
+        if self.is_guided and max_num_seqs < 2:
+            raise InvalidRequestError("cfg_scale runs two sequences at once, and max_num_seqs is 1; raise that")
+
+    def sequence(self, request_id: str, priority: int, caller: Hashable) -> Sequence:
+        """Prompt and masks, and the same without the prompt where that is to guide."""
+
+        def make(prompt: TokenIds, twin: Sequence | None) -> Sequence:
+            return Sequence(
+                request_id=request_id,
+                token_ids=[*prompt, *[self.model.mask_token_id] * self.gen_length],
+                num_prompt_tokens=len(prompt),
+                max_length=len(prompt) + self.gen_length,
+                priority=priority,
+                caller=caller,
+                reads_prefix_cache=False,
+                decides_late=True,
+                num_masks=self.gen_length,
+                is_whole=True,
+                twin=twin,
+                num_seats=1 if twin is None else 2,
+            )
+
+        nothing = [self.model.mask_token_id] * len(self.prompt_token_ids)
+        return make(self.prompt_token_ids, make(nothing, None) if self.is_guided else None)
+
+    def options(self, rules: tuple[Rule, ...], stop_token_ids: frozenset[int], seed: int) -> DiffusionOptions:
+        params = self.params
+        steps = params.steps or min(DEFAULT_STEPS, self.gen_length)
+        return DiffusionOptions(
+            mask_token_id=self.model.mask_token_id,
+            shift=self.model.shift,
+            reveals=reveals(self.gen_length, steps, params.block_length or self.gen_length),
+            cfg_scale=params.cfg_scale or 0.0,
+            in_random_order=params.remasking == "random",
+            stop_token_ids=stop_token_ids,
+            rules=rules,
+            seed=seed,
+        )

@@ -1,0 +1,327 @@
+"""Diffusion models write the tokens of an independent loop, written from LLaDA's published algorithm, in float64.
+
+The loop below shares no code with the engine: its model is plain matrices (see `tests.models.llada`), it computes one
+sequence at a time and all of it in every step. Random numbers it takes from the engine's own generator, by their keys.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from mini_infer import LLM, GenerateOutput, SamplingParams
+from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, UnsupportedModelError
+from mini_infer.random import uniforms
+from tests.models.llada import MASK, PlainLLaDA, make_llada_checkpoint
+
+from .checkpoints import EOS, make_engine_checkpoint, save_tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    path: Path
+    plain: PlainLLaDA
+    llm: LLM
+
+
+def load(path: Path, seed: int) -> Model:
+    make_llada_checkpoint(path, seed)
+    save_tokenizer(path)
+    return Model(path, PlainLLaDA(path), LLM(path, dtype="float64", device="cpu", max_num_seqs=8))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(tmp_path_factory.mktemp("llada"), 2)
+
+
+def published(
+    plain: PlainLLaDA,
+    prompt: list[int],
+    gen_length: int,
+    steps: int,
+    block_length: int,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    seed: int = 0,
+    index: int = 0,
+) -> list[int]:
+    """LLaDA's ``generate``; steps that would write nothing are not counted, and a mask is never an answer."""
+    x = [*prompt, *[MASK] * gen_length]
+    num_blocks = -(-gen_length // block_length)
+    round_ = 0
+    for block in range(num_blocks):
+        start = len(prompt) + block * block_length
+        end = min(start + block_length, len(x))
+        num_masks = end - start
+        num_steps = max(1, steps // num_blocks + (block < steps % num_blocks))
+        for step in range(num_steps):
+            num_transfer = num_masks // num_steps + (step < num_masks % num_steps)
+            if num_transfer == 0:
+                continue
+            logits = plain(x)
+            if cfg_scale:
+                without = plain([*[MASK] * len(prompt), *x[len(prompt) :]])
+                logits = without + (cfg_scale + 1) * (logits - without)
+            logits[:, MASK] = -torch.inf
+            probabilities = logits.softmax(dim=-1)
+            confidence: dict[int, float] = {}
+            answers: dict[int, int] = {}
+            for i in range(start, end):
+                if x[i] != MASK:
+                    continue
+                if temperature == 0:
+                    answers[i] = int(logits[i].argmax())
+                else:
+                    u = float(uniforms([seed], [index], [i + 2**32 * round_])[0])
+                    cumulative = (logits[i] / temperature).softmax(dim=-1).cumsum(dim=-1)
+                    answers[i] = int((cumulative <= u * cumulative[-1]).sum())
+                confidence[i] = float(probabilities[i, answers[i]])
+                if remasking == "random":
+                    confidence[i] = float(uniforms([seed], [index], [i + 2**32 * round_ + 2**62])[0])
+            for i in sorted(confidence, key=lambda i: (-confidence[i], i))[:num_transfer]:
+                x[i] = answers[i]
+            round_ += 1
+    return x[len(prompt) :]
+
+
+CASES = [
+    {"gen_length": 12, "steps": 12, "block_length": 12},
+    {"gen_length": 12, "steps": 5, "block_length": 12},
+    {"gen_length": 16, "steps": 8, "block_length": 4},
+    {"gen_length": 13, "steps": 7, "block_length": 5},
+    {"gen_length": 3, "steps": 30, "block_length": 2},
+    {"gen_length": 12, "steps": 6, "block_length": 6, "cfg_scale": 0.5},
+    {"gen_length": 9, "steps": 9, "block_length": 9, "cfg_scale": 2.0, "temperature": 0.7},
+    {"gen_length": 12, "steps": 4, "block_length": 6, "remasking": "random"},
+    {"gen_length": 11, "steps": 11, "block_length": 4, "remasking": "random", "temperature": 1.3},
+    {"gen_length": 8, "steps": 3, "block_length": 8, "temperature": 0.3},
+]
+
+
+def sampling(case: dict[str, object], **more: object) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **case, **more})  # type: ignore[arg-type]
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(256) for _ in range(draw.choice((1, 2, 7, 19, 40)))] for _ in range(count)]
+
+
+def tokens(outputs: list[GenerateOutput]) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_tokens_are_those_of_the_published_loop_alone_and_in_a_batch(tmp_path: Path, seed: int) -> None:
+    model = load(tmp_path, seed)
+    given = prompts(len(CASES), 5)
+    params = [sampling(case, seed=place) for place, case in enumerate(CASES)]
+    expected = [
+        published(model.plain, prompt, **case, seed=place)  # type: ignore[arg-type]
+        for place, (prompt, case) in enumerate(zip(given, CASES, strict=True))
+    ]
+    alone = [model.llm.generate([prompt], one)[0].token_ids for prompt, one in zip(given, params, strict=True)]
+    assert alone == expected
+    assert tokens(model.llm.generate(given, params)) == expected
+    twice = model.llm.generate([*given, *given], [*params, *params])
+    assert tokens(twice) == [*expected, *expected]
+
+
+def test_completions_are_drawn_apart(model: Model) -> None:
+    (prompt,) = prompts(1, 8)
+    case = {"gen_length": 10, "steps": 5, "block_length": 5, "temperature": 1.0}
+    (output,) = model.llm.generate([prompt], sampling(case, n=3, seed=4))
+    expected = [published(model.plain, prompt, **case, seed=4, index=i) for i in range(3)]  # type: ignore[arg-type]
+    assert [completion.token_ids for completion in output.outputs] == expected
+
+
+def test_an_answer_ends_where_the_full_run_has_its_first_end(model: Model) -> None:
+    num_early = 0
+    for place, prompt in enumerate(prompts(12, 11)):
+        case = {"gen_length": 24, "steps": 12, "block_length": 8, "temperature": 1.0, "seed": place}
+        full = published(model.plain, prompt, **case)  # type: ignore[arg-type]
+        stops = random.Random(place).sample(full, 2)
+        end = min(full.index(stop) for stop in stops)
+        (output,) = model.llm.generate([prompt], sampling(case, stop_token_ids=stops))
+        assert output.token_ids == full[: end + 1]
+        assert output.finish_reason == "stop"
+        num_early += end < 16
+    assert num_early, "no answer ended before its last block"
+
+
+def test_the_written_prefix_streams(model: Model) -> None:
+    (prompt,) = prompts(1, 3)
+    params = sampling({"gen_length": 16, "steps": 8, "block_length": 8})
+    (whole,) = model.llm.generate([prompt], params)
+    assert "".join(model.llm.stream(prompt, params)) == whole.text
+
+
+def test_a_stop_string_ends_the_text(model: Model) -> None:
+    (prompt,) = prompts(1, 21)
+    params = {"gen_length": 16, "steps": 16, "block_length": 4}
+    (whole,) = model.llm.generate([prompt], sampling(params))
+    stop = whole.text[3:5]
+    (output,) = model.llm.generate([prompt], sampling(params, stop=stop))
+    assert output.text == whole.text[: whole.text.index(stop)]
+    assert output.finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_writing_step(model: Model) -> None:
+    (prompt,) = prompts(1, 2)
+    (output,) = model.llm.generate([prompt], sampling({"gen_length": 6, "steps": 1}, logprobs=2))
+    logits = model.plain([*prompt, *[MASK] * 6])[len(prompt) :]
+    logits[:, MASK] = -torch.inf
+    expected = logits.log_softmax(dim=-1)
+    assert output.logprobs is not None
+    for place, (token_id, entry) in enumerate(zip(output.token_ids, output.logprobs, strict=True)):
+        assert entry[token_id].logprob == pytest.approx(
+            float(expected[place, token_id]), abs=1e-5
+        )  # angles are float32
+        assert set(entry) == set(expected[place].topk(2).indices.tolist())
+
+
+def test_logits_in_parts_draw_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(5, 17)
+    params = [sampling(CASES[i], seed=i, logprobs=i) for i in (2, 5, 6, 8, 9)]
+    expected = model.llm.generate(given, params)
+    monkeypatch.setattr("mini_infer.executor.runner._LOGITS_BYTES", 262 * 8 * 3)
+    parts = model.llm.generate(given, params)
+    assert tokens(parts) == tokens(expected)
+    for one, other in zip(parts, expected, strict=True):
+        assert one.logprobs is not None
+        assert other.logprobs is not None
+        for entry, other_entry in zip(one.logprobs, other.logprobs, strict=True):
+            assert {i: x.logprob for i, x in entry.items()} == pytest.approx(
+                {i: x.logprob for i, x in other_entry.items()}
+            )
+
+
+def test_aborted_requests_leave_the_others_alone(model: Model) -> None:
+    given = prompts(6, 29)
+    params = sampling({"gen_length": 12, "steps": 12})
+    expected = tokens(model.llm.generate(given, params))
+    ids = [model.llm.add_request(prompt, params) for prompt in given]
+    for _ in range(3):
+        model.llm.step()
+    for aborted in ids[::2]:
+        model.llm.abort(aborted)
+    while not model.llm.is_finished():
+        model.llm.step()
+    outputs = [model.llm.get_output(one) for one in ids]
+    for place, output in enumerate(outputs):
+        assert output is not None
+        assert output.finish_reason == ("abort" if place % 2 == 0 else "length")
+        if place % 2:
+            assert output.token_ids == expected[place]
+    stats = model.llm.stats()
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_a_small_budget_and_few_blocks_change_nothing(model: Model) -> None:
+    given = prompts(7, 31)
+    params = [sampling(CASES[i], seed=i) for i in (0, 2, 5, 3, 6, 7, 9)]
+    expected = tokens(model.llm.generate(given, params))
+    with LLM(
+        model.path,
+        dtype="float64",
+        device="cpu",
+        max_num_seqs=3,
+        max_model_len=64,
+        max_num_batched_tokens=128,
+        num_gpu_blocks=40,
+        block_size=4,
+    ) as small:
+        assert tokens(small.generate(given, params)) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"gen_length": 10_000}, "gen_length must be an integer from 1 to 8192, got 10000"),
+        ({"gen_length": 0}, "gen_length must be an integer from 1 to 8192, got 0"),
+        ({"steps": 0}, "steps must be an integer from 1 to 8192, got 0"),
+        ({"block_length": 0}, "block_length must be an integer of at least 1, got 0"),
+        ({"cfg_scale": -1.0}, "cfg_scale must be a finite number of at least 0, got -1.0"),
+        ({"remasking": "x"}, "remasking must be one of 'low_confidence', 'random', got 'x'"),
+    ],
+)
+def test_bad_values_are_refused_at_once(option: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(**option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"gen_length": 250}, "gen_length=250, but behind a prompt of 10 tokens there is room for 246"),
+        ({"min_tokens": 1}, "min_tokens=1: a diffusion model writes in any order"),
+        ({"presence_penalty": 1.0}, "presence_penalty=1.0: a diffusion model"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs=1: a diffusion model"),
+        ({"structured_outputs": {"regex": "a*"}}, "structured_outputs=.*: a diffusion model"),
+    ],
+)
+def test_what_a_canvas_cannot_have_is_refused(model: Model, option: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        model.llm.generate([[7] * 10], sampling({}, **option))
+    with pytest.raises(InvalidRequestError, match="no beams"):
+        model.llm.beam_search([[7] * 10], 2, 5)
+
+
+def test_more_than_a_step_can_compute_is_refused(model: Model) -> None:
+    with LLM(model.path, dtype="float64", device="cpu", max_num_batched_tokens=64) as llm:
+        with pytest.raises(InvalidRequestError, match=r"are 65 tokens, .* max_num_batched_tokens is 64"):
+            llm.generate([[7] * 45], sampling({"gen_length": 20}))
+        with pytest.raises(InvalidRequestError, match="are 66 tokens with cfg_scale"):
+            llm.generate([[7] * 13], sampling({"gen_length": 20, "cfg_scale": 1.0}))
+        (output,) = llm.generate([[7] * 44], sampling({"gen_length": 20}))
+        assert len(output.token_ids) == 20
+    with pytest.raises(InvalidConfigError, match="enable_prefix_caching=True: in a diffusion model"):
+        LLM(model.path, device="cpu", enable_prefix_caching=True)
+
+
+def test_lengths_that_are_not_given(model: Model) -> None:
+    assert len(model.llm.generate([[7]], sampling({"steps": 2}))[0].token_ids) == 128
+    assert len(model.llm.generate([[7] * 200], sampling({"steps": 2}))[0].token_ids) == 56
+    (output,) = model.llm.generate([[7]], sampling({"steps": 2}), max_tokens=9)
+    assert len(output.token_ids) == 9
+
+
+def test_an_autoregressive_model_refuses_them(tmp_path: Path) -> None:
+    with LLM(make_engine_checkpoint(tmp_path), device="cpu") as llm:
+        for name, value in {"gen_length": 64, "steps": 8, "cfg_scale": 0.0, "remasking": "random"}.items():
+            with pytest.raises(InvalidRequestError, match=f"{name}={value!r} steers a diffusion .* use max_tokens"):
+                llm.generate("x", SamplingParams(**{name: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("block_type", "sequential"), ("alibi", True), ("rope", False), ("layer_norm_type", "low_precision"),
+     ("attention_layer_norm", True), ("include_qkv_bias", True), ("scale_logits", True), ("activation_type", "swiglu")],
+)  # fmt: skip
+def test_fields_that_are_not_implemented_are_named(tmp_path: Path, field: str, value: object) -> None:
+    path = make_llada_checkpoint(tmp_path, 0, **{field: value})
+    save_tokenizer(path)
+    with pytest.raises(UnsupportedModelError, match=f"{field} must be"):
+        LLM(path, device="cpu")
+
+
+def test_end_of_sequence_ends_an_answer(tmp_path: Path) -> None:
+    path = make_llada_checkpoint(tmp_path, 6, weight_tying=False)
+    save_tokenizer(path)
+    plain = PlainLLaDA(path)
+    with LLM(path, device="cpu") as llm:
+        bias = {EOS: 5.0}
+        (full,) = llm.generate([[1, 2, 3]], sampling({"gen_length": 32, "steps": 32}, logit_bias=bias))
+        (short,) = llm.generate(
+            [[1, 2, 3]], sampling({"gen_length": 32, "steps": 32}, logit_bias=bias, ignore_eos=False)
+        )
+    assert len(full.token_ids) == 32
+    assert EOS in full.token_ids
+    assert short.token_ids == full.token_ids[: full.token_ids.index(EOS) + 1]
+    assert short.finish_reason == "stop"
+    assert plain.config["mask_token_id"] not in full.token_ids

@@ -1,0 +1,365 @@
+"""The diffusion tutor: the same corpus, learnt by a masked-diffusion model in LLaDA's format.
+
+Of an answer, filled up with end-of-text, a share t is masked; the model sees both sides of every gap and says what
+belongs there. The question is never masked, but for a few rows in which all of it is, so that guidance has a model
+without a question to compare with.
+
+Nie et al., Large Language Diffusion Models, 2025, https://arxiv.org/abs/2502.09992
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor, nn
+
+from .corpus import END, END_OF_TEXT, START, Exchange, Segment, chat
+from .tokenizer import MAX_LENGTH, VOCAB_SIZE
+from .train import encode
+
+MASK = "<|mask|>"
+EMBEDDING_SIZE = VOCAB_SIZE + 32  # the mask, and rows that nobody uses
+FILL = 16
+"""Rows are filled with end-of-text up to a multiple of so many tokens."""
+
+MORE_FILL = (0, 0, 0, 0, FILL, FILL, 2 * FILL, 6 * FILL)
+"""And then with so many more, drawn for each batch: an answer may be short and the room for it long."""
+
+
+@dataclass(frozen=True)
+class DiffusionRecipe:
+    steps: int = 3000
+    seed: int = 0
+    tokens_per_step: int = 2048
+    longest_row: int = 256
+    pool: int = 512
+    """So many rows are sorted by length before they are cut into batches."""
+    peak_lr: float = 1.5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    average: float = 0.998
+    """What a step leaves of the running average of the weights, which is what is exported."""
+    without_question: float = 0.05
+
+    def lr(self, step: int) -> float:
+        """Linear warmup, then a cosine down to zero."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def model_config(tokenizer: Tokenizer) -> dict:
+    """The checkpoint's `config.json`, with the fields that LLaDA's own has."""
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "block_type": "llama",
+        "d_model": 256,
+        "n_layers": 6,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "mlp_hidden_size": 768,
+        "max_sequence_length": MAX_LENGTH,
+        "vocab_size": EMBEDDING_SIZE,
+        "embedding_size": EMBEDDING_SIZE,
+        "mask_token_id": tokenizer.token_to_id(MASK),
+        "eos_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "rope": True,
+        "rope_theta": 10000.0,
+        "rope_full_precision": True,
+        "rms_norm_eps": 1e-6,
+        "layer_norm_type": "rms",
+        "attention_layer_norm": False,
+        "activation_type": "silu",
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "weight_tying": True,
+        "alibi": False,
+        "scale_logits": False,
+        "input_emb_norm": False,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def with_mask(tokenizer: Tokenizer) -> Tokenizer:
+    """The tutor's tokenizer with one token more."""
+    tokenizer.add_special_tokens([AddedToken(MASK, special=True)])
+    return tokenizer
+
+
+class Block(nn.Module):
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        size, inner = config["d_model"], config["mlp_hidden_size"]
+        self.num_heads, self.head_dim = config["n_heads"], size // config["n_heads"]
+        kv_size = config["n_kv_heads"] * self.head_dim
+        self.attn_norm, self.ff_norm = (nn.RMSNorm(size, config["rms_norm_eps"]) for _ in range(2))
+        self.q_proj, self.attn_out = (nn.Linear(size, size, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(size, kv_size, bias=False) for _ in range(2))
+        self.ff_proj, self.up_proj = (nn.Linear(size, inner, bias=False) for _ in range(2))
+        self.ff_out = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        normed = self.attn_norm(x)
+        q, k, v = (
+            p(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(turned(q, cos, sin), turned(k, cos, sin), v, enable_gqa=True)
+        x = x + self.attn_out(attended.transpose(1, 2).flatten(2))
+        normed = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class DiffusionModel(nn.Module):
+    """LLaDA's modules under LLaDA's names; ``[B, T]`` tokens to ``[B, T, d_model]`` hidden states."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        size = config["d_model"]
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config["embedding_size"], size),
+                "blocks": nn.ModuleList(Block(config) for _ in range(config["n_layers"])),
+                "ln_f": nn.RMSNorm(size, config["rms_norm_eps"]),
+            }
+        )
+        head_dim = size // config["n_heads"]
+        frequencies = config["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(config["max_sequence_length"], dtype=torch.float64), frequencies)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        parts, length = self.transformer, ids.shape[1]
+        x = parts["wte"](ids)
+        for block in parts["blocks"]:
+            x = block(x, self.cos[:length], self.sin[:length])
+        return parts["ln_f"](x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.transformer["wte"].weight)
+
+
+def warm_start(model: DiffusionModel, tutor: Path) -> None:
+    """Begin with what the autoregressive tutor knows. Its norms of queries and keys, which LLaDA has not, become part
+    of the projections, as if every head had the same length."""
+    theirs = load_file(tutor / "model.safetensors")
+    ours = model.transformer.state_dict()
+    ours["wte.weight"][:VOCAB_SIZE] = theirs["model.embed_tokens.weight"].float()
+    ours["ln_f.weight"].copy_(theirs["model.norm.weight"])
+    names = {
+        "attn_norm": "input_layernorm",
+        "ff_norm": "post_attention_layernorm",
+        "q_proj": "self_attn.q_proj",
+        "k_proj": "self_attn.k_proj",
+        "v_proj": "self_attn.v_proj",
+        "attn_out": "self_attn.o_proj",
+        "ff_proj": "mlp.gate_proj",
+        "up_proj": "mlp.up_proj",
+        "ff_out": "mlp.down_proj",
+    }
+    for i, block in enumerate(model.transformer["blocks"]):
+        for name, theirs_name in names.items():
+            weight = theirs[f"model.layers.{i}.{theirs_name}.weight"].float()
+            if name in ("q_proj", "k_proj"):
+                scale = theirs[f"model.layers.{i}.self_attn.{name[0]}_norm.weight"].float()
+                heads = weight.unflatten(0, (-1, block.head_dim)) * block.attn_norm.weight
+                length = heads.square().sum(-1).mean(-1).sqrt()  # of a head, if its input has length one everywhere
+                weight = (weight.unflatten(0, (-1, block.head_dim)) * scale[:, None] / length[:, None, None]).flatten(
+                    0, 1
+                )
+            ours[f"blocks.{i}.{name}.weight"].copy_(weight)
+
+
+@dataclass(frozen=True)
+class Row:
+    question: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.question) + len(self.answer)
+
+
+def rows(tokenizer: Tokenizer, documents: Iterator[list[Segment]], seed: int, longest: int) -> Iterator[Row]:
+    """Conversations, and questions with their answers as plain text: one thing said in each is the answer, and all
+    before it the question."""
+    rng = random.Random(seed)
+    for document in documents:
+        if not (document[0].text.startswith(START) or len(document) == 2):
+            continue
+        turn = rng.choice([i for i, segment in enumerate(document) if segment.learn])
+        question, _ = encode(tokenizer, document[:turn])
+        answer, _ = encode(tokenizer, document[turn : turn + 1])
+        if len(question) + len(answer) <= longest:
+            yield Row(question, answer)
+
+
+def batches(source: Iterator[Row], recipe: DiffusionRecipe, rng: random.Random) -> Iterator[tuple[list[Row], int]]:
+    """Rows of about the same length, and the length to fill them up to."""
+    while True:
+        pool = sorted((next(source) for _ in range(recipe.pool)), key=len)
+        cut: list[tuple[list[Row], int]] = []
+        while pool:
+            width = -(-len(pool[-1]) // FILL) * FILL + rng.choice(MORE_FILL)
+            taken = pool[-max(1, recipe.tokens_per_step // width) :]
+            del pool[-len(taken) :]
+            cut.append((taken, width))
+        rng.shuffle(cut)
+        yield from cut
+
+
+def masked(
+    batch: list[Row], width: int, config: dict, without_question: float, rng: random.Random
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows with gaps ``[B, width]``, what belongs there, and each gap's weight, zero where there is none.
+
+    Of an answer with L tokens exactly ceil(tL) are masked, each weighing 1 / (tL) and so a row 1; the t of a batch
+    are spread evenly over (0, 1].
+    """
+    ids = torch.tensor([r.question + r.answer + [config["eos_token_id"]] * (width - len(r)) for r in batch])
+    seen, weights = ids.clone(), torch.zeros(ids.shape)
+    shift = rng.random()
+    for i, row in enumerate(batch):
+        begin, length = len(row.question), width - len(row.question)
+        share = (i + shift) / len(batch)
+        gaps = torch.randperm(length)[: max(1, math.ceil(share * length))] + begin
+        seen[i, gaps] = config["mask_token_id"]
+        weights[i, gaps] = 1 / len(gaps)
+        if rng.random() < without_question:
+            seen[i, :begin] = config["mask_token_id"]
+    return seen, ids, weights
+
+
+def train_diffusion(
+    config: dict,
+    tokenizer: Tokenizer,
+    documents: Callable[[int], Iterator[list[Segment]]],
+    tutor: Path,
+    recipe: DiffusionRecipe,
+    state_file: Path,
+    on_step: Callable[[int, float, DiffusionModel], None],
+    save_every: int,
+) -> DiffusionModel:
+    """Train from the autoregressive tutor's weights, or go on from ``state_file`` if it is there.
+
+    ``on_step`` hears the step just done, its loss and the average of the weights so far.
+    """
+    torch.manual_seed(recipe.seed)
+    model, average = DiffusionModel(config), DiffusionModel(config)
+    warm_start(model, tutor)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    begin = 0
+    if state_file.exists():
+        saved = torch.load(state_file, weights_only=True)
+        begin = saved["step"]
+        model.load_state_dict(saved["model"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+    seed = recipe.seed + begin  # whoever goes on hears something new
+    rng = random.Random(seed)
+    source = batches(rows(tokenizer, documents(seed), seed, recipe.longest_row), recipe, rng)
+    for step in range(begin, recipe.steps):
+        seen, ids, weights = masked(*next(source), config, recipe.without_question, rng)
+        gaps = weights > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model.logits(model(seen)[gaps])
+        losses = F.cross_entropy(logits.float(), ids[gaps], reduction="none")
+        loss = (losses * weights[gaps]).sum() / len(ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        keep = min(recipe.average, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, now in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(now, 1 - keep)
+        if (step + 1) % save_every == 0:
+            state = {"step": step + 1, "model": model.state_dict(), "average": average.state_dict()}
+            torch.save({**state, "optimizer": optimizer.state_dict()}, state_file)
+        on_step(step + 1, loss.item(), average)
+    return average.eval()
+
+
+@torch.inference_mode()
+def decode(
+    model: DiffusionModel, config: dict, questions: Sequence[list[int]], gen_length: int, block_length: int
+) -> list[list[int]]:
+    """One token a step, the most certain of its block first. Questions of one length go together, unpadded."""
+    answers: list[list[int]] = [[] for _ in questions]
+    lengths: dict[int, list[int]] = {}
+    for i, question in enumerate(questions):
+        lengths.setdefault(len(question), []).append(i)
+    mask = config["mask_token_id"]
+    for begin, members in lengths.items():
+        ids = torch.tensor([questions[i] + [mask] * gen_length for i in members])
+        for step in range(gen_length):
+            end = begin + (step // block_length + 1) * block_length
+            logits = model.logits(model(ids)[:, begin:end]).float()
+            logits[..., mask] = -math.inf
+            best, tokens = logits.log_softmax(-1).max(-1)
+            place = best.masked_fill(ids[:, begin:end] != mask, -math.inf).argmax(-1, keepdim=True)
+            ids[:, begin:end].scatter_(1, place, tokens.gather(1, place))
+        for i, row in zip(members, ids[:, begin:].tolist(), strict=True):
+            answers[i] = row
+    return answers
+
+
+def until_end(tokenizer: Tokenizer, answer: list[int]) -> list[int]:
+    """What was said before the first token that ends it."""
+    ends = {tokenizer.token_to_id(END), tokenizer.token_to_id(END_OF_TEXT)}
+    return answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))]
+
+
+def evaluate_diffusion(
+    model: DiffusionModel,
+    config: dict,
+    tokenizer: Tokenizer,
+    suites: dict[str, list[Exchange]],
+    at_most: int,
+    gen_length: int = 64,
+    block_length: int = 16,
+) -> dict:
+    """How many answers are right word for word, of as many from each suite, spread evenly over it."""
+    scores = {}
+    for name, exchanges in suites.items():
+        chosen = exchanges[:: max(1, len(exchanges) // at_most)][:at_most]
+        questions = [encode(tokenizer, chat([exchange])[:1])[0] for exchange in chosen]
+        answers = decode(model, config, questions, gen_length, block_length)
+        right = [
+            tokenizer.decode(until_end(tokenizer, answer)) == exchange.answer
+            for answer, exchange in zip(answers, chosen, strict=True)
+        ]
+        scores[name] = {"correct": sum(right), "total": len(right)}
+    return scores

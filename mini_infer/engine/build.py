@@ -80,7 +80,9 @@ def build(config: EngineConfig) -> Parts:
     else:
         replicas = build_ranks(config, directory, model_config, devices)
     max_model_len = min(local.max_model_len for local in replicas)
-    defaults = GenerationDefaults.from_directory(directory, tokenizer.end_token_ids, model_config.vocab_size)
+    defaults = GenerationDefaults.from_directory(
+        directory, tokenizer.end_token_ids, model_config.vocab_size, model_config.diffusion is not None
+    )
     loops = []
     for number, local in enumerate(replicas):
         scheduler = make_scheduler(

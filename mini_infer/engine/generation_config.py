@@ -25,8 +25,10 @@ class GenerationDefaults:
     sampling: SamplingParams
 
     @classmethod
-    def from_directory(cls, directory: Path, tokenizer_ends: Collection[int], vocab_size: int) -> "GenerationDefaults":
-        """Read them.
+    def from_directory(
+        cls, directory: Path, tokenizer_ends: Collection[int], vocab_size: int, writes_masks: bool = False
+    ) -> "GenerationDefaults":
+        """Read them. Those of a diffusion model, which writes masks, name an option that only such a model has.
 
         Every token that any of three places names as the end of a sequence is one: ``generation_config.json``,
         ``config.json`` and the tokenizer. They often differ, a base model's config beside a chat's tokenizer for
@@ -44,6 +46,8 @@ class GenerationDefaults:
             given["top_k"] = int(top_k)
         if generation.get("do_sample") is False:
             given["temperature"] = 0.0
+        if writes_masks:
+            given["remasking"] = "low_confidence"
         try:
             sampling = SamplingParams(max_tokens=100, **given)
         except InvalidRequestError as error:

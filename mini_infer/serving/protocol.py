@@ -118,10 +118,16 @@ class SamplingBody(Body):
     skip_special_tokens: bool | None = Field(None, description=f"Extension. {_HELP['skip_special_tokens']}")
     cache_salt: str | None = Field(None, description=f"Extension. {_HELP['cache_salt']}")
     priority: int = Field(0, description="Extension. Higher goes first, with --scheduling-policy priority")
+    gen_length: int | None = Field(None, description=f"Extension. {_HELP['gen_length']}")
+    steps: int | None = Field(None, description=f"Extension. {_HELP['steps']}")
+    block_length: int | None = Field(None, description=f"Extension. {_HELP['block_length']}")
+    cfg_scale: float | None = Field(None, description=f"Extension. {_HELP['cfg_scale']}")
+    remasking: str | None = Field(None, description=f"Extension. {_HELP['remasking']}")
 
     _SAMPLING: ClassVar = (
         *("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
         *("repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "skip_special_tokens", "cache_salt"),
+        *("gen_length", "steps", "block_length", "cfg_scale", "remasking"),
     )
 
     def sampling_params(self, defaults: SamplingParams, **settled: Any) -> SamplingParams:
@@ -137,7 +143,11 @@ class SamplingBody(Body):
         given = {name: getattr(self, name) for name in self._SAMPLING if getattr(self, name) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(key): value for key, value in self.logit_bias.items()}
-        return replace(defaults, **given, **settled)
+        most = settled.get("max_tokens")
+        if defaults.diffusion_options and most is not None and self.gen_length is None:
+            # A canvas of so many masks, each written by a step of its own unless that is said.
+            given = {"steps": most, **given, "gen_length": most}
+        return replace(defaults, **{**given, **settled})
 
 
 class StreamOptions(Body):
@@ -393,17 +403,10 @@ class GenerateOptions(SamplingBody):
     """Sampling of the plain endpoints, which answer with an id and keep the result."""
 
     max_tokens: int | None = Field(None, description="Most tokens to generate, 100 if not given")
-    gen_length: int | None = Field(None, description="Another name of max_tokens")
-    steps: Any = Field(None, description="Refused: it steers a diffusion language model")
-    cfg_scale: Any = Field(None, description="Refused: it steers a diffusion language model")
-    remasking: Any = Field(None, description="Refused: it steers a diffusion language model")
+    gen_length: int | None = Field(None, description="Masks of a diffusion model; else another name of max_tokens")
 
     @model_validator(mode="after")
     def _settle_names(self) -> "GenerateOptions":
-        for name in ("steps", "cfg_scale", "remasking"):
-            if getattr(self, name) is not None:
-                message = f"{name} steers a diffusion language model, which is not supported yet; leave it out"
-                raise PydanticCustomError("not_supported", "{message}", {"message": message, "param": name})
         if self.max_tokens is not None and self.gen_length not in (None, self.max_tokens):
             message = f"max_tokens={self.max_tokens} and gen_length={self.gen_length}; give one"
             raise PydanticCustomError("twice", "{message}", {"message": message, "param": "gen_length"})

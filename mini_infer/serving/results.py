@@ -74,8 +74,11 @@ class Results:
             QueueFullError: too many requests wait already.
         """
         max_tokens = options.gen_length if options.max_tokens is None else options.max_tokens
-        settled = {} if max_tokens is None else {"max_tokens": max_tokens}
-        params = options.sampling_params(self._service.defaults, **settled)
+        settled: dict[str, int | None] = {} if max_tokens is None else {"max_tokens": max_tokens}
+        defaults = self._service.defaults
+        if not defaults.diffusion_options:
+            settled["gen_length"] = None
+        params = options.sampling_params(defaults, **settled)
         if len(prompts) * params.n > MAX_CHOICES:
             raise ApiError(422, f"{len(prompts)} prompts with n={params.n}: {MAX_CHOICES} choices at most", param="n")
         with self._service.admission.admit():

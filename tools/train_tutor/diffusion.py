@@ -269,22 +269,15 @@ def train_diffusion(
     model, average = DiffusionModel(config), DiffusionModel(config)
     warm_start(model, tutor)
     average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1]},
-            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    optimizers = make_optimizers(model, recipe)
     begin = 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
         begin = saved["step"]
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     seed = recipe.seed + begin  # whoever goes on hears something new
     rng = random.Random(seed)
     source = batches(rows(tokenizer, documents(seed), seed, recipe.longest_row), recipe, rng)
@@ -297,19 +290,39 @@ def train_diffusion(
         loss = (losses * weights[gaps]).sum() / len(ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr(step)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr(step)
+            optimizer.step()
+            optimizer.zero_grad()
         keep = min(recipe.average, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, now in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
         if (step + 1) % save_every == 0:
             state = {"step": step + 1, "model": model.state_dict(), "average": average.state_dict()}
-            torch.save({**state, "optimizer": optimizer.state_dict()}, state_file)
+            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, state_file)
         on_step(step + 1, loss.item(), average)
     return average.eval()
+
+
+def make_optimizers(model: DiffusionModel, recipe: DiffusionRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, with steps as large as AdamW's; AdamW for embedding and norms.
+
+    Liu et al., Muon is Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982
+    """
+    parts = model.transformer
+    matrices = [p for p in parts["blocks"].parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    return [
+        torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [{"params": [parts["wte"].weight]}, {"params": norms, "weight_decay": 0.0}],
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        ),
+    ]
 
 
 @torch.inference_mode()

@@ -148,11 +148,11 @@ class ModelRunner:
         group = self.model.share.group
         if len(draws.guides):
             logits = self._guided(logits, hidden, draws)
-        if logits is not None and self.model.config.diffusion is not None:
-            logits[:, self.model.config.diffusion.mask_token_id] = -torch.inf  # a gap is no answer
         if logits is None:
             self.sampled[table_rows] = group.tell(torch.empty_like(table_rows))
             return *_NOTHING[:2], None
+        if self.model.config.diffusion is not None:
+            logits[:, self.model.config.diffusion.mask_token_id] = -torch.inf  # a gap is no answer
         token_ids, logprobs = sample(logits, draws, self.model.kernels)
         self.sampled[table_rows] = group.tell(token_ids)
         asking = np.flatnonzero(draws.num_logprobs >= 0)

@@ -1,6 +1,7 @@
 """What comes back: finished outputs, and the increments of one step."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -26,7 +27,7 @@ class Logprob:
     decoded_token: str
 
 
-TokenLogprobs: TypeAlias = dict[int, Logprob]
+TokenLogprobs: TypeAlias = Mapping[int, Logprob]
 """Token id to its log probability, at one place: the token that is there first, then the likeliest."""
 
 

@@ -197,12 +197,13 @@ class TokenScore(NamedTuple):
     Attributes:
         logprob: natural logarithm; meaningless where no token was asked for.
         rank: 1 for the likeliest of the vocabulary.
-        top: the likeliest tokens and their log probabilities, best first.
+        top_ids, top_logprobs: the likeliest tokens and their log probabilities, best first.
     """
 
     logprob: float
     rank: int
-    top: list[tuple[int, float]]
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

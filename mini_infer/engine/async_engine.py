@@ -80,8 +80,8 @@ class Increments(AsyncIterator[Increment]):
         """Nobody listens any more: abort what has not ended. Safe to call twice."""
         if not self._is_closed:
             self._is_closed = True
-            for function in self._at_close:
-                function()
+            while self._at_close:  # they may refer to these
+                self._at_close.pop()()
             self._engine.forget(self.requests)
 
     def __enter__(self) -> "Increments":

@@ -445,6 +445,7 @@ class EngineLoop:
             self._unhurried.discard(request)
             if request.listener is None:
                 self.finished[request.request_id] = request
+            request.listener = None  # which may refer to the request, and nobody but the collector would free the two
             for observer in self._observers:
                 observer.ended(request)
 

@@ -26,7 +26,7 @@ class ScoreTensors(NamedTuple):
         """As plain numbers; ``num_top`` of the likeliest for each row."""
         columns = zip(num_top, *(tensor.tolist() for tensor in self), strict=True)
         return [
-            TokenScore(logprob, rank, list(zip(ids[:num], values[:num], strict=True)))
+            TokenScore(logprob, rank, tuple(ids[:num]), tuple(values[:num]))
             for num, logprob, rank, ids, values in columns
         ]
 

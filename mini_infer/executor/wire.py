@@ -104,8 +104,8 @@ def output_to_json(output: StepOutput) -> dict[str, Any]:
 def output_from_json(values: dict[str, Any]) -> StepOutput:
     """The result of which ``output_to_json`` made this."""
 
-    def score(logprob: float, rank: int, top: list[list[Any]]) -> TokenScore:
-        return TokenScore(logprob, rank, [(token_id, value) for token_id, value in top])
+    def score(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenScore:
+        return TokenScore(logprob, rank, tuple(top_ids), tuple(top_logprobs))
 
     values["token_scores"] = [[score(*one) for one in scores] for scores in values["token_scores"]]
     values["pooled"] = [np.array(row, dtype=np.float32) for row in values["pooled"]]

@@ -1,5 +1,7 @@
 """The plan of a step, and what becomes of it: plain data, complete and frozen when made."""
 
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,15 +81,25 @@ class SchedulerOutputs:
 
 @dataclass(slots=True)
 class PlanDraft:
-    """A plan while it is made."""
+    """A plan while it is made.
+
+    Attributes:
+        budget: tokens that it may still have.
+        prompt_tokens: how many of those it has are of prompts, by their callers.
+    """
 
     budget: int
+    prompt_tokens: Counter[Hashable] = field(default_factory=Counter)
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     swap_out: list[BlockCopy] = field(default_factory=list)
     copy: list[BlockCopy] = field(default_factory=list)
     swap_in: list[BlockCopy] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)
+
+    def served(self, most: int) -> set[Hashable]:
+        """Callers who have so many tokens of prompts in it."""
+        return {caller for caller, number in self.prompt_tokens.items() if number >= most}
 
     def finish(self, num_tokens: int) -> SchedulerOutputs:
         single = [item for item in self.scheduled if item.num_tokens == 1]

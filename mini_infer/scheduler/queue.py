@@ -2,7 +2,7 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, KeysView
 from itertools import count
 
 from mini_infer.scheduler.sequence import Sequence
@@ -25,7 +25,7 @@ class WaitingQueue:
         return iter(self._tickets)
 
     @property
-    def callers(self) -> Collection[Hashable]:
+    def callers(self) -> KeysView[Hashable]:
         """Whose sequences wait, and perhaps some whose do so no longer."""
         return self._heaps.keys()
 

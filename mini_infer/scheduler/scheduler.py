@@ -11,7 +11,7 @@ did.
 
 import math
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from operator import itemgetter
@@ -27,7 +27,7 @@ from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.queue import WaitingQueue
 from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence, SequenceStatus
-from mini_infer.scheduler.shares import StepShares, crowding_callers
+from mini_infer.scheduler.shares import StepShares, crowding_callers, overdrawn_callers
 
 # Looked up some times for each sequence and step.
 WAITING, RUNNING, RESTING, FINISHED = (
@@ -160,12 +160,16 @@ class Scheduler:
         """
         draft = PlanDraft(-(-self.max_num_batched_tokens // self._num_stages))
         whole_budget = draft.budget
+        newcomer = self._let_in_newcomer(draft)
         ready = [sequence for sequence in self.running if sequence.can_step]
         room = len(self.running) + len(self.waiting)
         if self._num_stages > 1:
             room = -(-room // self._num_stages)
             ready = [sequence for sequence in ready if not sequence.num_placeholders]
         ready = self._shares.choose(ready, self.waiting.callers)
+        overdrawn = self._overdrawn()
+        if overdrawn:  # they go last, so that they are preempted first
+            ready.sort(key=lambda sequence: sequence.caller in overdrawn)
         num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
 
         # Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
@@ -189,31 +193,33 @@ class Scheduler:
                     continue
                 if self._withdraw_drafts(draft):
                     continue
-                self._preempt(self.running[-1], draft)
+                self._preempt(self._last_of(overdrawn, newcomer) or self._last_of(None, newcomer) or sequence, draft)
                 if sequence.status is not RUNNING:
                     break
             else:
                 num_guesses -= sequence.num_drafts
                 self._schedule(sequence, draft)
 
+        most = self._shares.prompt_tokens(len({s.caller for s in self.running} | self.waiting.callers))
         for sequence in chunks:
             if draft.budget == 0 or len(draft.scheduled) == room:
                 break
-            if sequence.status is RUNNING and sequence.least_tokens <= draft.budget:
-                self._schedule(sequence, draft)
+            if (
+                sequence.status is RUNNING
+                and sequence.least_tokens <= draft.budget
+                and sequence.caller not in draft.served(most)
+            ):
+                self._schedule(sequence, draft, most)
 
         while (
             self.waiting and draft.budget and len(draft.scheduled) < room and not (draft.scheduled and draft.preempted)
         ):
             crowding = crowding_callers(self.running, self._num_taken_seats, self.max_num_seqs)
-            first = self.waiting.first(crowding)
+            first = self.waiting.first({*crowding, *draft.served(most)})
             if first is None or first.least_tokens > draft.budget:
                 break
             if self._admit(first, draft):
-                self.waiting.remove(first)
-                first.status = RUNNING
-                insort(self.running, first, key=lambda s: s.order)
-                self._schedule(first, draft)
+                self._schedule(first, draft, most)
             elif draft.scheduled or not self.running:
                 break
             elif any(s.num_placeholders or s.is_undecided for s in self.running):
@@ -225,6 +231,28 @@ class Scheduler:
         for item in plan.scheduled:
             self._expect(item)
         return plan
+
+    def _let_in_newcomer(self, draft: PlanDraft) -> Sequence | None:
+        """Whoever has nothing running, and wants no more than a share of the blocks, need not wait for those who hold
+        more: the last of their sequences are preempted."""
+        callers = {sequence.caller for sequence in self.running}
+        if not callers or self.waiting.callers <= callers:
+            return None
+        newcomer = self.waiting.first(callers)
+        if newcomer is None or self._num_taken_seats + newcomer.num_seats > self.max_num_seqs:
+            return None
+        if newcomer.swapped_blocks:
+            return (
+                None  # in a plan all copies out come before those in: who comes back waits until nobody is swapped out
+            )
+        num_wanted = self.block_manager.blocks_for(len(newcomer)) + self._watermark_blocks
+        is_modest = num_wanted <= self.block_manager.num_gpu_blocks // (len(callers) + 1)
+        while not self._admit(newcomer, draft):
+            last = self._last_of(self._overdrawn(num_more=1))
+            if last is None or not is_modest:
+                return None
+            self._preempt(last, draft)
+        return newcomer
 
     def propose(self, sequence: Sequence, draft_token_ids: Iterable[int]) -> None:
         """Put drafts behind a sequence's last token, for the next step to compute along with it.
@@ -391,10 +419,24 @@ class Scheduler:
         sequence.status = WAITING
         self.waiting.push(sequence)
 
-    def _schedule(self, sequence: Sequence, draft: PlanDraft) -> None:
-        """Put as many of a sequence's tokens into the plan as the budget allows."""
+    def _overdrawn(self, num_more: int = 0) -> set[Hashable]:
+        return overdrawn_callers(
+            self.running, self.block_manager.num_gpu_blocks, self.block_manager.block_size, num_more
+        )
+
+    def _last_of(self, callers: Collection[Hashable] | None, spared: Sequence | None = None) -> Sequence | None:
+        """The last running sequence of some callers, or of all, except for one that has just got its blocks."""
+        candidates = (s for s in reversed(self.running) if s is not spared)
+        return next((s for s in candidates if callers is None or s.caller in callers), None)
+
+    def _schedule(self, sequence: Sequence, draft: PlanDraft, most_of_prompt: int | None = None) -> None:
+        """Put as many of a sequence's tokens into the plan as the budget allows, and its caller's share of prompts."""
         start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
         num_tokens = min(length - start, draft.budget)
+        if most_of_prompt is not None and sequence.caller is not None:
+            if not sequence.is_whole:
+                num_tokens = min(num_tokens, most_of_prompt - draft.prompt_tokens[sequence.caller])
+            draft.prompt_tokens[sequence.caller] += num_tokens
         reaches_end = start + num_tokens == length
         samples = reaches_end and length - num_drafts - sequence.num_masks < sequence.max_length
         item = ScheduledSequence(
@@ -455,7 +497,7 @@ class Scheduler:
         return withdrawn > 0
 
     def _admit(self, sequence: Sequence, draft: PlanDraft) -> bool:
-        """Give a waiting sequence blocks for all its tokens, if there is a seat and they leave the watermark free.
+        """Let a waiting sequence run, with blocks for all its tokens, if there is a seat and the watermark stays free.
 
         What the prefix cache has is shared, what was swapped out comes back; up to the first gap nothing is computed.
         """
@@ -466,6 +508,9 @@ class Scheduler:
         found = self._holdings.take(sequence, reads, spare, draft)
         if found is None:
             return False
+        self.waiting.remove(sequence)
+        sequence.status = RUNNING
+        insort(self.running, sequence, key=lambda s: s.order)
         if reads:
             self.counts.num_prefix_queries += sequence.num_prompt_tokens
             self.counts.num_prefix_hits += min(found, sequence.num_prompt_tokens)

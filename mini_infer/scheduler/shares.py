@@ -1,4 +1,4 @@
-"""What each caller may have while others want something, too: of the seats, and of a step.
+"""What each caller may have while others want something, too: of the seats, of the blocks, and of a step.
 
 A caller is whoever the requests come from: a connection, a key. Sequences that nobody is named for are one caller's.
 With one caller, or with little to do, nothing here changes anything.
@@ -13,6 +13,9 @@ from mini_infer.scheduler.sequence import Sequence
 RESERVED = 8
 """One seat in so many is for callers who have none, so that they need not wait for somebody else's sequences to end."""
 
+_PROMPT_TOKENS, _PROMPT_TOKENS_BESIDE = 8, 2
+"""Tokens of one caller's prompts in a step, for each sequence of its fair size: alone, and beside others."""
+
 
 def seats_for_one(max_num_seqs: int) -> int:
     """Seats that one caller's sequences may take."""
@@ -24,6 +27,24 @@ def crowding_callers(running: Iterable[Sequence], num_taken: int, max_num_seqs: 
     if num_taken < seats_for_one(max_num_seqs):
         return ()
     return {sequence.caller for sequence in running if sequence.caller is not None}
+
+
+def overdrawn_callers(running: Seq[Sequence], num_blocks: int, block_size: int, num_more: int = 0) -> set[Hashable]:
+    """Whose sequences, if they are several, need more than an equal share of all blocks: when there are too few, it is
+    theirs that give some back.
+
+    Args:
+        running: those that hold blocks.
+        num_blocks: how many there are.
+        num_more: callers who hold none and are to have some.
+    """
+    if len({sequence.caller for sequence in running}) + num_more < 2:
+        return set()
+    needs: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for sequence in running:
+        needs[sequence.caller].append(-(-len(sequence.token_ids) // block_size))
+    share = num_blocks // (len(needs) + num_more)
+    return {caller for caller, blocks in needs.items() if len(blocks) > 1 and sum(blocks) > share}
 
 
 class StepShares:
@@ -41,6 +62,11 @@ class StepShares:
         self._fair_size = fair_size
         self._num_turns = 0
         self._last_turns: dict[Sequence, int] = {}  # which of all turns was each one's last
+
+    def prompt_tokens(self, num_callers: int) -> int:
+        """How many tokens of prompts a step may compute for one caller whose name is known. Also one who is alone gets
+        no step that would make the next who comes wait for long; that takes no longer in all."""
+        return (_PROMPT_TOKENS if num_callers == 1 else _PROMPT_TOKENS_BESIDE) * self._fair_size
 
     def choose(self, ready: list[Sequence], waiting_callers: Collection[Hashable]) -> list[Sequence]:
         """Those of the ready sequences whose turn it is, in the order in which they came."""

@@ -32,6 +32,9 @@ FLUSH_SECONDS = 5
 JOIN_SECONDS = 10.0
 """How long the step under way may take once everybody has been told."""
 
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep the others from Python: the engine's asks for its turn several times in each step."""
+
 STUCK = 70
 """Exit status when a step did not end."""
 
@@ -87,6 +90,7 @@ def serve(
             threading.Thread(target=app.state.templates.warm_up, daemon=True).start()
             gc.collect()
             gc.freeze()  # what is there now stays, and need not be looked through again and again
+            sys.setswitchinterval(SWITCH_SECONDS)
             Server(app, engine, drain_timeout, _log_config()).run(sockets=[listener])
         finally:
             gc.unfreeze()  # or libraries complain of what is left when the interpreter ends

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hostile import ATTACKS, attackers_process, run_attack, server_process
+from benchmarks.hostile import ATTACKS, attackers_process, run_attack
+from benchmarks.servers import running_server
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
@@ -21,7 +22,7 @@ REFUSED = {"400", "413", "429", "503", "closed", "unanswered"}
 @pytest.fixture(scope="module")
 def place() -> Iterator[tuple[ProcessPoolExecutor, int, int]]:
     with (
-        server_process(1, {"dtype": "float32", "num_gpu_blocks": 256, "max_num_seqs": 64}) as (port, pid),
+        running_server("--dtype", "float32", "--num-gpu-blocks", "256", "--max-num-seqs", "64") as (port, pid),
         attackers_process() as attackers,
     ):
         yield attackers, port, pid

@@ -148,7 +148,8 @@ def with_nan(output: StepOutput, place: int) -> StepOutput:
         logprobs[place] = [NAN] * len(logprobs[place])
         return replace(output, logprobs=logprobs)
     scores = list(output.scores)
-    scores[place] = TokenScore(NAN, 1, [(token_id, NAN) for token_id, _ in scores[place].top])
+    top_ids = scores[place].top_ids
+    scores[place] = TokenScore(NAN, 1, top_ids, (NAN,) * len(top_ids))
     return replace(output, scores=scores)
 
 

@@ -276,7 +276,7 @@ def score(logits: Floats, target: int, num_top: int) -> TokenScore:
     logprobs = log_softmax(logits)
     best = np.argsort(-logprobs, kind="stable")[:num_top]
     own = float(logprobs[target])
-    return TokenScore(own, int((logprobs > own).sum()) + 1, [(int(i), float(logprobs[i])) for i in best])
+    return TokenScore(own, int((logprobs > own).sum()) + 1, tuple(best.tolist()), tuple(logprobs[best].tolist()))
 
 
 class _Step:

@@ -64,8 +64,8 @@ def test_a_result() -> None:
     output = StepOutput(
         token_ids=[[1], [2, 3], []],
         logprobs=[[numbers[0]], [numbers[1], numbers[2]], []],
-        token_scores=[[TokenScore(numbers[3], 3, [(5, numbers[4]), (6, 1e300)])]],
-        scores=[TokenScore(numbers[2], 1, [])],
+        token_scores=[[TokenScore(numbers[3], 3, (5, 6), (numbers[4], 1e300))]],
+        scores=[TokenScore(numbers[2], 1, (), ())],
         pooled=[np.array([0.1, -1e-40, 3e38], dtype=np.float32)],
     )
     there = output_from_json(json.loads(json.dumps(output_to_json(output))))

@@ -441,6 +441,7 @@ def like(sequence: Sequence, token_ids: list[int]) -> Sequence:
         sequence.num_prompt_tokens,
         sequence.max_length,
         priority=sequence.priority,
+        caller=sequence.caller,
         cache_salt=sequence.cache_salt,
         reads_prefix_cache=sequence.reads_prefix_cache,
         decides_late=sequence.decides_late,

@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching=st.booleans(),
         mode=st.sampled_from(["recompute", "swap", "auto"]),
         seconds_per_block=st.sampled_from([1.0, 10.0]),
+        fair_size=st.sampled_from([1, 2, 32]),
         depth=st.integers(1, 4),
         draft_rate=st.sampled_from([0.0, 0.5, 1.0]),
         seed=st.integers(0, 1000),
@@ -46,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_caching: bool,
         mode: str,
         seconds_per_block: float,
+        fair_size: int,
         depth: int,
         draft_rate: float,
         seed: int,
@@ -61,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             preemption_mode=mode,
             costs=PreemptionCosts(seconds_per_block, 1.0),
+            fair_size=fair_size,
         )
         self.model = KVModel(scheduler, depth, draft_rate, seed)
 
@@ -72,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kind=st.sampled_from(["sampled", "sampled", "refined", "beams"]),
         num_others=st.sampled_from([0, 0, 1, 2]),
         reads=st.sampled_from([True, True, True, False]),
+        caller=st.sampled_from([None, "a", "a", "b", "c"]),
     )
     def arrive(
         self,
@@ -82,6 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kind: str,
         num_others: int,
         reads: bool,
+        caller: str | None,
     ) -> None:
         scheduler = self.model.scheduler
         num_prompt = data.draw(st.integers(1, max(1, scheduler.max_model_len - 1)))
@@ -95,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_prompt,
             max_length,
             priority=priority,
+            caller=caller,
             cache_salt=salt,
             reads_prefix_cache=reads,
             decides_late=kind != "sampled",

@@ -14,7 +14,7 @@ from itertools import chain, repeat
 from mini_infer.engine.describe import Answer, Wanted
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import Grammar, Rule, needs_last_token
-from mini_infer.engine.token_logprobs import token_logprobs
+from mini_infer.engine.token_logprobs import PlaceLogprobs
 from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, Sequence
@@ -170,7 +170,7 @@ class Autoregressive:
                 if not stops:
                     for rule in stream.rules:
                         rule.accept(token_id)
-                place = None if score is None else token_logprobs(token_id, score, self._decode_token)
+                place = None if score is None else PlaceLogprobs(token_id, score, self._decode_token)
                 text += completion.append(token_id, logprob, place, is_text=not stops)
                 num_new += 1
                 if stops:
@@ -232,7 +232,7 @@ class Autoregressive:
         for position, score in enumerate(answer.scores, end - len(answer.scores)):
             if position == len(request.prompt_logprobs):
                 token_id = item.sequence.token_ids[position]
-                request.prompt_logprobs.append(token_logprobs(token_id, score, self._decode_token))
+                request.prompt_logprobs.append(PlaceLogprobs(token_id, score, self._decode_token))
 
 
 def _drawn(

@@ -106,7 +106,7 @@ class BeamSearch:
         if not item.num_logits:
             return 0
         (score,) = answer.scores
-        self._reported[item.sequence] = score.top
+        self._reported[item.sequence] = list(zip(score.top_ids, score.top_logprobs, strict=True))
         if len(self._reported) == len(self._beams):
             self._end_round(request, scheduler)
         return 1

@@ -242,9 +242,7 @@ class Scheduler:
         if newcomer is None or self._num_taken_seats + newcomer.num_seats > self.max_num_seqs:
             return None
         if newcomer.swapped_blocks:
-            return (
-                None  # in a plan all copies out come before those in: who comes back waits until nobody is swapped out
-            )
+            return None  # a plan copies out before it copies in, and others may still have to be copied out
         num_wanted = self.block_manager.blocks_for(len(newcomer)) + self._watermark_blocks
         is_modest = num_wanted <= self.block_manager.num_gpu_blocks // (len(callers) + 1)
         while not self._admit(newcomer, draft):

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
+from mini_infer.engine.async_engine import Increments
+from mini_infer.engine.request import Request
 from mini_infer.exceptions import (
     InvalidConfigError,
     InvalidRequestError,
@@ -216,6 +218,29 @@ class TestGenerate:
                 await collect(engine.generate("One", GREEDY, request_id="same"))
 
         run(main)
+
+
+class TestEnds:
+    @pytest.mark.parametrize("leaves", [False, True])
+    def test_what_has_ended_is_freed_at_once(self, engine: AsyncLLMEngine, leaves: bool) -> None:
+        """Without the collector of garbage, which comes late, and stops everything when there is much."""
+
+        async def main() -> None:
+            with await engine.submit(["One"], ENDLESS if leaves else GREEDY, request_ids=["freed"]) as increments:
+                increments.on_close(lambda: increments)
+                async for _ in increments:
+                    if leaves:
+                        break
+            await until(idle(engine))
+            await engine.stats()
+
+        gc.collect()
+        gc.disable()
+        try:
+            run(main)
+            assert not [thing for thing in gc.get_objects() if type(thing) in (Request, Increments)]
+        finally:
+            gc.enable()
 
 
 class TestLeaving:

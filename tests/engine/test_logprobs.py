@@ -1,5 +1,8 @@
 """Reported log probabilities are log_softmax of transformers' logits, for generated tokens and for the prompt's."""
 
+import copy
+import gc
+import pickle
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mini_infer import GenerateOutput, LLMEngine, SamplingParams
+from mini_infer.engine.token_logprobs import PlaceLogprobs
 from mini_infer.outputs import Logprob
+from mini_infer.step import TokenScore
 from tests.models.checkpoints import VARIED_FAMILIES
 from tests.models.test_decoder import reference_model
 
@@ -261,3 +266,30 @@ def test_requests_that_do_not_ask_get_none(tmp_path: Path) -> None:
     silent, speaking = engine.generate(random_prompts(9, [6, 7]), params, use_tqdm=False)
     assert silent.logprobs is None and silent.prompt_logprobs is None
     assert speaking.logprobs is not None and speaking.prompt_logprobs is not None
+
+
+@pytest.mark.parametrize("token_id", [3, 5, 9])
+def test_a_place_reads_as_a_dict(token_id: int) -> None:
+    score = TokenScore(-2.5, 7, (5, 3, 8), (-0.5, -1.5, -2.25))
+    place = PlaceLogprobs(token_id, score, str)
+    expected = {token_id: Logprob(-2.5, 7, str(token_id))}
+    for rank, (likely_id, logprob) in enumerate(zip(score.top_ids, score.top_logprobs, strict=True), 1):
+        expected.setdefault(likely_id, Logprob(logprob, rank, str(likely_id)))
+    assert place == expected and list(place.items()) == list(expected.items()) and len(place) == len(expected)
+    assert repr(place) == repr(expected) and 4 not in place and place.get(4) is None
+    for copied in (copy.deepcopy(place), pickle.loads(pickle.dumps(place))):
+        assert copied == expected and type(copied) is dict
+
+
+def test_places_are_no_work_for_the_collector(tmp_path: Path) -> None:
+    """An answer may have thousands of places: what is kept of each are two objects, whatever number of likely tokens
+    was asked for. One for each token makes every full collection of garbage stop the process for a second."""
+    engine = make_engine(make_engine_checkpoint(tmp_path))
+    params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=20, n=2)
+    engine.generate("One", params, use_tqdm=False)
+    gc.collect()
+    before = len(gc.get_objects())
+    (output,) = engine.generate("One", params, use_tqdm=False)
+    gc.collect()
+    assert sum(len(completion.logprobs or ()) for completion in output.outputs) == 120
+    assert len(gc.get_objects()) - before < 2 * 120 + 100

@@ -17,7 +17,7 @@ from mini_infer.cli import app
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.executor.runner import ModelRunner
 from mini_infer.models import Decoder
-from mini_infer.serving import events, serve, templates
+from mini_infer.serving import events, routes, serve, templates
 from mini_infer.serving.admission import Budget
 from mini_infer.serving.answers import Whole
 from mini_infer.serving.app import check_options
@@ -92,6 +92,33 @@ class TestSizes:
     def test_commas_in_a_text_are_no_values(self, http: httpx.Client) -> None:
         body = {"prompt": "x", "max_tokens": 1, "user": ',[{"\\' * 200_000}
         assert http.post("/v1/completions", json=body).status_code == 200
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_values_are_counted_without_reading_them(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        """As the parser has them, wherever a piece of the body ends."""
+        rng = random.Random(seed)
+        monkeypatch.setattr(routes, "_PIECE", rng.choice([1, 2, 3, 7, 1 << 16]))
+
+        def draw(depth: int) -> Any:
+            kind = rng.randrange(6 if depth else 3)
+            if kind < 2:
+                return rng.random() if kind else "".join(rng.choices('"\\,[a{é', k=rng.randrange(8)))
+            if kind == 2:
+                return None
+            values = [draw(depth - 1) for _ in range(rng.randrange(5))]
+            return values if kind < 5 else {f'{place},"[\\': value for place, value in enumerate(values)}
+
+        def commas_and_brackets(value: Any) -> int:
+            if not isinstance(value, list | dict):
+                return 0
+            items = value if isinstance(value, list) else list(value.values())
+            return 1 + max(0, len(items) - 1) + sum(map(commas_and_brackets, items))
+
+        value = draw(6)
+        raw = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode()
+        number = commas_and_brackets(value)
+        assert not routes.has_more_values(raw, number)
+        assert number == 0 or routes.has_more_values(raw, number - 1)
 
     def test_the_largest_that_are_not(self, http: httpx.Client) -> None:
         assert http.post("/tokenize", json={"prompt": " a" * 2**17}).json()["count"] > 1000

@@ -28,6 +28,8 @@ DTYPES = ("auto", "float16", "bfloat16", "float32", "float64")
 
 QUANTIZATIONS = ("int8", "int4")
 
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+
 POLICY_NAMES = ("fcfs", "priority")
 
 MAX_DEPTH = 4
@@ -92,6 +94,9 @@ class CacheOptions:
     """How much KV memory there is, in which pieces, and whether prompts share it."""
 
     block_size: int = option(16, "Tokens per KV block")
+    kv_cache_dtype: str = option(
+        "auto", "Keys and values in 8 bits, with a scale per token and head: int8 or fp8; auto keeps them as computed"
+    )
     num_gpu_blocks: int | None = option(
         None, "KV blocks on the model's device; None (or -1) measures a GPU, and takes 1 GiB on a CPU"
     )
@@ -103,6 +108,7 @@ class CacheOptions:
         if self.num_gpu_blocks == -1:  # nano-vllm's spelling of "automatic"
             object.__setattr__(self, "num_gpu_blocks", None)
         check_int(InvalidConfigError, "block_size", self.block_size, 1)
+        check_choice(InvalidConfigError, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if self.num_gpu_blocks is not None:
             check_int(InvalidConfigError, "num_gpu_blocks", self.num_gpu_blocks, 1)
         check_int(InvalidConfigError, "num_cpu_blocks", self.num_cpu_blocks, 0)

@@ -17,7 +17,7 @@ import mini_infer
 from mini_infer import kernels
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import InvalidCheckpointError
-from mini_infer.executor.device import resolve_device, resolve_dtype
+from mini_infer.executor.device import resolve_cache_dtype, resolve_device, resolve_dtype
 from mini_infer.executor.ranks import check_layout, lay_out
 from mini_infer.memory.cache_spec import block_bytes
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, MemoryPlan, plan_memory, step_bytes
@@ -61,7 +61,8 @@ class Memory:
     """The plan; sizes are in bytes.
 
     Attributes:
-        dtype: of weights and KV cache.
+        dtype: of weights.
+        kv_cache_dtype: of keys and values.
         device_bytes: the device's memory, all of it; None where this cannot be asked.
         weight_bytes: the parameters.
         rotary_bytes: the tables of rotary embedding.
@@ -77,6 +78,7 @@ class Memory:
     """
 
     dtype: str
+    kv_cache_dtype: str
     device_bytes: int | None
     weight_bytes: int
     rotary_bytes: int
@@ -116,7 +118,7 @@ class Rank:
     kv_bytes_per_token: int
 
     @classmethod
-    def of(cls, rank: int, part: Decoder) -> "Rank":
+    def of(cls, rank: int, part: Decoder, cache_dtype: torch.dtype) -> "Rank":
         first, share = part.config.layers[part.span.start], part.share
         has_tokens = part.output is not None or part.embedding is not None
         return cls(
@@ -128,7 +130,7 @@ class Rank:
             tokens=(part.tokens.start, part.tokens.stop) if has_tokens else (0, 0),
             num_parameters=part.num_parameters,
             weight_bytes=part.weight_bytes,
-            kv_bytes_per_token=block_bytes(part.config.cache_specs(part.dtype, share), 1),
+            kv_bytes_per_token=block_bytes(part.config.cache_specs(cache_dtype, share), 1),
         )
 
 
@@ -148,12 +150,13 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     directory = resolve_tokenizer(str(config.model), config.revision, cache_dir)
     shape = read_config(directory)
     dtype = resolve_dtype(config.dtype, shape.dtype, device)
+    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype)
     check_layout(config, shape)
     decoder = Decoder(shape, dtype, "meta", chosen)
     shares = _shares(config)
     parts = [Decoder(shape, dtype, "meta", chosen, share) for share in shares]
-    ranks = [Rank.of(number, part) for number, part in enumerate(parts)] if len(parts) > 1 else []
-    fullest = max(parts, key=lambda part: block_bytes(shape.cache_specs(dtype, part.share), 1))
+    ranks = [Rank.of(number, part, cache_dtype) for number, part in enumerate(parts)] if len(parts) > 1 else []
+    fullest = max(parts, key=lambda part: block_bytes(shape.cache_specs(cache_dtype, part.share), 1))
     attention, feed_forward = shape.layers[0].attention, shape.layers[0].feed_forward
     model = Model(
         directory=str(directory),
@@ -209,8 +212,9 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[M
         unused, total = torch.cuda.mem_get_info(device)
         taken = model.weight_bytes + _rotary_bytes(model, longest) + step
         free = int(total * config.gpu_memory_utilization) - (total - unused) - taken
+    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, model.dtype)
     plan = plan_memory(
-        shape.cache_specs(model.dtype, model.share),
+        shape.cache_specs(cache_dtype, model.share),
         free,
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
@@ -221,6 +225,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[M
     )
     return plan, Memory(
         dtype=_plain(model.dtype),
+        kv_cache_dtype=_plain(cache_dtype),
         device_bytes=_device_bytes(device),
         weight_bytes=model.weight_bytes,
         rotary_bytes=_rotary_bytes(model, plan.max_model_len),
@@ -314,7 +319,7 @@ def _memory_table(memory: Memory, device: torch.device) -> Table:
     if memory.step_bytes:
         rows["largest step · 最大一步"] = f"about {_size(memory.step_bytes)}"
     rows |= {
-        "KV per token · 每词元的 KV": f"{_size(memory.kv_bytes_per_token)}",
+        "KV per token · 每词元的 KV": f"{_size(memory.kv_bytes_per_token)} as {memory.kv_cache_dtype}",
         "KV blocks · KV 块": f"{about}{memory.num_blocks:,} of {memory.block_size} tokens, {_size(memory.kv_bytes)}",
         "tokens that fit · 可容纳词元": f"{about}{memory.num_tokens:,}",
         "longest sequence · 最长序列": f"{memory.max_model_len:,} tokens",

@@ -12,7 +12,7 @@ from mini_infer import kernels
 from mini_infer.config import EngineConfig
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidConfigError
-from mini_infer.executor.device import on, resolve_dtype
+from mini_infer.executor.device import on, resolve_cache_dtype, resolve_dtype
 from mini_infer.executor.quality import Quality, compare
 from mini_infer.models import Decoder, load_model, read_config, resolve_model
 
@@ -28,9 +28,11 @@ def show_quality(
     Raises:
         InvalidConfigError: the models have different vocabularies, or the text cannot be read or is too short.
     """
-    base = replace(config, model=against or config.model, quantization=None)
-    if against is None and config.quantization is None:
-        raise InvalidConfigError("name the model to compare with, --against MODEL, or a --quantization to be judged")
+    base = replace(config, model=against or config.model, quantization=None, kv_cache_dtype="auto")
+    if against is None and config == base:
+        raise InvalidConfigError(
+            "name the model to compare with, --against MODEL, or a --quantization or --kv-cache-dtype to be judged"
+        )
     tokens = {which: _tokens(which, text or TEXT) for which in (config, base)}
     if tokens[config] != tokens[base]:
         raise InvalidConfigError(
@@ -42,9 +44,15 @@ def show_quality(
             f"{config.model} knows {model.config.vocab_size} tokens and {base.model} {right.config.vocab_size}, so "
             "their predictions cannot be compared"
         )
-    quality = compare(model, right, tokens[config], window)
+    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, model.dtype)
+    quality = compare(model, right, tokens[config], window, cache_dtype)
     if as_json:
-        facts = {"model": str(config.model), "quantization": config.quantization, "against": str(base.model)}
+        facts = {
+            "model": str(config.model),
+            "quantization": config.quantization,
+            "kv_cache_dtype": config.kv_cache_dtype,
+            "against": str(base.model),
+        }
         console.file.write(json.dumps({**facts, **asdict(quality)}, ensure_ascii=False, indent=2) + "\n")
     else:
         console.print(_table(config, base, quality))
@@ -86,6 +94,8 @@ def _load(config: EngineConfig, window: int) -> Decoder:
 
 def _table(config: EngineConfig, base: EngineConfig, quality: Quality) -> Table:
     name = f"{config.model}{f' as {config.quantization}' if config.quantization else ''}"
+    if config.kv_cache_dtype != "auto":
+        name += f" with KV in {config.kv_cache_dtype}"
     table = Table(title=f"{name} against {base.model}", title_justify="left", show_header=False)
     before = quality.base_bytes_per_weight
     spread = f"{quality.perplexity:.3f} ± {quality.perplexity_error:.3f}"

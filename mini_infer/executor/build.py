@@ -11,7 +11,7 @@ import torch
 from mini_infer import kernels
 from mini_infer.config import EngineConfig
 from mini_infer.exceptions import OutOfMemoryError
-from mini_infer.executor.device import expand_devices, on, resolve_device, resolve_dtype
+from mini_infer.executor.device import expand_devices, on, resolve_cache_dtype, resolve_device, resolve_dtype
 from mini_infer.executor.graphs import DecodeGraphs, cuda_capture, graph_sizes
 from mini_infer.executor.queue import make_executor
 from mini_infer.executor.runner import ModelRunner
@@ -99,9 +99,12 @@ def load(
     resolved = kernels.resolve(device, config.kernel_backend)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     _mention_what_means_nothing_here(config, device)
+    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype)
+    if cache_dtype is not dtype:
+        resolved.check_codes()
     plan = partial(
         plan_memory,
-        model_config.cache_specs(dtype, peers.share),
+        model_config.cache_specs(cache_dtype, peers.share),
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
         num_cpu_blocks=config.num_cpu_blocks,
@@ -138,6 +141,8 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_blocks: int, max_model
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
     if device.type == "cpu" and "cpu" in broken_backends():
         logger.warning("the fast CPU kernels need numba, and it is not here: pip install 'mini-infer[cpu]'")
+    if device.type == "cpu" and config.kv_cache_dtype == "fp8":
+        logger.warning("kv_cache_dtype='fp8' is slow on a CPU, whose kernels know int8")
     if device.type == "cpu" and config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         logger.info("gpu_memory_utilization means nothing on a CPU: set num_gpu_blocks for more KV memory")
 
@@ -157,12 +162,13 @@ def _runner(
     Raises:
         OutOfMemoryError: the device cannot hold that many.
     """
+    cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, model.dtype)
     try:
         layers = [
             model.kernels.allocate_kv_cache(
                 num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, device
             )
-            for spec in model.config.cache_specs(model.dtype, model.share)
+            for spec in model.config.cache_specs(cache_dtype, model.share)
         ]
         kv_cache = KVCache(layers, num_cpu_blocks)
     except RuntimeError as error:

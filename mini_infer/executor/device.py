@@ -131,6 +131,11 @@ def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None, device: torch
     return chosen
 
 
+def resolve_cache_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What ``EngineConfig.kv_cache_dtype`` means for a model that computes in ``dtype``."""
+    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
+
+
 def _cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's BF16 extension)."""
     try:

@@ -51,7 +51,9 @@ class Quality:
     base_bytes_per_weight: float
 
 
-def compare(model: Decoder, base: Decoder, token_ids: Sequence[int], window: int) -> Quality:
+def compare(
+    model: Decoder, base: Decoder, token_ids: Sequence[int], window: int, cache_dtype: torch.dtype | None = None
+) -> Quality:
     """Compare two models on a text, in windows of so many tokens, of which each begins anew.
 
     Args:
@@ -59,6 +61,7 @@ def compare(model: Decoder, base: Decoder, token_ids: Sequence[int], window: int
         base: the one that is right.
         token_ids: the text; both have to have the same vocabulary.
         window: tokens of a window, at least 2.
+        cache_dtype: of the first one's keys and values; None is its own.
     """
     divergences: list[Tensor] = []
     surprises: list[Tensor] = []
@@ -68,8 +71,9 @@ def compare(model: Decoder, base: Decoder, token_ids: Sequence[int], window: int
         for start in range(0, len(token_ids) - 1, window):
             tokens = torch.tensor(token_ids[start : start + window])
             nexts = tokens[1:].split(ROWS_AT_ONCE)
-            rows = zip(_log_probabilities(model, tokens), _log_probabilities(base, tokens), nexts, strict=True)
-            for ours, theirs, wanted in rows:
+            predicted = _log_probabilities(model, tokens, cache_dtype or model.dtype)
+            right = _log_probabilities(base, tokens, base.dtype)
+            for ours, theirs, wanted in zip(predicted, right, nexts, strict=True):
                 divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
                 surprises.append(-ours.gather(-1, wanted[:, None]).squeeze(-1))
                 base_surprises.append(-theirs.gather(-1, wanted[:, None]).squeeze(-1))
@@ -103,13 +107,13 @@ def _error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
 
 
-def _log_probabilities(model: Decoder, tokens: Tensor) -> Iterator[Tensor]:
+def _log_probabilities(model: Decoder, tokens: Tensor, cache_dtype: torch.dtype) -> Iterator[Tensor]:
     """Float64 rows ``[at most ROWS_AT_ONCE, vocab_size]``, one for each token but the last."""
     count, device = len(tokens), torch.device("cpu")
     blocks = -(-count // BLOCK_SIZE)
     cache = [
         model.kernels.allocate_kv_cache(blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, spec.dtype, device)
-        for spec in model.config.cache_specs(model.dtype)
+        for spec in model.config.cache_specs(cache_dtype)
     ]
     starts = torch.tensor([0, count], dtype=torch.int32)
     metadata = AttentionMetadata(

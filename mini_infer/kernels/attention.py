@@ -54,22 +54,34 @@ def compose(
         metadata: AttentionMetadata,
         scale: float,
         sliding_window: int | None,
+        *kv_scales: Tensor,
     ) -> Tensor:
-        write_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        write_kv(key, value, key_cache, value_cache, metadata.slot_mapping, *kv_scales)
         tables, lengths, n = metadata.block_tables, metadata.context_lens, metadata.num_decodes
         if n == len(tables):  # decodes alone, as most steps are: nothing is cut
-            return paged_attention(query, key_cache, value_cache, tables, lengths, scale, sliding_window)
+            return paged_attention(query, key_cache, value_cache, tables, lengths, scale, sliding_window, *kv_scales)
         starts, span = metadata.prefill_start_loc, metadata.span
         if n == 0:
             return paged_prefill_attention(
-                query, key_cache, value_cache, tables, lengths, starts, scale, sliding_window, span
+                query, key_cache, value_cache, tables, lengths, starts, scale, sliding_window, span, *kv_scales
             )
         # A decode is one token, so the first n sequences are also the first n tokens.
         return torch.cat(
             (
-                paged_attention(query[:n], key_cache, value_cache, tables[:n], lengths[:n], scale, sliding_window),
+                paged_attention(
+                    query[:n], key_cache, value_cache, tables[:n], lengths[:n], scale, sliding_window, *kv_scales
+                ),
                 paged_prefill_attention(
-                    query[n:], key_cache, value_cache, tables[n:], lengths[n:], starts, scale, sliding_window, span
+                    query[n:],
+                    key_cache,
+                    value_cache,
+                    tables[n:],
+                    lengths[n:],
+                    starts,
+                    scale,
+                    sliding_window,
+                    span,
+                    *kv_scales,
                 ),
             )
         )

@@ -16,6 +16,7 @@ from mini_infer.kernels.quantized import QuantizedMatrix
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _SCALES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CODES = frozenset({torch.int8, torch.uint8, torch.float8_e4m3fn})
+_CACHE_CODES = frozenset({torch.int8, torch.float8_e4m3fn})
 _INDICES = frozenset({torch.int32, torch.int64})
 
 _Shape = tuple[int | str | EllipsisType, ...]
@@ -156,19 +157,25 @@ def _allocate_kv_cache(
             f"allocate_kv_cache: sizes must be positive; got num_blocks={num_blocks}, block_size={block_size}, "
             f"num_kv_heads={num_kv_heads}, head_dim={head_dim}"
         )
-    if dtype not in _FLOATS:
-        raise KernelError(f"allocate_kv_cache: dtype must be {_names(_FLOATS)}; got {dtype}")
+    if dtype not in _FLOATS | _CACHE_CODES:
+        raise KernelError(f"allocate_kv_cache: dtype must be {_names(_FLOATS | _CACHE_CODES)}; got {dtype}")
     return torch.device(device)
 
 
 def _write_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, op: str = "write_kv"
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_scales: Tensor | None = None,
+    op: str = "write_kv",
 ) -> torch.device:
     check(op, "key", key, ("num_tokens", "num_kv_heads", "head_dim"))
     num_tokens, num_kv_heads, head_dim = key.shape
     check(op, "value", value, key.shape, like=key)
-    check(op, "key_cache", key_cache, ("num_blocks", "block_size", num_kv_heads, head_dim), like=key)
-    check(op, "value_cache", value_cache, key_cache.shape, like=key)
+    _caches(op, key, key_cache, value_cache, kv_scales, ("num_blocks", "block_size", num_kv_heads, head_dim))
     check(op, "slot_mapping", slot_mapping, (num_tokens,), dtypes=_INDICES, device=key.device)
     return key.device
 
@@ -182,10 +189,12 @@ def _paged_attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    kv_scales: Tensor | None = None,
 ) -> torch.device:
     op = "paged_attention"
     check(op, "query", query, ("num_seqs", "num_heads", "head_dim"))
-    _paged(op, query, key_cache, value_cache, (len(query), "max_blocks"), block_tables, context_lens, sliding_window, 1)
+    caches, shape = (key_cache, value_cache, kv_scales), (len(query), "max_blocks")
+    _paged(op, query, caches, shape, block_tables, context_lens, sliding_window, 1)
     return query.device
 
 
@@ -200,12 +209,12 @@ def _paged_prefill_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
     span: int = 1,
+    kv_scales: Tensor | None = None,
 ) -> torch.device:
     op = "paged_prefill_attention"
     check(op, "query", query, ("num_tokens", "num_heads", "head_dim"))
-    _paged(
-        op, query, key_cache, value_cache, ("num_seqs", "max_blocks"), block_tables, context_lens, sliding_window, span
-    )
+    caches, shape = (key_cache, value_cache, kv_scales), ("num_seqs", "max_blocks")
+    _paged(op, query, caches, shape, block_tables, context_lens, sliding_window, span)
     check(op, "query_start", query_start, (len(block_tables) + 1,), dtypes=_INDICES, device=query.device)
     return query.device
 
@@ -220,6 +229,7 @@ def _attention(
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
+    kv_scales: Tensor | None = None,
 ) -> torch.device:
     op = "attention"
     if not isinstance(metadata, AttentionMetadata):
@@ -227,10 +237,10 @@ def _attention(
     check(op, "query", query, ("num_tokens", "num_heads", "head_dim"))
     num_tokens, _, head_dim = query.shape
     check(op, "key", key, (num_tokens, "num_kv_heads", head_dim), like=query)
-    _write_kv(key, value, key_cache, value_cache, metadata.slot_mapping, op)
+    _write_kv(key, value, key_cache, value_cache, metadata.slot_mapping, kv_scales=kv_scales, op=op)
     tables, lengths, n = metadata.block_tables, metadata.context_lens, metadata.num_decodes
-    shape: _Shape = ("num_seqs", "max_blocks")
-    _paged(op, query, key_cache, value_cache, shape, tables, lengths, sliding_window, metadata.span)
+    caches, shape = (key_cache, value_cache, kv_scales), ("num_seqs", "max_blocks")
+    _paged(op, query, caches, shape, tables, lengths, sliding_window, metadata.span)
     num_seqs = len(tables)
     if not 0 <= n <= min(num_seqs, num_tokens):
         raise KernelError(f"{op}: num_decodes must be from 0 to {min(num_seqs, num_tokens)}; got {n}")
@@ -242,8 +252,7 @@ def _attention(
 def _paged(
     op: str,
     query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    caches: tuple[Tensor, Tensor, Tensor | None],
     tables_shape: _Shape,
     block_tables: Tensor,
     context_lens: Tensor,
@@ -251,8 +260,8 @@ def _paged(
     span: int,
 ) -> None:
     device, num_heads, head_dim = query.device, query.shape[1], query.shape[2]
-    check(op, "key_cache", key_cache, ("num_blocks", "block_size", "num_kv_heads", head_dim), like=query)
-    check(op, "value_cache", value_cache, key_cache.shape, like=query)
+    key_cache = caches[0]
+    _caches(op, query, *caches, ("num_blocks", "block_size", "num_kv_heads", head_dim))
     check(op, "block_tables", block_tables, tables_shape, dtypes=_INDICES, device=device)
     check(op, "context_lens", context_lens, (block_tables.shape[0],), dtypes=_INDICES, device=device)
     num_kv_heads = key_cache.shape[2]
@@ -265,6 +274,21 @@ def _paged(
         raise KernelError(f"{op}: sliding_window must be None or at least 1; got {sliding_window}")
     if span < 1:
         raise KernelError(f"{op}: span must be at least 1; got {span}")
+
+
+def _caches(
+    op: str, like: Tensor, key_cache: Tensor, value_cache: Tensor, kv_scales: Tensor | None, shape: _Shape
+) -> None:
+    dtypes = {like.dtype} if kv_scales is None else _CACHE_CODES
+    check(op, "key_cache", key_cache, shape, dtypes=dtypes, device=like.device)
+    check(op, "value_cache", value_cache, key_cache.shape, like=key_cache)
+    if kv_scales is None:
+        return
+    num_blocks, block_size, num_kv_heads, _ = key_cache.shape
+    wanted = (num_blocks, num_kv_heads, 2, block_size)
+    check(op, "kv_scales", kv_scales, wanted, dtypes={torch.bfloat16}, device=like.device)
+    if not kv_scales.is_contiguous():
+        raise KernelError(f"{op}: kv_scales must be contiguous, as allocate_kv_cache makes it")
 
 
 def _pack_linear(weight: Tensor, bias: Tensor | None = None) -> torch.device:

@@ -212,11 +212,15 @@ class Operations:
         head_dim: int,
         dtype: torch.dtype,
         device: str | torch.device,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """One layer's paged key and value caches, in the memory order that the chosen backend reads fastest.
 
         Token t of a sequence lies in slot `(table[t // block_size], t % block_size)`. A backend chooses strides, not
         the shape, so a cache from any backend, or from `torch.zeros`, works with every other.
+
+        A cache of 8 bits holds codes, and beside it lies a scale for each token and head:
+
+            key = key_cache * kv_scales[block, head, 0, offset]        and values likewise, with 1 in place of 0
 
         Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023,
         https://arxiv.org/abs/2309.06180
@@ -226,22 +230,40 @@ class Operations:
             block_size: tokens per block.
             num_kv_heads: key and value heads.
             head_dim: features per head.
-            dtype: of both caches.
+            dtype: of both caches; int8 and float8_e4m3fn are codes.
             device: of both caches.
 
         Returns:
-            (key_cache, value_cache), each `[num_blocks, block_size, num_kv_heads, head_dim]`; contents are arbitrary.
+            (key_cache, value_cache), each `[num_blocks, block_size, num_kv_heads, head_dim]`; for codes
+            (key_cache, value_cache, kv_scales) with kv_scales bfloat16 `[num_blocks, num_kv_heads, 2, block_size]`.
+            Contents are arbitrary.
         """
-        return self.functions["allocate_kv_cache"](
+        caches = self.functions["allocate_kv_cache"](
             num_blocks, block_size, num_kv_heads, head_dim, dtype, torch.device(device)
         )
+        if dtype.itemsize > 1:
+            return caches
+        return *caches, torch.empty((num_blocks, num_kv_heads, 2, block_size), dtype=torch.bfloat16, device=device)
 
     def write_kv(
-        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        kv_scales: Tensor | None = None,
     ) -> None:
         """Store new tokens' keys and values in the paged cache, in place.
 
             key_cache[slot // block_size, slot % block_size] = key        for each slot ≥ 0, and values likewise
+
+        As codes of 8 bits, in float32, with L = 127 for int8 and 448 for float8_e4m3fn:
+
+            scale = bfloat16(max|key| / L)        code = round(key * (1 / scale))        for each token and head
+
+        A scale below 1e-37 makes all codes 0, and a key that is not finite makes NaN of all that is read there.
 
         Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023,
         https://arxiv.org/abs/2309.06180
@@ -249,12 +271,13 @@ class Operations:
         Args:
             key: `[num_tokens, num_kv_heads, head_dim]`.
             value: of key's shape and dtype.
-            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of key's dtype.
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of key's dtype, or codes.
             value_cache: of key_cache's shape and dtype.
             slot_mapping: int32 or int64 `[num_tokens]`; -1 means that the token is written nowhere, the others are
                 distinct and in [0, num_blocks * block_size).
+            kv_scales: of codes, as `allocate_kv_cache` makes it.
         """
-        self.functions["write_kv"](key, value, key_cache, value_cache, slot_mapping)
+        self.functions["write_kv"](key, value, key_cache, value_cache, slot_mapping, *_given(kv_scales))
 
     def paged_attention(
         self,
@@ -266,6 +289,7 @@ class Operations:
         *,
         scale: float | None = None,
         sliding_window: int | None = None,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Decode attention: one new token per sequence attends to its whole context through the block table.
 
@@ -282,20 +306,21 @@ class Operations:
 
         Args:
             query: `[num_seqs, num_heads, head_dim]`.
-            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of query's dtype.
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of query's dtype, or codes.
             value_cache: of key_cache's shape and dtype.
             block_tables: int32 or int64 `[num_seqs, max_blocks]`.
             context_lens: int32 or int64 `[num_seqs]`, at most max_blocks * block_size; a padding row may say 0 and
                 gets zeros.
             scale: of the scores; default head_dim ** -0.5.
             sliding_window: how many of the most recent tokens are visible, the new one included; None is all.
+            kv_scales: of codes, as `allocate_kv_cache` makes it.
 
         Returns:
             `[num_seqs, num_heads, head_dim]`.
         """
         scale = query.shape[2] ** -0.5 if scale is None else scale
         return self.functions["paged_attention"](
-            query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window
+            query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, *_given(kv_scales)
         )
 
     def paged_prefill_attention(
@@ -310,6 +335,7 @@ class Operations:
         scale: float | None = None,
         sliding_window: int | None = None,
         span: int = 1,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """Prompt attention: ragged chunks of new tokens attend to their contexts through the block tables.
 
@@ -331,7 +357,7 @@ class Operations:
 
         Args:
             query: `[num_tokens, num_heads, head_dim]`.
-            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of query's dtype.
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of query's dtype, or codes.
             value_cache: of key_cache's shape and dtype.
             block_tables: int32 or int64 `[num_seqs, max_blocks]`.
             context_lens: int32 or int64 `[num_seqs]`, the new tokens included; at most max_blocks * block_size.
@@ -340,15 +366,15 @@ class Operations:
             sliding_window: how many of the most recent tokens are visible, the token itself included; None is all. Only
                 with a span of 1.
             span: how many neighbouring tokens, counted from the sequence's first, see each other; at least 1.
+            kv_scales: of codes, as `allocate_kv_cache` makes it.
 
         Returns:
             `[num_tokens, num_heads, head_dim]`.
         """
         _refuse_window(span, sliding_window)
         scale = query.shape[2] ** -0.5 if scale is None else scale
-        return self.functions["paged_prefill_attention"](
-            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
-        )
+        arguments = query, key_cache, value_cache, block_tables, context_lens, query_start
+        return self.functions["paged_prefill_attention"](*arguments, scale, sliding_window, span, *_given(kv_scales))
 
     def attention(
         self,
@@ -361,6 +387,7 @@ class Operations:
         *,
         scale: float | None = None,
         sliding_window: int | None = None,
+        kv_scales: Tensor | None = None,
     ) -> Tensor:
         """One layer's attention for a whole step: write the new keys and values, then attend to what is cached.
 
@@ -372,19 +399,21 @@ class Operations:
             query: `[num_tokens, num_heads, head_dim]`.
             key: `[num_tokens, num_kv_heads, head_dim]`, of query's dtype.
             value: of key's shape and dtype.
-            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of query's dtype.
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_dim]`, of query's dtype, or codes.
             value_cache: of key_cache's shape and dtype.
             metadata: which token belongs to which sequence, where it is written and what it sees.
             scale: of the scores; default head_dim ** -0.5.
             sliding_window: how many of the most recent tokens are visible, the token itself included; None is all. Only
                 with a span of 1.
+            kv_scales: of codes, as `allocate_kv_cache` makes it.
 
         Returns:
             `[num_tokens, num_heads, head_dim]`.
         """
         _refuse_window(metadata.span, sliding_window)
         scale = query.shape[2] ** -0.5 if scale is None else scale
-        return self.functions["attention"](query, key, value, key_cache, value_cache, metadata, scale, sliding_window)
+        arguments = query, key, value, key_cache, value_cache, metadata
+        return self.functions["attention"](*arguments, scale, sliding_window, *_given(kv_scales))
 
     def argmax_logprob(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest token of each row and its log probability, in one pass over the vocabulary.
@@ -436,6 +465,11 @@ def _of_pairs(table: Tensor, q: Tensor, interleaved: bool) -> Tensor:
     if 2 * table.shape[1] <= q.shape[-1]:
         return table
     return table[:, 0::2] if interleaved else table[:, : table.shape[1] // 2]
+
+
+def _given(kv_scales: Tensor | None) -> tuple[Tensor, ...]:
+    """An implementation's last argument, which one that knows no codes need not have."""
+    return () if kv_scales is None else (kv_scales,)
 
 
 def _refuse_window(span: int, sliding_window: int | None) -> None:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +92,19 @@ class Kernels(Operations):
         """
         _check_op(op)
         return self.backends[op]
+
+    def check_codes(self) -> None:
+        """Refuse a KV cache of codes where an implementation does not know them.
+
+        Raises:
+            KernelError: one has no argument `kv_scales`.
+        """
+        for op in (*PARTS, "attention"):
+            if "kv_scales" not in signature(self.functions[op]).parameters:
+                raise KernelError(
+                    f"kernel backend {self.backends[op]!r} performs {op!r} without kv_scales, so it cannot read a KV "
+                    "cache of 8 bits; give it that argument, or leave kv_cache_dtype at 'auto'"
+                )
 
 
 recording: ContextVar[bool] = ContextVar("mini_infer_cpu_recording", default=False)

@@ -15,7 +15,7 @@ class PagedKV:
     Attributes:
         num_kv_heads: key and value heads.
         head_dim: features of a head.
-        dtype: of both.
+        dtype: of both; one of 8 bits are codes, with a scale of 16 bits for each token and head.
     """
 
     num_kv_heads: int
@@ -24,7 +24,8 @@ class PagedKV:
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale = 2 if self.dtype.itemsize == 1 else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale)
 
 
 def block_bytes(specs: Iterable[PagedKV], block_size: int) -> int:

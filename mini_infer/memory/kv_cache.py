@@ -18,12 +18,12 @@ class KVCache:
     """Keys and values of every layer, with room for swapped blocks in CPU memory.
 
     Args:
-        layers: (key cache, value cache) of each layer, ``[num_blocks, ...]``, on the model's device.
+        layers: the tensors of each layer's cache, ``[num_blocks, ...]``, on the model's device.
         num_cpu_blocks: blocks in CPU memory. For a GPU's cache that memory is pinned, and copies to it run on a
             stream of their own, beside the computation.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], num_cpu_blocks: int) -> None:
+    def __init__(self, layers: list[tuple[Tensor, ...]], num_cpu_blocks: int) -> None:
         self.layers = layers
         self._caches = [cache for layer in layers for cache in layer]
         on_gpu = self._caches[0].is_cuda

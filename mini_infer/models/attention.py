@@ -9,8 +9,8 @@ from mini_infer.models.linear import Linear, Norm
 from mini_infer.parallel.share import WHOLE, Share
 from mini_infer.parallel.slices import whole
 
-KVCache = tuple[Tensor, Tensor]
-"""One layer's key and value cache, as `allocate_kv_cache` made them; only kernels look inside."""
+KVCache = tuple[Tensor, ...]
+"""One layer's key and value cache, and scales of codes, as `allocate_kv_cache` made them; only kernels look inside."""
 
 RotaryTables = tuple[Tensor, Tensor]
 """(cos, sin) of every angle, each ``[max_positions, head_dim // 2]``."""
@@ -58,9 +58,11 @@ class Attention(nn.Module):
         heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
         query, key, value = heads.split(self.head_counts, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
         query, key = self._normed_and_turned(query, key, positions)
+        key_cache, value_cache, *scales = kv_cache
         attended = self.kernels.attention(
-            query, key, value, *kv_cache, metadata, sliding_window=self.config.sliding_window
-        )
+            query, key, value, key_cache, value_cache, metadata, sliding_window=self.config.sliding_window,
+            kv_scales=scales[0] if scales else None,
+        )  # fmt: skip
         return self.group.sum(self.o_proj(attended.flatten(1)))
 
     def _normed_and_turned(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class AttentionConfig:
             self.rope.check(self.head_dim)
 
     def cache_spec(self, dtype: torch.dtype, share: Share = WHOLE) -> PagedKV:
-        """What a share of the layer keeps of every token, if it computes in ``dtype``."""
+        """What a share of the layer keeps of every token, if it keeps ``dtype``."""
         return PagedKV(len(share.kv_heads(self.num_kv_heads)), self.head_dim, dtype)
 
 
@@ -151,7 +151,7 @@ class ModelConfig:
         return len(self.layers)
 
     def cache_specs(self, dtype: torch.dtype, share: Share = WHOLE) -> tuple[PagedKV, ...]:
-        """What each layer of a share of the model keeps, if it computes in ``dtype``."""
+        """What each layer of a share of the model keeps, if they keep ``dtype``."""
         return tuple(
             layer.attention.cache_spec(dtype, share)
             for layer in self.layers[share.layers(self.num_layers).of(self.num_layers)]

@@ -72,7 +72,7 @@ class Decoder(nn.Module):
 
         Args:
             batch: the tokens, where they stand and where their keys and values go.
-            kv_cache: one (key_cache, value_cache) per layer, of the parameters' dtype.
+            kv_cache: one for each layer, as `allocate_kv_cache` makes it.
             arriving: what the stage before gave; None in the first.
 
         Returns:

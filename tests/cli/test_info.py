@@ -52,6 +52,7 @@ def test_parameters_are_those_of_the_file(family: str, tmp_path: Path) -> None:
         {"num_gpu_blocks": 5, "num_cpu_blocks": 3},
         {"max_model_len": 100, "block_size": 7, "dtype": "float64"},
         {"max_model_len": 100000},
+        {"kv_cache_dtype": "int8"},
     ],
     ids=str,
 )
@@ -65,8 +66,10 @@ def test_the_plan_is_what_an_engine_does(fields: dict[str, Any]) -> None:
     shape = llm.model_config
     bytes_each = {"float32": 4, "float64": 8, "bfloat16": 2}[memory["dtype"]]
     heads = [(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in shape.layers]
+    if "kv_cache_dtype" in fields:
+        bytes_each, heads = 1, [(number, width + 2) for number, width in heads]
     assert memory["kv_bytes_per_token"] == sum(2 * number * width for number, width in heads) * bytes_each
-    assert memory["rotary_bytes"] == 2 * llm.max_model_len * heads[0][1] // 2 * 4
+    assert memory["rotary_bytes"] == 2 * llm.max_model_len * shape.layers[0].attention.head_dim // 2 * 4
     assert memory["kv_bytes"] == memory["num_tokens"] * memory["kv_bytes_per_token"]
     # As many of the longest as there are blocks for: one more would need more blocks than there are.
     blocks_each = -(-llm.max_model_len // llm.config.block_size)

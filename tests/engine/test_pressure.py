@@ -44,12 +44,13 @@ def draw_params(draw: random.Random) -> SamplingParams:
     )
 
 
-def draw_engine(draw: random.Random, checkpoint: Path) -> LLM:
+def draw_engine(draw: random.Random, checkpoint: Path, kv_cache_dtype: str) -> LLM:
     block_size = draw.choice([1, 2, 4, 8, 16])
     mode = draw.choice(["recompute", "swap", "auto"])
     return LLM(
         checkpoint,
         dtype="float64",
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=MAX_LEN,
         block_size=block_size,
         num_gpu_blocks=-(-MAX_LEN // block_size) + draw.randint(0, 40 // block_size),
@@ -67,7 +68,7 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> EngineStats:
     draw = random.Random(seed)
     prompts = draw_prompts(draw)
     params = [draw_params(draw) for _ in prompts]
-    engine = draw_engine(draw, checkpoint)
+    engine = draw_engine(draw, checkpoint, alone.config.kv_cache_dtype)
     outputs = []
     for _ in range(2):  # the second time the prefix cache is warm
         ids = [
@@ -106,6 +107,15 @@ def check_workloads(checkpoint: Path, seeds: range) -> None:
 
 def test_tokens_are_what_they_would_be_alone(checkpoint: Path) -> None:
     check_workloads(checkpoint, range(10))
+
+
+def test_codes_survive_swaps_copies_and_sharing(tmp_path: Path) -> None:
+    checkpoint = make_engine_checkpoint(tmp_path, "qwen3", seed=3, num_hidden_layers=1)
+    alone = LLM(checkpoint, dtype="float64", max_model_len=MAX_LEN, kv_cache_dtype="int8")
+    stats = [check_workload(checkpoint, alone, seed) for seed in range(2, 5)]
+    assert sum(s.num_swap_preemptions for s in stats) > 0
+    assert sum(s.num_recompute_preemptions for s in stats) > 0
+    assert max(s.prefix_hit_rate for s in stats) > 0.1
 
 
 def test_auto_weighs_the_whole_model_against_the_copies() -> None:

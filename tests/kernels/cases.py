@@ -196,6 +196,49 @@ def paged(
     return make
 
 
+def in_codes(make: Callable[[Draw], Arguments], dtype: torch.dtype) -> Callable[[Draw], Arguments]:
+    """The same with a cache of 8 bits; a slot that held NaN or an infinity gets such a scale."""
+    largest = {torch.int8: 127, torch.float8_e4m3fn: 448}[dtype]
+
+    def coded(draw: Draw) -> Arguments:
+        arguments, sides = make(draw), []
+        for name in ("key_cache", "value_cache"):
+            numbers = arguments[name].float()
+            scale = (numbers.abs().amax(-1) / largest).bfloat16()
+            codes = (numbers / scale.float()[..., None]).nan_to_num(0)
+            arguments[name] = (codes.round() if dtype is torch.int8 else codes).to(dtype)
+            sides.append(scale.transpose(1, 2))  # [num_blocks, num_kv_heads, block_size]
+        return arguments | {"kv_scales": torch.stack(sides, dim=2).contiguous()}
+
+    return coded
+
+
+def _in_codes() -> Iterator[Case]:
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        name = str(dtype).removeprefix("torch.")
+        for label, make in (
+            ("one token", kv_write(1, 2, 16, 2, 64)),
+            ("int32 slots", kv_write(20, 4, 16, 3, 40, torch.int32)),
+            ("blocks of one", kv_write(9, 12, 1, 2, 33)),
+        ):
+            yield Case("write_kv", f"{label}, {name}", in_codes(make, dtype))
+        many = kv_write(2000, 200, 16, 8, 128)
+        yield Case("write_kv", f"Llama-3-8B, {name}", in_codes(many, dtype), "medium")
+        for label, chunks in (("paged_attention", None), ("paged_prefill_attention", [20, 1, 5])):
+            edges = paged([32, 17, 5], chunks, block_size=16, head_dim=32)
+            yield Case(label, f"block edges, {name}", in_codes(edges, dtype))
+            odd = paged([20, 5, 9], chunks, block_size=7, kv_heads=1, group=3, head_dim=33)
+            yield Case(label, f"head_dim 33, {name}", in_codes(odd, dtype))
+            window = paged([60, 3, 40], chunks and [50, 3, 9], window=16, kv_heads=1)
+            yield Case(label, f"sliding window, {name}", in_codes(window, dtype))
+            llama = paged([300, 1, 500], chunks and [300, 1, 130], kv_heads=8, group=4, head_dim=128)
+            yield Case(label, f"Llama-3-8B, {name}", in_codes(llama, dtype), "medium")
+            long = paged([4096] * 7 + [3], chunks and [100] * 7 + [3], kv_heads=8, group=4, head_dim=128)
+            yield Case(label, f"8 x 4k, {name}", in_codes(long, dtype), "large")
+        spans = paged([60, 3, 40], [50, 3, 9], span=16, kv_heads=1)
+        yield Case("paged_prefill_attention", f"spans, {name}", in_codes(spans, dtype))
+
+
 def _norms() -> Iterator[Case]:
     for op, make in (("rmsnorm", norm), ("add_rmsnorm", add_norm)):
         yield Case(op, "one number", make(1, 1))
@@ -314,4 +357,4 @@ def _prefills() -> Iterator[Case]:
     yield Case(op, "a cache of more elements than 32 bits count", huge, "huge")
 
 
-CASES = [*_norms(), *_gates(), *_rotations(), *_writes(), *_decodes(), *_prefills()]
+CASES = [*_norms(), *_gates(), *_rotations(), *_writes(), *_decodes(), *_prefills(), *_in_codes()]

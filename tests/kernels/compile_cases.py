@@ -112,11 +112,18 @@ def _rotations(kernel: Any, name: str, **norm: str) -> Iterator[CompileCase]:
 
 def _writes() -> Iterator[CompileCase]:
     unit_strides = dict.fromkeys(("k_dim_stride", "v_dim_stride", "kc_dim_stride", "vc_dim_stride"), 1)
-    types = dict.fromkeys(("key", "value", "key_cache", "value_cache"), "*") | {"slots": "*i64"}
+    types = dict.fromkeys(("key", "value", "key_cache", "value_cache"), "*") | {"slots": "*i64", "kv_scales": "*bf16"}
     for label, shapes in _models_and_dtypes():
         tile = kv_write.config(shapes.num_kv_heads, shapes.head_dim)
         constexprs = {"head_dim": shapes.head_dim, "HEADS": tile.heads, "DIM": tile.dim, **unit_strides}
-        yield _case(f"kv_write {label}", kv_write.kv_write_kernel, types, constexprs, num_warps=tile.num_warps)
+        for kind, cache in CACHES.items():
+            yield _case(
+                f"kv_write {kind} {label}",
+                kv_write.kv_write_kernel,
+                types | dict.fromkeys(("key_cache", "value_cache"), cache),
+                constexprs | {"KIND": kind, "LIMIT": 127.0},
+                num_warps=tile.num_warps,
+            )
 
 
 ATTENTION_TYPES = {
@@ -124,7 +131,10 @@ ATTENTION_TYPES = {
     **dict.fromkeys(("block_tables", "context_lens", "query_start"), "*i32"),
     **dict.fromkeys(("partial", "log_sums"), "*fp32"),
     "scale": "fp32",
+    "kv_scales": "*bf16",
 }
+CACHES = {"": "*", "int8": "*i8", "fp8": "*u8"}
+"""What a cache holds, by the kind of its codes; "" is the label's dtype."""
 UNIT_STRIDES = {"key_stride_dim": 1, "value_stride_dim": 1}
 
 
@@ -137,12 +147,13 @@ def _decodes(device: Device) -> Iterator[CompileCase]:
                 sizes = paged_attention.tile_sizes(
                     shapes.num_heads // shapes.num_kv_heads, shapes.head_dim, block_size, plan
                 )
-                for split in (False, True):
+                for split, kind in ((False, ""), (True, ""), (False, "int8"), (True, "fp8")):
+                    caches = dict.fromkeys(("key_cache", "value_cache"), CACHES[kind])
                     yield _case(
-                        f"paged_attention block_size={block_size} split={split} {model} {name}",
+                        f"paged_attention {kind} block_size={block_size} split={split} {model} {name}",
                         paged_attention.paged_attention_kernel,
-                        ATTENTION_TYPES | ({"out": "*fp32"} if split else {}),
-                        {**UNIT_STRIDES, **sizes, "SPLIT": split},
+                        ATTENTION_TYPES | caches | ({"out": "*fp32"} if split else {}),
+                        {**UNIT_STRIDES, **sizes, "SPLIT": split, "KIND": kind},
                         **options,
                     )
             yield _case(
@@ -158,14 +169,20 @@ def _prefills(device: Device) -> Iterator[CompileCase]:
     for model, shapes in MODELS.items():
         group = shapes.num_heads // shapes.num_kv_heads
         for name, dtype in DTYPES.items():
-            for block_size, seen in ((16, "causal"), (256, "causal"), (16, "in spans")):
+            for block_size, seen, kind in (
+                (16, "causal", ""),
+                (256, "causal", ""),
+                (16, "in spans", ""),
+                (16, "causal", "int8"),
+                (16, "causal", "fp8"),
+            ):
                 plan = prefill_attention.config(group, shapes.head_dim, dtype.itemsize, device, seen == "causal")
                 sizes = prefill_attention.tile_sizes(shapes.num_kv_heads, group, shapes.head_dim, block_size, plan)
                 yield _case(
-                    f"paged_prefill_attention block_size={block_size} {seen} {model} {name}",
+                    f"paged_prefill_attention {kind} block_size={block_size} {seen} {model} {name}",
                     prefill_attention.paged_prefill_attention_kernel,
-                    ATTENTION_TYPES,
-                    {**UNIT_STRIDES, **sizes, "CAUSAL": seen == "causal"},
+                    ATTENTION_TYPES | dict.fromkeys(("key_cache", "value_cache"), CACHES[kind]),
+                    {**UNIT_STRIDES, **sizes, "CAUSAL": seen == "causal", "KIND": kind},
                     num_warps=plan.num_warps,
                     num_stages=plan.num_stages,
                 )

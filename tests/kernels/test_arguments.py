@@ -144,7 +144,7 @@ BAD = [  # operation, argument, value, what the message says
     ("silu_and_mul", "x", f(3, 8, dtype=torch.int64), "got int64 [3, 8] on cpu"),
     ("allocate_kv_cache", "block_size", 0, "sizes must be positive; got num_blocks=2, block_size=0"),
     ("allocate_kv_cache", "num_blocks", -1, "num_blocks=-1"),
-    ("allocate_kv_cache", "dtype", I32, "dtype must be bfloat16 or float16 or float32 or float64; got torch.int32"),
+    ("allocate_kv_cache", "dtype", I32, "dtype must be bfloat16 or float16 or float32 or float64 or float8"),
     ("write_kv", "key", f(3, 8), "key must be"),
     ("write_kv", "value", f(3, 2, 7), "value must be float32 [3, 2, 8]"),
     ("write_kv", "key_cache", f(5, 4, 1, 8), "key_cache must be float32 [num_blocks, block_size, 2, 8] on cpu"),
@@ -155,6 +155,9 @@ BAD = [  # operation, argument, value, what the message says
         torch.arange(4),
         "slot_mapping must be int32 or int64 [3] on cpu; got int64 [4] on cpu",
     ),
+    ("write_kv", "kv_scales", f(5, 2, 2, 4), "key_cache must be float8_e4m3fn or int8"),
+    ("paged_attention", "key_cache", f(5, 4, 2, 8, dtype=torch.int8), "key_cache must be float32"),
+    ("paged_attention", "kv_scales", f(5, 2, 2, 4), "key_cache must be float8_e4m3fn or int8"),
     ("paged_attention", "query", f(3, 8), "query must be"),
     ("paged_attention", "query", f(3, 3, 8), "query's 3 heads must be a multiple of key_cache's 2"),
     (
@@ -230,3 +233,17 @@ def test_a_sliding_window_is_causal(op: str, wider: dict[str, object]) -> None:
     for operations in (kernels, kernels.resolve("cpu")):
         with pytest.raises(KernelError, match=r"a sliding window \(4\) needs a causal span of 1; got a span of 2"):
             getattr(operations, op)(**{**GOOD[op], **wider}, sliding_window=4)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (f(5, 2, 2, 4), "kv_scales must be bfloat16 [5, 2, 2, 4] on cpu; got float32 [5, 2, 2, 4] on cpu"),
+        (f(5, 2, 4, 2, dtype=torch.bfloat16), "kv_scales must be bfloat16 [5, 2, 2, 4] on cpu"),
+        (f(5, 2, 4, 2, dtype=torch.bfloat16).transpose(2, 3), "kv_scales must be contiguous"),
+    ],
+)
+def test_scales_of_codes(scales: torch.Tensor, message: str) -> None:
+    cache = f(5, 4, 2, 8, dtype=torch.int8)
+    with pytest.raises(KernelError, match=re.escape(message)):
+        kernels.write_kv(f(3, 2, 8), f(3, 2, 8), cache, cache.clone(), torch.arange(3), kv_scales=scales)

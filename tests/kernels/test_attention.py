@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,6 +16,7 @@ SHAPES = [  # block_size, num_kv_heads, group, head_dim
     (32, 2, 7, 7),
     (512, 2, 1, 8),  # a row of one number may cancel to almost nothing, where any rounding is large
 ]
+CODES = [torch.int8, torch.float8_e4m3fn]
 RAGGED = [1, 4, 5, 37, 16, 17]
 CHUNKS = [(5, 5), (1, 1), (37, 6), (16, 16), (33, 1), (8, 0), (20, 12)]
 
@@ -141,6 +144,80 @@ def test_prefill_is_the_formula(backend: str, shape: tuple[int, int, int, int], 
         dtype=dtype,
     )
     check(prefill(case), case.truth(), dtype)
+
+
+def in_codes(case: PagedCase, dtype: torch.dtype) -> tuple[PagedCase, torch.Tensor]:
+    """The same sequences with a cache of codes, which are any numbers, and what they stand for; and the scales."""
+    num_blocks, block_size, num_kv_heads, _ = shape = case.key_cache.shape
+    caches = [draw(seed, *shape).mul(30).to(dtype) for seed in (71, 72)]
+    scales = draw(73, num_blocks, num_kv_heads, 2, block_size).abs().add(0.1).mul(0.02).bfloat16()
+    used = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    numbers: list[list[torch.Tensor]] = []
+    for which, cache in enumerate(caches):
+        rows = []
+        for table, keys in zip(case.block_tables.tolist(), case.keys, strict=True):
+            places = [(table[j // block_size], j % block_size) for j in range(len(keys))]
+            for block, offset in places:
+                used[block, offset] = True
+            stored = [
+                torch.stack([cache[b, o, h].double() * scales[b, h, which, o].double() for h in range(num_kv_heads)])
+                for b, o in places
+            ]
+            rows.append(torch.stack(stored) if stored else keys.double())
+        numbers.append(rows)
+    scales.masked_fill_(~used[:, None, None], torch.nan)
+    return replace(case, key_cache=caches[0], value_cache=caches[1], keys=numbers[0], values=numbers[1]), scales
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_backends("paged_attention")
+def test_decode_over_codes(
+    backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype, codes: torch.dtype
+) -> None:
+    block_size, num_kv_heads, group, head_dim = shape
+    sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim}
+    lengths = [(length, 1) for length in RAGGED]
+    case, scales = in_codes(PagedCase.make(41, lengths, dtype=dtype, window=30, **sizes), codes)
+    arguments = case.query, case.key_cache, case.value_cache, case.block_tables, case.context_lens
+    out = kernels.paged_attention(*arguments, sliding_window=case.window, kv_scales=scales)
+    check(out, case.truth(), dtype)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_backends("paged_prefill_attention")
+def test_prefill_over_codes(
+    backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype, codes: torch.dtype
+) -> None:
+    block_size, num_kv_heads, group, head_dim = shape
+    sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim}
+    case, scales = in_codes(PagedCase.make(42, CHUNKS, dtype=dtype, **sizes), codes)
+    caches = case.key_cache, case.value_cache, case.block_tables, case.context_lens, case.query_start
+    check(kernels.paged_prefill_attention(case.query, *caches, kv_scales=scales), case.truth(), dtype)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@on_backends("attention")
+def test_one_call_writes_codes_and_attends(backend: str, codes: torch.dtype) -> None:
+    """A decode beside a prompt, into an allocated cache; off by no more than what 8 bits cost."""
+    case = PagedCase.make(43, [(1, 1), (40, 40)], block_size=16, head_dim=64)
+    caches = kernels.allocate_kv_cache(*case.key_cache.shape, codes, "cpu")
+    assert caches[2].shape == (len(case.key_cache), 2, 2, 16) and caches[2].dtype is torch.bfloat16
+    slots = [
+        int(table[j // 16]) * 16 + j % 16
+        for table, keys in zip(case.block_tables, case.keys, strict=True)
+        for j in range(len(keys))
+    ]
+    metadata = kernels.AttentionMetadata(
+        torch.tensor(slots), case.query_start, torch.tensor([0, 40]), case.context_lens, case.block_tables, 1
+    )
+    new = torch.cat(case.keys), torch.cat(case.values)
+    out = kernels.attention(case.query, *new, *caches[:2], metadata, kv_scales=caches[2])
+    error = (out.double() - case.truth()).norm() / case.truth().norm()
+    assert 0 < error < {torch.int8: 0.01, torch.float8_e4m3fn: 0.05}[codes]
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1, 300), (4, 1, 70, 8), (4, 1, 130, 128)], ids=str)

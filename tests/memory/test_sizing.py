@@ -36,6 +36,12 @@ def test_layers_may_keep_different_things() -> None:
     assert block_bytes(specs, 16) == 16 * (2 * 1 * 8 * 4 + 2 * 4 * 16 * 2)
 
 
+def test_codes_hold_nearly_twice_the_tokens() -> None:
+    for head_dim, times in ((64, 1.93), (128, 1.96)):
+        plain, codes = (block_bytes([PagedKV(8, head_dim, dtype)], 16) for dtype in (torch.bfloat16, torch.int8))
+        assert codes == 16 * 2 * 8 * (head_dim + 2) and plain / codes > times
+
+
 @pytest.mark.parametrize(
     ("asked", "limit", "num_blocks", "expected", "warned"),
     [

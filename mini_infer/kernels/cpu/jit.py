@@ -47,6 +47,9 @@ FIRST = 3
 ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How a kernel sees the numbers of a tensor."""
 
+CACHE_ELEMENTS = {**ELEMENTS, torch.int8: np.int8}
+"""How it sees those of a KV cache."""
+
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities and NaN stay what they are
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -70,10 +73,12 @@ def pointer(typing_context, address, dtype):
 
 @intrinsic
 def load(typing_context, numbers, index):
-    """A float32 or bfloat16 as a float32."""
+    """A float32, a bfloat16 or an int8 as a float32."""
 
     def codegen(context, builder, signature, args):
         value = builder.load(builder.gep(args[0], [args[1]]))
+        if signature.args[0].dtype == types.int8:
+            return builder.sitofp(value, _F32)
         return value if signature.args[0].dtype == types.float32 else _widen(builder, value)
 
     return types.float32(numbers, types.int64), codegen
@@ -103,6 +108,16 @@ def rounded(typing_context, numbers, value):
         return _widen(builder, _narrow(builder, args[1]))
 
     return types.float32(numbers, types.float32), codegen
+
+
+@intrinsic
+def nearest(typing_context, x):
+    """The nearest integer of a finite float32; of ties the even one."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fptosi(builder.call(builder.module.declare_intrinsic("llvm.rint", [_F32]), args), _I32)
+
+    return types.int32(types.float32), codegen
 
 
 @intrinsic

@@ -5,7 +5,8 @@ Decode attention reads keys and values in opposite ways, so they lie in opposite
     keys    [head_dim, block_size]: a query's feature times that feature of 16 tokens gives 16 scores at once
     values  [block_size, head_dim]: a token's weight times 16 of its features adds to 16 features of the result
 
-A task is one token's key and value. Bytes: each in and out once; floor: bytes / memory bandwidth.
+A task is one token's key and value, which become codes of 8 bits on the way where the cache holds such. Bytes: each in
+and out once; floor: bytes / memory bandwidth.
 """
 
 import functools
@@ -14,7 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer.kernels.cpu.jit import ELEMENTS, FIRST, Kernel, kernel, pointer, register_fast, tasks
+from mini_infer.kernels.cpu.jit import (
+    CACHE_ELEMENTS,
+    ELEMENTS,
+    FIRST,
+    Kernel,
+    kernel,
+    load,
+    nearest,
+    pointer,
+    register_fast,
+    store,
+    tasks,
+)
 from mini_infer.kernels.reference import kv_cache as reference
 from mini_infer.kernels.registry import register
 
@@ -34,12 +47,21 @@ def has_fast_layout(key_cache: Tensor, value_cache: Tensor) -> bool:
 
 
 @register_fast("write_kv", reference.write_kv)
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def write_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: Tensor | None = None,
+) -> None:
+    if key_cache.dtype not in CACHE_ELEMENTS:
+        return reference.write_kv(key, value, key_cache, value_cache, slot_mapping, kv_scales)
     num_tokens, num_kv_heads, head_dim = key.shape
     key = key if key.stride(2) == 1 else key.contiguous()
     value = value if value.stride(2) == 1 else value.contiguous()
     slots = slot_mapping.to(torch.int64).contiguous()
-    _kernel(ELEMENTS[key.dtype])(
+    _kernel(ELEMENTS[key.dtype], kv_scales is not None)(
         num_tokens,
         key.data_ptr(),
         value.data_ptr(),
@@ -53,12 +75,15 @@ def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
         *value.stride()[:2],
         *key_cache.stride(),
         *value_cache.stride(),
+        0 if kv_scales is None else kv_scales.data_ptr(),
         work=4 * key.numel(),
     )
 
 
 @functools.cache
-def _kernel(element: type) -> Kernel:
+def _kernel(element: type, quantize: bool) -> Kernel:
+    cache_element = np.int8 if quantize else element
+
     @kernel
     def write_kv(args):
         slots, block_size = pointer(args[FIRST + 4], np.int64), args[FIRST + 5]
@@ -67,14 +92,30 @@ def _kernel(element: type) -> Kernel:
             slot = slots[token]
             if slot >= 0:
                 for which in range(2):  # keys, then values
-                    new, cache = pointer(args[FIRST + which], element), pointer(args[FIRST + 2 + which], element)
+                    new, cache = pointer(args[FIRST + which], element), pointer(args[FIRST + 2 + which], cache_element)
+                    scales = pointer(args[FIRST + 20], np.uint16)
                     token_stride, head_stride = args[FIRST + 8 + 2 * which], args[FIRST + 9 + 2 * which]
                     strides = FIRST + 12 + 4 * which
                     place = slot // block_size * args[strides] + slot % block_size * args[strides + 1]
                     for head in range(num_kv_heads):
                         at = token * token_stride + head * head_stride
                         to, feature_stride = place + head * args[strides + 2], args[strides + 3]
-                        for i in range(head_dim):
-                            cache[to + i * feature_stride] = new[at + i]
+                        if quantize:
+                            top, finite = np.float32(0), np.float32(0)
+                            for i in range(head_dim):
+                                number = load(new, at + i)
+                                top = max(top, abs(number))
+                                finite += number * np.float32(0)  # NaN if it is none, or an infinity
+                            side = ((slot // block_size * num_kv_heads + head) * 2 + which) * block_size
+                            side += slot % block_size
+                            store(scales, side, top / np.float32(127) + finite)
+                            scale = load(scales, side)
+                            inverse = np.float32(1) / scale if scale > np.float32(1e-37) else np.float32(0)
+                            for i in range(head_dim):
+                                code = nearest(load(new, at + i) * inverse) if finite == np.float32(0) else 0
+                                cache[to + i * feature_stride] = np.int8(code)
+                        else:
+                            for i in range(head_dim):
+                                cache[to + i * feature_stride] = new[at + i]
 
     return write_kv

@@ -17,6 +17,9 @@ both passes to be `tile`s of few rows, so that loading, not arithmetic, is their
 chunks, so that scores take no more memory than `CHUNK` says: after each, the result is the attention over the tokens so
 far, and with the next one it becomes a mean of the two, as in an online softmax.
 
+Of codes of 8 bits, a token's scores are multiplied by its key's scale and its weights by its value's: one number each,
+and not one for every feature.
+
 Bytes: every key and value once; floor: bytes / memory bandwidth.
 """
 
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.kernels.cpu.jit import (
+    CACHE_ELEMENTS,
     ELEMENTS,
     FIRST,
     Kernel,
@@ -64,12 +68,14 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
     sliding_window: int | None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
-    if not widest(block_size) or not widest(head_dim) or not has_fast_layout(key_cache, value_cache):
+    known = key_cache.dtype in CACHE_ELEMENTS and has_fast_layout(key_cache, value_cache)
+    if not known or not widest(block_size) or not widest(head_dim):
         return reference.paged_attention(
-            query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window
+            query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, kv_scales
         )
     query, block_tables = query.contiguous(), block_tables.to(torch.int32).contiguous()
     context_lens = context_lens.to(torch.int32).contiguous()
@@ -81,7 +87,8 @@ def paged_attention(
     # Sequences differ in length, so every thread should get a few tasks.
     num_parts = min(num_kv_heads, -(-2 * num_threads // max(num_seqs, 1)))
     scores = torch.empty(num_threads * num_heads * room, dtype=torch.float32)
-    _kernel(ELEMENTS[query.dtype], num_heads, num_kv_heads, head_dim, block_size)(
+    elements = ELEMENTS[query.dtype], CACHE_ELEMENTS[key_cache.dtype]
+    _kernel(*elements, num_heads, num_kv_heads, head_dim, block_size)(
         num_seqs * num_parts,
         query.data_ptr(),
         key_cache.data_ptr(),
@@ -95,6 +102,7 @@ def paged_attention(
         num_parts,
         float_bits(scale),
         sliding_window or 0,
+        0 if kv_scales is None else kv_scales.data_ptr(),
         work=num_seqs * num_kv_heads * max_blocks * block_size * head_dim,
     )
     return out
@@ -106,10 +114,26 @@ def _piece(block_tables, table, number, heads, num_kv_heads, first_head):
     return np.int64(block_tables[table + number // heads]) * num_kv_heads + first_head + number % heads
 
 
+@numba.njit
+def _scale(
+    scores, row, kv_scales, block_tables, table, num_kv_heads, head, which, block_size, begin, end
+):  # fmt: skip
+    """Multiply the scores of the tokens from ``begin`` to ``end`` by the scales of their keys (0) or values (1)."""
+    for block in range(begin // block_size, (end + block_size - 1) // block_size):
+        piece = np.int64(block_tables[table + block]) * num_kv_heads + head
+        first = block * block_size
+        scales = (piece * 2 + which) * block_size - first
+        for token in range(max(begin, first), min(end, first + block_size)):
+            scores[row + token] *= load(kv_scales, scales + token)
+
+
 @functools.cache
-def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> Kernel:
-    kind = "fma" if element is np.float32 else "widen"
-    size = np.dtype(element).itemsize
+def _kernel(
+    element: type, cache_element: type, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> Kernel:
+    kind = "int8" if cache_element is np.int8 else "fma" if cache_element is np.float32 else "widen"
+    scaled = kind == "int8"
+    size = np.dtype(cache_element).itemsize
     group = num_heads // num_kv_heads
     rows = max(divisor for divisor in range(1, ROWS + 3) if group % divisor == 0)  # query heads of a tile
     most = VECTORS if rows <= ROWS else VECTORS // 2
@@ -125,6 +149,7 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
         block_tables, context_lens = pointer(args[FIRST + 3], np.int32), pointer(args[FIRST + 4], np.int32)
         max_blocks, chunk_blocks, num_parts = args[FIRST + 7], args[FIRST + 8], args[FIRST + 9]
         scale, window = as_float(args[FIRST + 10]), args[FIRST + 11]
+        kv_scales = pointer(args[FIRST + 12], np.uint16)  # [piece, key and value, block]
         room = chunk_blocks * block_size
         scores_at = args[FIRST + 6] + thread_number(args) * num_heads * room * 4
         query_at, sums_at = buffer(width), buffer(width)
@@ -170,6 +195,11 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
 
                 for row in range(first_head * group, last_head * group):
                     low, high = row * room + chunk_begin, row * room + chunk_end
+                    if scaled:
+                        _scale(
+                            scores, row * room, kv_scales, block_tables, table, num_kv_heads, row // group, 0,
+                            block_size, chunk_begin, chunk_end,
+                        )  # fmt: skip
                     largest = largest_score(scores, low, high, scale)
                     if chunk_block > first_block:
                         largest = tops[row] if tops[row] > largest else largest
@@ -183,6 +213,11 @@ def _kernel(element: type, num_heads: int, num_kv_heads: int, head_dim: int, blo
                     inverse = np.float32(1) / total
                     for i in range(low, high):
                         scores[i] *= inverse
+                    if scaled:
+                        _scale(
+                            scores, row * room, kv_scales, block_tables, table, num_kv_heads, row // group, 1,
+                            block_size, chunk_begin, chunk_end,
+                        )  # fmt: skip
 
                 for number in range(last_piece + 1):
                     place = _piece(block_tables, table, number, heads, num_kv_heads, first_head)

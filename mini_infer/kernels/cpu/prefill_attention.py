@@ -14,7 +14,8 @@ each query has so far, its highest score, the sum of its weights and the weighte
 Each query block computes no more tokens than its last query sees, so causality (a span of 1) saves half of the work.
 
 FLOPs: 4 * D per query, head and visible token. Floor: FLOPs / the processor's peak; the copy is D / queries of that.
-With bfloat16 the weights are rounded to bfloat16 before they multiply the values, except by "widen".
+With bfloat16 the weights are rounded to bfloat16 before they multiply the values, except by "widen". Codes of 8 bits
+become numbers of the query's dtype as they are copied.
 """
 
 import functools
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from mini_infer.kernels.cpu import amx, choice
 from mini_infer.kernels.cpu.jit import (
+    CACHE_ELEMENTS,
     ELEMENTS,
     FIRST,
     Kernel,
@@ -34,6 +36,7 @@ from mini_infer.kernels.cpu.jit import (
     exp,
     float_bits,
     kernel,
+    load,
     pointer,
     register_fast,
     store,
@@ -63,16 +66,15 @@ def paged_prefill_attention(
     scale: float,
     sliding_window: int | None,
     span: int,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
-    if not widest(head_dim):
-        return reference.paged_prefill_attention(
-            query, key_cache, value_cache, block_tables, context_lens, query_start, scale, sliding_window, span
-        )
-    kind = _kind(query.dtype, num_heads, num_kv_heads, head_dim, block_size)
     arguments = query, key_cache, value_cache, block_tables, context_lens, query_start
-    return _attend(kind, *arguments, scale, sliding_window, span)
+    if not widest(head_dim) or key_cache.dtype not in CACHE_ELEMENTS:
+        return reference.paged_prefill_attention(*arguments, scale, sliding_window, span, kv_scales)
+    kind = _kind(query.dtype, num_heads, num_kv_heads, head_dim, block_size)
+    return _attend(kind, *arguments, scale, sliding_window, span, kv_scales)
 
 
 @functools.cache
@@ -120,6 +122,7 @@ def _attend(
     scale: float,
     sliding_window: int | None,
     span: int,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
@@ -134,7 +137,7 @@ def _attend(
     room_bytes = room * (2 * head_dim * dtype.itemsize + _most_rows(kind) * 8)
     scratch = torch.empty(torch.get_num_threads() * room_bytes + 64, dtype=torch.uint8)
     waiting = torch.empty(num_tokens if max_blocks * block_size > room else 0, num_heads, head_dim + 2)
-    _kernel(ELEMENTS[dtype], kind, head_dim)(
+    _kernel(ELEMENTS[dtype], CACHE_ELEMENTS[key_cache.dtype], kind, head_dim)(
         num_seqs * num_kv_heads,
         query.data_ptr(),
         key_cache.data_ptr(),
@@ -156,6 +159,7 @@ def _attend(
         span,
         *key_cache.stride(),
         *value_cache.stride(),
+        0 if kv_scales is None else kv_scales.data_ptr(),
         work=query.numel() * block_size,
     )
     return out
@@ -166,7 +170,8 @@ def _most_rows(kind: str) -> int:
 
 
 @functools.cache
-def _kernel(element: type, kind: str, head_dim: int) -> Kernel:
+def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Kernel:
+    scaled = cache_element is not element
     pairs, with_amx, most_rows = kind in ("dot", "amx"), kind == "amx", _most_rows(kind)
     step = 2 if pairs else 1  # how many k a tile takes as one
     size = np.dtype(element).itemsize
@@ -179,13 +184,14 @@ def _kernel(element: type, kind: str, head_dim: int) -> Kernel:
     @kernel
     def paged_prefill_attention(args):
         query, query_start = args[FIRST], pointer(args[FIRST + 5], np.int32)
-        key_cache, value_cache = pointer(args[FIRST + 1], element), pointer(args[FIRST + 2], element)
+        key_cache, value_cache = pointer(args[FIRST + 1], cache_element), pointer(args[FIRST + 2], cache_element)
         block_tables, context_lens = pointer(args[FIRST + 3], np.int32), pointer(args[FIRST + 4], np.int32)
         out = pointer(args[FIRST + 6], element)
         room, waiting = args[FIRST + 9], pointer(args[FIRST + 10], np.float32)
         max_blocks, block_size = args[FIRST + 11], args[FIRST + 12]
         num_heads, num_kv_heads = args[FIRST + 13], args[FIRST + 14]
         scale, window, span = as_float(args[FIRST + 15]), args[FIRST + 16], args[FIRST + 17]
+        kv_scales = pointer(args[FIRST + 26], np.uint16)
         keys, values = FIRST + 18, FIRST + 22  # where the caches' strides begin: block, slot, head, feature
         group = num_heads // num_kv_heads
         x_stride = num_heads * head_dim * x_size
@@ -235,11 +241,20 @@ def _kernel(element: type, kind: str, head_dim: int) -> Kernel:
                         slot = token % block_size
                         key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
                         value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
-                        for i in range(head_dim):
-                            packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[
-                                key + i * args[keys + 3]
-                            ]
-                            packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
+                        if scaled:
+                            side = (block * num_kv_heads + kv_head) * 2 * block_size + slot
+                            key_scale, value_scale = load(kv_scales, side), load(kv_scales, side + block_size)
+                            for i in range(head_dim):
+                                number = load(key_cache, key + i * args[keys + 3]) * key_scale
+                                store(packed_keys, to + i // step * step * COLUMNS + i % step, number)
+                                number = load(value_cache, value + i * args[values + 3]) * value_scale
+                                store(packed_values, to_value + i * step, number)
+                        else:
+                            for i in range(head_dim):
+                                packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[
+                                    key + i * args[keys + 3]
+                                ]
+                                packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
 
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     for row in range(0, num_queries, most_rows):

@@ -39,6 +39,7 @@ from mini_infer.kernels.cpu.jit import (
     buffer,
     kernel,
     load,
+    nearest,
     pointer,
     store,
     tasks,
@@ -252,7 +253,7 @@ def _quantize_kernel(apart: bool) -> Kernel:
                 if top >= 0x7F80:  # some are not finite, and so nothing of the row shall be
                     scale, count = np.float32(np.nan), 0
                 for i in range(count):
-                    whole[i] = _nearest(load(x, first + i) * inverse)
+                    whole[i] = nearest(load(x, first + i) * inverse)
                     total += whole[i]
                 for i in range(count, step):
                     whole[i] = 0
@@ -266,17 +267,6 @@ def _quantize_kernel(apart: bool) -> Kernel:
                 scales[place + 2 * num_steps] = scale * np.float32(total)
 
     return quantize
-
-
-@intrinsic
-def _nearest(typing_context, x):
-    """The nearest integer of a finite float32; of ties the even one."""
-
-    def codegen(context, builder, signature, args):
-        rounded = builder.call(builder.module.declare_intrinsic("llvm.rint", [_NUMBER]), args)
-        return builder.fptosi(rounded, _WORD)
-
-    return types.int32(types.float32), codegen
 
 
 @functools.cache

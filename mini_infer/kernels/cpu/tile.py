@@ -11,10 +11,11 @@ Per k it loads R + 4 vectors for 4 R multiply-adds, so that arithmetic, not load
 R = 1 it reads w exactly once, as fast as memory gives it. Goto and van de Geijn, Anatomy of High-Performance Matrix
 Multiplication, 2008, https://doi.org/10.1145/1356052.1356053
 
-Four kinds, by what w holds and what the processor has:
+Five kinds, by what w holds and what the processor has:
 
     "fma"     w float32, x float32
     "widen"   w bfloat16, x float32: each w is widened on the way in; half the bytes from memory
+    "int8"    w int8, x float32: the same, with a quarter of the bytes
     "split"   w bfloat16 in pairs along k, x float32: a pair is 32 bits, whose upper half is one float32 as it stands,
               and whose lower half is the other once it is shifted up; two multiply-adds
     "dot"     w and x bfloat16, in pairs along k: one AVX-512 BF16 instruction adds x[k] w[k] + x[k+1] w[k+1], in
@@ -35,7 +36,7 @@ from numba.extending import intrinsic, overload
 
 from mini_infer.kernels.cpu.jit import has_feature
 
-Kind = Literal["fma", "widen", "split", "dot"]
+Kind = Literal["fma", "widen", "int8", "split", "dot"]
 
 LANES = 16 if has_feature("avx512f") else 8
 """float32 numbers in a vector register. (An Arm processor's hold 4; there LLVM takes two for one.)"""
@@ -183,6 +184,10 @@ def _fetch(builder: Any, address: Any, offset: int) -> None:
 
 def _load_w(builder: Any, kind: Kind, address: Any, vector: int) -> Any:
     """One of the vectors of a row of w."""
+    if kind == "int8":
+        bytes_ = ir.VectorType(ir.IntType(8), LANES)
+        loaded = builder.load(_at(builder, address, LANES * vector, bytes_), align=1)
+        return builder.sitofp(builder.sext(loaded, _WORDS), _SUMS)
     if kind == "widen":
         loaded = builder.load(_at(builder, address, 2 * LANES * vector, _HALVES), align=2)
         shift = ir.Constant(_WORDS, [16] * LANES)

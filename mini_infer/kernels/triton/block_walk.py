@@ -20,6 +20,9 @@ Unused table entries and unused slots may hold anything: an id out of range, NaN
 need is masked out of the look-up (an id would become an address), out of the keys (a score of NaN would win the
 maximum) and out of the values (a weight of 0 does not silence them: 0 * NaN is NaN).
 
+Codes of 8 bits become numbers of the query's dtype, which holds each of them exactly, as they are loaded. Their scales,
+one for each token, need not multiply a key's features: they multiply its scores, and a value's its weights.
+
 Block ids and offsets are widened to 64 bits before they meet a stride: caches have more than 2³¹ elements.
 """
 
@@ -29,6 +32,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mini_infer.kernels.triton.codes import KINDS, bits, decoded
 
 NO_WINDOW = 2**31 - 1  # longer than any context
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
@@ -45,6 +50,15 @@ def find_blocks(table, start, first, end, BLOCK_SIZE: tl.constexpr, TILE: tl.con
         return tl.load(table + start // BLOCK_SIZE, start < end, other=0).to(tl.int64)
     else:
         return tl.load(table + tokens // BLOCK_SIZE, (tokens >= first) & (tokens < end), other=0).to(tl.int64)
+
+
+@triton.jit
+def numbers(loaded, KIND: tl.constexpr, like):
+    """What was loaded of a cache, as numbers of the dtype of `like`."""
+    if KIND == "":
+        return loaded
+    else:
+        return decoded(loaded, KIND).to(like.dtype)
 
 
 @triton.jit
@@ -70,6 +84,7 @@ def arguments(
     context_lens: Tensor,
     scale: float,
     sliding_window: int | None,
+    kv_scales: Tensor | None,
 ) -> dict[str, Any]:
     """Both attention kernels' arguments for these tensors; a copy is made only of what no engine would make."""
     if query.stride(2) != 1:
@@ -83,8 +98,10 @@ def arguments(
     }
     return {
         "query": query,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
+        "key_cache": bits(key_cache),
+        "value_cache": bits(value_cache),
+        "kv_scales": kv_scales,
+        "KIND": KINDS.get(key_cache.dtype, ""),
         "block_tables": block_tables,
         "context_lens": context_lens.contiguous(),
         "scale": scale * math.log2(math.e),

@@ -60,7 +60,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, numbers, product
 from mini_infer.kernels.triton.launch import Device, device_of, launches
 
 MAX_SPLITS: tl.constexpr = tl.constexpr(64)  # the second kernel holds so many partial results at once
@@ -78,11 +78,11 @@ def shares(context_len, window, num_splits, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride", "window", "num_kv_heads", "group"])
 def paged_attention_kernel(
-    out, log_sums, query, key_cache, value_cache, block_tables, context_lens, scale, window, num_kv_heads, group,
-    table_stride, query_stride_token, query_stride_head,
+    out, log_sums, query, key_cache, value_cache, kv_scales, block_tables, context_lens, scale, window, num_kv_heads,
+    group, table_stride, query_stride_token, query_stride_head,
     key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
     value_stride_block, value_stride_token, value_stride_head, value_stride_dim,
-    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     seq = (tl.program_id(0) // num_kv_heads).to(tl.int64)
@@ -116,15 +116,24 @@ def paged_attention_kernel(
         offset = ((start + token) % BLOCK_SIZE).to(tl.int64)
         key_slots = block * key_stride_block + offset * key_stride_token
         value_slots = block * value_stride_block + offset * value_stride_token
-        keys = tl.load(keys_at + key_slots[:, None], loaded, other=0.0)
-        values = tl.load(values_at + value_slots[:, None], loaded, other=0.0)
+        keys = numbers(tl.load(keys_at + key_slots[:, None], loaded, other=0), KIND, queries)
+        values = numbers(tl.load(values_at + value_slots[:, None], loaded, other=0), KIND, queries)
+        if KIND != "":
+            scales_at = kv_scales + (block * num_kv_heads + kv_head) * 2 * BLOCK_SIZE + offset
+            key_scales = tl.load(scales_at, visible, other=0.0).to(tl.float32)
+            value_scales = tl.load(scales_at + BLOCK_SIZE, visible, other=0.0).to(tl.float32)
         block = find_blocks(table, start + TILE, first, end, BLOCK_SIZE, TILE)
 
-        scores = tl.where(visible[None, :], product(queries, tl.trans(keys)) * scale, float("-inf"))
+        scores = product(queries, tl.trans(keys)) * scale
+        if KIND != "":
+            scores *= key_scales[None, :]
+        scores = tl.where(visible[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite: every tile has a visible token
         weights = tl.exp2(scores - new_top[:, None])
         correction = tl.exp2(top - new_top)
         total = total * correction + tl.sum(weights, axis=1)
+        if KIND != "":
+            weights *= value_scales[None, :]
         weighted = product(weights.to(values.dtype), values, weighted * correction[:, None])
         top = new_top
 
@@ -204,6 +213,7 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
     sliding_window: int | None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
@@ -216,7 +226,7 @@ def paged_attention(
     if num_splits > 1:
         partial = query.new_empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32)
         log_sums = query.new_empty((num_seqs, num_heads, num_splits), dtype=torch.float32)
-    shared = arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window)
+    shared = arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, kv_scales)
     plan = config(head_dim, query.element_size(), device)
     tiles = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, plan)
     paged_attention_kernel[(num_seqs * num_kv_heads, num_splits)](

@@ -51,15 +51,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mini_infer.kernels import reference
-from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, product
+from mini_infer.kernels.triton.block_walk import arguments, find_blocks, fits, numbers, product
 from mini_infer.kernels.triton.launch import Device, device_of, launches
 
 
 @triton.jit
 def walk(
-    top, total, weighted, queries, keys_at, values_at, table, begin, end, first, last, position, window, scale,
-    key_stride_block, key_stride_token, value_stride_block, value_stride_token,
-    HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr,
+    top, total, weighted, queries, keys_at, values_at, scales_at, table, begin, end, first, last, position, window,
+    scale,
+    key_stride_block, key_stride_token, value_stride_block, value_stride_token, scales_stride,
+    KIND: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the tiles from `begin` to `end`; tokens outside [first, last] are not touched."""
     dim, token = tl.arange(0, COLS), tl.arange(0, TILE)
@@ -71,14 +73,22 @@ def walk(
         values_here = values_at + (block * value_stride_block + offset * value_stride_token)[:, None]
         if EDGE or HEAD_DIM < COLS:
             loaded = ((tokens >= first) & (tokens <= last))[:, None] & (dim < HEAD_DIM)[None, :]
-            keys = tl.load(keys_here, loaded, other=0.0)
-            values = tl.load(values_here, loaded, other=0.0)
+            keys = tl.load(keys_here, loaded, other=0)
+            values = tl.load(values_here, loaded, other=0)
         else:
             keys = tl.load(keys_here)
             values = tl.load(values_here)
+        keys, values = numbers(keys, KIND, queries), numbers(values, KIND, queries)
+        if KIND != "":
+            seen = (tokens >= first) & (tokens <= last)
+            scales_here = scales_at + block * scales_stride + offset
+            key_scales = tl.load(scales_here, seen, other=0.0).to(tl.float32)
+            value_scales = tl.load(scales_here + BLOCK_SIZE, seen, other=0.0).to(tl.float32)
         block = find_blocks(table, start + TILE, first, last + 1, BLOCK_SIZE, TILE)
 
         scores = product(queries, tl.trans(keys))
+        if KIND != "":
+            scores *= key_scales[None, :]
         if EDGE:
             distance = position[:, None] - tokens[None, :]
             scores = tl.where((distance >= 0) & (distance < window), scores * scale, float("-inf"))
@@ -91,6 +101,8 @@ def walk(
             weights = tl.exp2(scores * scale - pivot[:, None])
         correction = tl.exp2(top - pivot)
         total = total * correction + tl.sum(weights, axis=1)
+        if KIND != "":
+            weights *= value_scales[None, :]
         weighted = product(weights.to(values.dtype), values, weighted * correction[:, None])
         top = new_top
     return top, total, weighted
@@ -98,11 +110,12 @@ def walk(
 
 @triton.jit(do_not_specialize=["window", "span", "num_seqs", "table_stride"])
 def paged_prefill_attention_kernel(
-    out, query, key_cache, value_cache, block_tables, context_lens, query_start, scale, window, span, num_seqs,
-    table_stride, query_stride_token, query_stride_head,
+    out, query, key_cache, value_cache, kv_scales, block_tables, context_lens, query_start, scale, window, span,
+    num_seqs, table_stride, query_stride_token, query_stride_head,
     key_stride_block, key_stride_token, key_stride_head, key_stride_dim,
     value_stride_block, value_stride_token, value_stride_head, value_stride_dim,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     kv_head = (tl.program_id(0) % NUM_KV_HEADS).to(tl.int64)
@@ -149,26 +162,27 @@ def paged_prefill_attention_kernel(
     table = block_tables + tl.cast(seq, tl.int64) * table_stride
     keys_at = key_cache + kv_head * key_stride_head + dim[None, :] * key_stride_dim
     values_at = value_cache + kv_head * value_stride_head + dim[None, :] * value_stride_dim
+    scales_at = kv_scales + kv_head * 2 * BLOCK_SIZE if KIND != "" else keys_at
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS, COLS), tl.float32)
     top, total, weighted = walk(
-        top, total, weighted, queries, keys_at, values_at, table, begin, tl.minimum(clear_begin, last + 1),
-        first, last, position, window, scale,
-        key_stride_block, key_stride_token, value_stride_block, value_stride_token,
-        HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
+        top, total, weighted, queries, keys_at, values_at, scales_at, table, begin,
+        tl.minimum(clear_begin, last + 1), first, last, position, window, scale,
+        key_stride_block, key_stride_token, value_stride_block, value_stride_token, NUM_KV_HEADS * 2 * BLOCK_SIZE,
+        KIND, HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
     )  # fmt: skip
     top, total, weighted = walk(
-        top, total, weighted, queries, keys_at, values_at, table, clear_begin, clear_end,
+        top, total, weighted, queries, keys_at, values_at, scales_at, table, clear_begin, clear_end,
         first, last, position, window, scale,
-        key_stride_block, key_stride_token, value_stride_block, value_stride_token,
-        HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=False,
+        key_stride_block, key_stride_token, value_stride_block, value_stride_token, NUM_KV_HEADS * 2 * BLOCK_SIZE,
+        KIND, HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=False,
     )  # fmt: skip
     top, total, weighted = walk(
-        top, total, weighted, queries, keys_at, values_at, table, clear_end, last + 1,
+        top, total, weighted, queries, keys_at, values_at, scales_at, table, clear_end, last + 1,
         first, last, position, window, scale,
-        key_stride_block, key_stride_token, value_stride_block, value_stride_token,
-        HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
+        key_stride_block, key_stride_token, value_stride_block, value_stride_token, NUM_KV_HEADS * 2 * BLOCK_SIZE,
+        KIND, HEAD_DIM, BLOCK_SIZE, COLS, TILE, EDGE=True,
     )  # fmt: skip
 
     place = (token * (NUM_KV_HEADS * GROUP) + head) * HEAD_DIM
@@ -225,6 +239,7 @@ def paged_prefill_attention(
     scale: float,
     sliding_window: int | None,
     span: int,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
@@ -243,7 +258,7 @@ def paged_prefill_attention(
         query_start=query_start.contiguous(),
         num_seqs=num_seqs,
         span=max(1, min(span, block_tables.shape[1] * block_size)),  # no context is longer, and it fits 32 bits
-        **arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window),
+        **arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, kv_scales),
         **tiles,
         CAUSAL=span == 1,
         num_warps=plan.num_warps,

@@ -42,21 +42,8 @@ from mini_infer.kernels.quantized import QuantizedMatrix
 from mini_infer.kernels.reference import quantized as reference
 from mini_infer.kernels.triton import w8a8_linear
 from mini_infer.kernels.triton.block_walk import product
+from mini_infer.kernels.triton.codes import decoded
 from mini_infer.kernels.triton.launch import Device, device_of, register_launcher, rows
-
-
-@triton.jit
-def float8(code):
-    """The numbers of float8_e4m3fn's bits, which only the newest GPUs convert themselves.
-
-    Shifted to where a float32 has its exponent and fraction they say a number that is 2^120 times too small, also where
-    the exponent is 0. The largest code is NaN.
-    """
-    bits = code.to(tl.int32)
-    size = bits & 0x7F
-    value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    value = tl.where(size == 0x7F, float("nan"), value)
-    return tl.where(bits >= 0x80, -value, value)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])
@@ -104,10 +91,8 @@ def quantized_linear_kernel(
             offset = tl.load(offsets + n[:, None] * num_groups + of[None, :], known, other=0.0).to(tl.float32)
 
         for half in tl.static_range(HALVES):
-            if KIND == "int8":
-                value = code.to(tl.float32)
-            elif KIND == "fp8":
-                value = float8(code)
+            if KIND == "int8" or KIND == "fp8":
+                value = decoded(code, KIND)
             else:
                 number = ((code >> (4 * half)) & 15).to(tl.int32)
                 value = tl.load(table + number) if KIND == "table" else (number - zero).to(tl.float32)

@@ -298,8 +298,8 @@ def _check(stored: Mapping[str, Stored], parts: Collection[Part], config: ModelC
 
 
 def _few(names: Collection[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    shown = ", ".join(sorted(names)[:3])
+    """The first of `names`, as far as anybody would read them, and how many more there are."""
+    shown = ", ".join(name if len(name) <= 200 else f"{name[:200]}..." for name in sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 

@@ -32,6 +32,7 @@ ENGINE_VALUES: dict[str, Any] = {
     "kernel_backend": lambda r: r.choice(["reference", "mine"]),
     "enforce_eager": lambda r: r.random() < 0.5,
     "block_size": lambda r: r.randint(1, 512),
+    "kv_cache_dtype": lambda r: r.choice(["auto", "int8", "fp8"]),
     "num_gpu_blocks": lambda r: r.choice([None, -1, 1, 10**9]),
     "num_cpu_blocks": lambda r: r.randint(1, 100),
     "gpu_memory_utilization": lambda r: r.uniform(0.01, 1),

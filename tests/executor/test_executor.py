@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mini_infer import LLM, EngineConfig, LLMEngine, SamplingParams
-from mini_infer.exceptions import OutOfMemoryError
+from mini_infer.exceptions import KernelError, OutOfMemoryError
 from mini_infer.executor.build import build
 from mini_infer.kernels import register, registry
 from mini_infer.models import read_config
@@ -141,6 +141,15 @@ def test_the_backend_that_was_asked_for_finds_the_likeliest_tokens(
     assert calls - before == 5
     (plain,) = LLM(checkpoint, dtype="float64").generate([[1, 2, 3]], temperature=0, max_tokens=5)
     assert mine.token_ids[0] != plain.token_ids[0]
+
+
+def test_a_backend_that_knows_no_codes_is_refused_by_name(checkpoint: Path, backends: None) -> None:
+    @register("write_kv", backend="mine")
+    def write_kv(key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
+        raise AssertionError
+
+    with pytest.raises(KernelError, match="'mine' performs 'write_kv' without kv_scales"):
+        LLM(checkpoint, kernel_backend="mine", kv_cache_dtype="int8")
 
 
 @pytest.mark.parametrize(

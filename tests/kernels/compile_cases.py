@@ -141,20 +141,20 @@ UNIT_STRIDES = {"key_stride_dim": 1, "value_stride_dim": 1}
 def _decodes(device: Device) -> Iterator[CompileCase]:
     for model, shapes in MODELS.items():
         for name, dtype in DTYPES.items():
-            plan = paged_attention.config(shapes.head_dim, dtype.itemsize, device)
-            options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
             for block_size in (16, 256):
-                sizes = paged_attention.tile_sizes(
-                    shapes.num_heads // shapes.num_kv_heads, shapes.head_dim, block_size, plan
-                )
-                for split, kind in ((False, ""), (True, ""), (False, "int8"), (True, "fp8")):
+                for split, kind in ((False, "int8"), (True, "fp8"), (False, ""), (True, "")):
+                    plan = paged_attention.config(shapes.head_dim, dtype.itemsize, device, kind != "")
+                    sizes = paged_attention.tile_sizes(
+                        shapes.num_heads // shapes.num_kv_heads, shapes.head_dim, block_size, plan
+                    )
                     caches = dict.fromkeys(("key_cache", "value_cache"), CACHES[kind])
                     yield _case(
                         f"paged_attention {kind} block_size={block_size} split={split} {model} {name}",
                         paged_attention.paged_attention_kernel,
                         ATTENTION_TYPES | caches | ({"out": "*fp32"} if split else {}),
                         {**UNIT_STRIDES, **sizes, "SPLIT": split, "KIND": kind},
-                        **options,
+                        num_warps=plan.num_warps,
+                        num_stages=plan.num_stages,
                     )
             yield _case(
                 f"combine {model} {name}",
@@ -176,7 +176,9 @@ def _prefills(device: Device) -> Iterator[CompileCase]:
                 (16, "causal", "int8"),
                 (16, "causal", "fp8"),
             ):
-                plan = prefill_attention.config(group, shapes.head_dim, dtype.itemsize, device, seen == "causal")
+                plan = prefill_attention.config(
+                    group, shapes.head_dim, dtype.itemsize, device, seen == "causal", kind != ""
+                )
                 sizes = prefill_attention.tile_sizes(shapes.num_kv_heads, group, shapes.head_dim, block_size, plan)
                 yield _case(
                     f"paged_prefill_attention {kind} block_size={block_size} {seen} {model} {name}",

@@ -116,15 +116,15 @@ def paged_attention_kernel(
         offset = ((start + token) % BLOCK_SIZE).to(tl.int64)
         key_slots = block * key_stride_block + offset * key_stride_token
         value_slots = block * value_stride_block + offset * value_stride_token
-        keys = numbers(tl.load(keys_at + key_slots[:, None], loaded, other=0), KIND, queries)
-        values = numbers(tl.load(values_at + value_slots[:, None], loaded, other=0), KIND, queries)
+        keys = tl.load(keys_at + key_slots[:, None], loaded, other=0)
+        values = tl.load(values_at + value_slots[:, None], loaded, other=0)
         if KIND != "":
             scales_at = kv_scales + (block * num_kv_heads + kv_head) * 2 * BLOCK_SIZE + offset
             key_scales = tl.load(scales_at, visible, other=0.0).to(tl.float32)
             value_scales = tl.load(scales_at + BLOCK_SIZE, visible, other=0.0).to(tl.float32)
         block = find_blocks(table, start + TILE, first, end, BLOCK_SIZE, TILE)
 
-        scores = product(queries, tl.trans(keys)) * scale
+        scores = product(queries, tl.trans(numbers(keys, KIND, queries))) * scale
         if KIND != "":
             scores *= key_scales[None, :]
         scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -134,6 +134,7 @@ def paged_attention_kernel(
         total = total * correction + tl.sum(weights, axis=1)
         if KIND != "":
             weights *= value_scales[None, :]
+        values = numbers(values, KIND, queries)
         weighted = product(weights.to(values.dtype), values, weighted * correction[:, None])
         top = new_top
 
@@ -177,7 +178,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(head_dim: int, itemsize: int, device: Device) -> Config:
+def config(head_dim: int, itemsize: int, device: Device, codes: bool = False) -> Config:
     """Tiles of 16 KiB of keys and as much of values, two of them on their way, where the device has room for that.
 
     An SM needs some 40 KiB on their way to keep its part of the bus busy. Room for a second program covers the moments
@@ -187,7 +188,7 @@ def config(head_dim: int, itemsize: int, device: Device) -> Config:
     tile = min(max(2**14 // token, 16), 128)
     num_warps = 4
     if itemsize == 4 or not device.tensor_cores:  # then products keep their factors in registers
-        tile, num_warps = min(tile, 32), 8
+        tile, num_warps = min(tile, 16 if codes else 32), 8
     in_flight = 2 if 2 * (2 * 2 * tile * token) <= device.shared_memory else 1
     return Config(tile, num_warps, num_stages=in_flight + 1)
 
@@ -227,7 +228,7 @@ def paged_attention(
         partial = query.new_empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32)
         log_sums = query.new_empty((num_seqs, num_heads, num_splits), dtype=torch.float32)
     shared = arguments(query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, kv_scales)
-    plan = config(head_dim, query.element_size(), device)
+    plan = config(head_dim, query.element_size(), device, kv_scales is not None)
     tiles = tile_sizes(num_heads // num_kv_heads, head_dim, block_size, plan)
     paged_attention_kernel[(num_seqs * num_kv_heads, num_splits)](
         out=partial,

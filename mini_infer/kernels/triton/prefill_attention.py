@@ -78,15 +78,14 @@ def walk(
         else:
             keys = tl.load(keys_here)
             values = tl.load(values_here)
-        keys, values = numbers(keys, KIND, queries), numbers(values, KIND, queries)
         if KIND != "":
-            seen = (tokens >= first) & (tokens <= last)
+            seen = ((tokens >= first) & (tokens <= last)) if EDGE else tokens >= 0
             scales_here = scales_at + block * scales_stride + offset
             key_scales = tl.load(scales_here, seen, other=0.0).to(tl.float32)
             value_scales = tl.load(scales_here + BLOCK_SIZE, seen, other=0.0).to(tl.float32)
         block = find_blocks(table, start + TILE, first, last + 1, BLOCK_SIZE, TILE)
 
-        scores = product(queries, tl.trans(keys))
+        scores = product(queries, tl.trans(numbers(keys, KIND, queries)))
         if KIND != "":
             scores *= key_scales[None, :]
         if EDGE:
@@ -103,6 +102,7 @@ def walk(
         total = total * correction + tl.sum(weights, axis=1)
         if KIND != "":
             weights *= value_scales[None, :]
+        values = numbers(values, KIND, queries)
         weighted = product(weights.to(values.dtype), values, weighted * correction[:, None])
         top = new_top
     return top, total, weighted
@@ -198,11 +198,13 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(group: int, head_dim: int, itemsize: int, device: Device, causal: bool) -> Config:
+def config(group: int, head_dim: int, itemsize: int, device: Device, causal: bool, codes: bool = False) -> Config:
     """128 rows for two groups of four warps: each key in shared memory is used 128 times, and the sums of a thread
     take 64 registers at head_dim 128. Small heads leave half of that to another program. Without tensor cores the
     factors, too, are held in registers, so rows are few and four warps of float32 would spill; but there are always
     rows enough for one token's heads. The ends of spans take registers, too: small heads then load one tile less ahead.
+
+    Taking codes apart needs registers, too: each thread then has half as many sums, and tiles of keys are half as long.
 
     Shared memory holds the queries and, for every stage, a tile of keys and one of values.
     """
@@ -214,6 +216,12 @@ def config(group: int, head_dim: int, itemsize: int, device: Device, causal: boo
         rows, tile, num_warps, num_stages = max(fewest, 64), 64, 4, 3 if causal else 2
     else:
         rows, tile, num_warps, num_stages = 128, 64, 8, 3
+    if codes:
+        tile = max(tile // 2, 16)
+        if rows // 2 >= max(fewest, 64):
+            rows //= 2
+        else:
+            num_warps *= 2
     while (rows + num_stages * 2 * tile) * row > device.shared_memory and num_stages > 1:
         if tile > 32:
             tile //= 2
@@ -250,7 +258,7 @@ def paged_prefill_attention(
     if scale < 0:
         query, scale = -query, -scale
     group = num_heads // num_kv_heads
-    plan = config(group, head_dim, query.element_size(), device_of(query), span == 1)
+    plan = config(group, head_dim, query.element_size(), device_of(query), span == 1, kv_scales is not None)
     tiles = tile_sizes(num_kv_heads, group, head_dim, block_size, plan)
     most_tiles = num_tokens // tiles["QUERIES"] + num_seqs
     paged_prefill_attention_kernel[(most_tiles * num_kv_heads,)](

@@ -93,6 +93,8 @@ def quantized_linear_kernel(
         for half in tl.static_range(HALVES):
             if KIND == "int8" or KIND == "fp8":
                 value = decoded(code, KIND)
+                if KIND == "fp8":
+                    value = tl.where(code & 0x7F == 0x7F, float("nan"), value)
             else:
                 number = ((code >> (4 * half)) & 15).to(tl.int32)
                 value = tl.load(table + number) if KIND == "table" else (number - zero).to(tl.float32)

@@ -96,4 +96,4 @@ def test_greedy_tokens_are_those_of_transformers(path: Path) -> None:
             with torch.inference_mode():
                 rows = reference(torch.tensor([given])).logits[0, len(answer.prompt_token_ids) - 1 : -1]
             for token, row in zip(answer.token_ids, rows, strict=True):
-                assert row.max() - row[token] < 1e-3, f"{prompt}: {answer.text!r}"
+                assert row.max() - row[token] < 1e-4, f"{prompt}: {answer.text!r}"

@@ -29,6 +29,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "dp": {"data_parallel_size": 2},
 }
 CORES = 2
+FEW = 4
 
 
 def draw(requests: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
@@ -105,13 +106,14 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="How many at once.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
     dtype: Annotated[str, typer.Option(help="Of the model.")] = "bfloat16",
+    each: Annotated[int, typer.Option(min=1, help="Prompts of each of 16 groups.")] = 16,
     keep: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/parallel.json.")] = False,
 ) -> None:
     """Measure layouts of two ranks beside one, and the router."""
     console = Console()
     figures = {"requests": requests, "rounds": rounds, "dtype": dtype, "layouts": compare(requests, rounds, dtype)}
-    figures["few"] = compare(4, rounds, dtype)
-    figures |= {"groups": 16, "each": 16, "hit_rates": hit_rates(16, 16)}
+    figures["few"] = {"requests": FEW, "layouts": compare(FEW, rounds, dtype)}
+    figures |= {"groups": 16, "each": each, "hit_rates": hit_rates(16, each)}
     console.print(figures)
     if keep:
         console.print(f"wrote {save('parallel', 'python -m benchmarks.parallel --save', figures)}")

@@ -60,6 +60,14 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "serving_rest": "{requests} requests from {clients} clients at once, of whom {left} left in the middle: "
         "{rate} output tokens per second; {equal} of {equal_of} answers equal the offline engine's, {wrong} differ; "
         "{blocks} KV blocks in use afterwards.",
+        "parallel": "| the tutor in {dtype}, output tokens per second | {requests} requests | | {few} requests | |",
+        "one": "one process with two threads",
+        "tp": "`tensor_parallel_size=2`, a thread each",
+        "pp": "`pipeline_parallel_size=2`, a thread each",
+        "dp": "`data_parallel_size=2`, a thread each",
+        "hit_rates": "{groups} groups of {each} prompts that begin alike: of all prompt tokens one replica finds {one} "
+        "in its prefix cache, two with the router {router}, and two that take turns {turns}.",
+        "no_parallel": "No figures are given here yet: that command has not been run with nothing beside it.",
         "gpu": "| section | figure | measured | bar | |",
         "no_gpu": "No figures are given here yet: neither the kernels nor the engine have been timed on a GPU. When "
         "they have, they will come from that file.",
@@ -110,6 +118,14 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "event_loop_lag": "事件循环的滞后",
         "serving_rest": "{clients} 个客户端同时发出 {requests} 个请求，其中 {left} 个中途离开：每秒输出 {rate} 个词元；"
         "{equal_of} 个回答中有 {equal} 个与离线引擎的完全相同，{wrong} 个不同；结束后仍被占用的 KV 块为 {blocks} 个。",
+        "parallel": "| 内置模型，{dtype}，每秒输出词元数 | {requests} 个请求 | | {few} 个请求 | |",
+        "one": "一个进程，两个线程",
+        "tp": "`tensor_parallel_size=2`，各一个线程",
+        "pp": "`pipeline_parallel_size=2`，各一个线程",
+        "dp": "`data_parallel_size=2`，各一个线程",
+        "hit_rates": "{groups} 组提示词，每组 {each} 个开头相同：全部提示词词元中，单个副本在前缀缓存里找到 {one}，"
+        "两个副本经路由分配找到 {router}，两个副本轮流找到 {turns}。",
+        "no_parallel": "这里暂时没有数字：这条命令还没有在空闲的机器上运行过。",
         "gpu": "| 项目 | 数字 | 实测 | 标准 | |",
         "no_gpu": "这里暂时没有数字，因为算子和引擎都还没有在 GPU 上测过。测过之后，一切数字都将取自该文件。",
         "pass": "达标",
@@ -150,6 +166,7 @@ def tables(language: str) -> dict[str, str]:
         "batching": batching_table(words),
         "quality": quality_table(results("quality"), words),
         "serving": serving_table(results("serving"), words),
+        "parallel": parallel_table(words),
         "gpu": gpu_tables(words),
     }
 
@@ -409,6 +426,21 @@ def serving_table(served: dict[str, Any], words: Mapping[str, str]) -> str:
         blocks=f"{figures['kv_blocks_in_use_afterwards']:.0f}",
     )
     return "\n".join([*lines, "", rest, "", _source(served, "serving", words)])
+
+
+def parallel_table(words: Mapping[str, str]) -> str:
+    """Two ranks beside one on the same cores, and what the router finds."""
+    if not (RESULTS / "parallel.json").exists():
+        return words["no_parallel"]
+    found = results("parallel")
+    figures = found["figures"]
+    few, rates = figures["few"], {name: f"{rate:.1%}" for name, rate in figures["hit_rates"].items()}
+    lines = [words["parallel"].format(**figures | {"few": few["requests"]}), "|---|---:|---:|---:|---:|"]
+    for name, many in figures["layouts"].items():
+        cells = (f"{each['tokens_per_second']:,.0f} | {each['of_one']:.2f}x" for each in (many, few["layouts"][name]))
+        lines.append(" | ".join([f"| {words[name]}", *cells]) + " |")
+    hits = words["hit_rates"].format(groups=figures["groups"], each=figures["each"], **rates)
+    return "\n".join([*lines, "", hits, "", _source(found, "parallel", words)])
 
 
 def _short(value: float) -> str:

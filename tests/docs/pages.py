@@ -24,6 +24,7 @@ FOLDERS = (
     "11_hiding_the_host",
     "12_serving",
     "13_quantization",
+    "14_two_ranks",
 )
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 EXTERNAL = re.compile(r"[a-z]+:")

@@ -30,6 +30,7 @@ def two_machines() -> Iterator[None]:
     """They have no other way to anywhere; whatever still runs there in the end is killed."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("needs root and iproute2, to make network namespaces")
+    remove()  # what a run that was killed has left
     try:
         for name in NAMES:
             ip("netns", "add", name)
@@ -43,7 +44,12 @@ def two_machines() -> Iterator[None]:
             ip("-n", name, "link", "set", "lo", "up")
         yield
     finally:
-        for name in NAMES:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
-            subprocess.run(["kill", "-9", *pids], check=False, capture_output=True)
-            subprocess.run(["ip", "netns", "delete", name], check=False)
+        remove()
+
+
+def remove() -> None:
+    """The machines, and whatever runs there."""
+    for name in NAMES:
+        pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+        subprocess.run(["kill", "-9", *pids], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)

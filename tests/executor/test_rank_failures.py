@@ -177,11 +177,16 @@ def test_many_starts_and_stops_leave_nothing(model: Path, tmp_path: Path, monkey
     def children() -> str:
         return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
 
+    def shared_memory() -> set[str]:  # whoever else uses this machine has names of his own
+        return {name for name in os.listdir("/dev/shm") if name.startswith(("torch", "sem.", "psm_", "__KMP"))}
+
     start(model).close()
-    before = open_files(), children(), sorted(os.listdir("/dev/shm"))
-    for _ in range(5):
+    before = open_files(), children()
+    in_shared_memory = shared_memory()
+    for _ in range(50):
         start(model).close()
-    assert (open_files(), children(), sorted(os.listdir("/dev/shm"))) == before
+    assert (open_files(), children()) == before
+    assert shared_memory() <= in_shared_memory
     assert not list(tmp_path.iterdir())
 
 

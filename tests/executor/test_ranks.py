@@ -19,7 +19,7 @@ from tests.engine.executors import Recording, interpose
 from tests.models.checkpoints import FAMILIES
 from tests.parallel.together import ThreadGroup, together
 
-from .layouts import PRESSURE, assert_same, draw_requests, is_running, make_model, pids_of
+from .layouts import PRESSURE, assert_same, draw_requests, is_running, make_model, pids_of, ranks_of
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,19 @@ def computed_in_threads(config: EngineConfig, steps: list[StepInput]) -> list[St
         return [runner.run(step).to_output(step) for step in steps]
 
     return together(2, work)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_recorded_decodes_of_shares_change_no_bit(model: Path, quantization: str | None) -> None:
+    """With the kernels for CPUs, which can be recorded: what ranks replay is what they compute step by step."""
+    fields = {**PRESSURE, "dtype": "bfloat16", "kernel_backend": None, "quantization": quantization}
+    with LLM(model, tensor_parallel_size=2, **fields) as engine:
+        steps, outputs = steps_and_outputs(engine, 6)
+    assert sum(step.num_decodes == len(step.context_lens) for step in steps) > 20
+    with LLM(model, tensor_parallel_size=2, enforce_eager=True, **fields) as engine:
+        executor = ranks_of(engine)
+        assert [executor.submit(step).result() for step in steps] == outputs
 
 
 def test_what_cannot_be_shared_out_is_refused_with_what_can(model: Path) -> None:

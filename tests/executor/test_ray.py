@@ -24,7 +24,7 @@ FIELDS = f'dtype="float64", device="cpu", kernel_backend={BACKEND!r}, num_gpu_bl
 PROMPTS = [[1, 2, 3], [200, 7], [9] * 20]
 PARAMS = SamplingParams(temperature=0.7, seed=3, max_tokens=30, ignore_eos=True)
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 64 * "a"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 64 * "a"}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,9 @@ print(ray.is_initialized())
 def test_on_one_machine(model: Path, expected: str, tmp_path: Path) -> None:
     """Killed once is a pause, twice an error; what there is no room for is refused; a Ray that was there stays."""
     script = ONE_MACHINE.format(model=str(model), prompts=PROMPTS, params=PARAMS, fields=FIELDS)
-    first, second, third, too_many, no_room, left = run(script, RANK_FAILURE=str(tmp_path / "order"))
+    lines = run(script, RANK_FAILURE=str(tmp_path / "order"))
+    assert len(lines) == 6, lines
+    first, second, third, too_many, no_room, left = lines
     assert first == expected
     assert second == f"{expected} False"
     assert third == "RankError"

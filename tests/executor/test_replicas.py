@@ -1,15 +1,17 @@
 """Replicas give each request what one of them would give alone, offline and to many at once."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from mini_infer import LLM, AsyncLLMEngine, SamplingParams
+from mini_infer import LLM, AsyncLLMEngine, EngineConfig, SamplingParams
 from mini_infer.engine.replicas import Replicas
 from mini_infer.exceptions import InvalidConfigError
-from mini_infer.executor.ranks import RankExecutor
+from mini_infer.executor.ranks import RankExecutor, lay_out
 
 from .layouts import PRESSURE, assert_same, draw_requests, make_model
 
@@ -109,6 +111,40 @@ def test_many_tasks(model: Path, alone: LLM) -> None:
 
     expected = alone.generate(prompts, params, False)
     asyncio.run(main())
+
+
+def test_each_writes_a_trace_of_its_own(model: Path, tmp_path: Path) -> None:
+    fields = {**PRESSURE, "trace": tmp_path / "run.json", "data_parallel_size": 2}
+    prompts, params = draw_requests(35, 8)
+    with LLM(model, **fields) as engine:
+        engine.generate(prompts, params, False)
+        num_steps = [each.num_steps for each in engine.stats_per_replica()]
+    traces = [json.loads((tmp_path / f"run.{replica}.json").read_text()) for replica in range(2)]
+    assert [sum(event["name"] == "step" for event in trace) for trace in traces] == num_steps
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.0.json", "run.1.json"]
+
+
+def test_lists_and_ranges_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are eight GPUs; and replicas are as many as they are enough for."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cards = [f"cuda:{number}" for number in range(8)]
+    for device, sizes, named, replicas in (
+        ("cuda:*", {}, cards, 8),
+        ("cuda:*", {"tensor_parallel_size": 4}, cards, 2),
+        ("cuda:2-5", {"pipeline_parallel_size": 2}, cards[2:6], 2),
+        (["cuda:7", "cuda:0"], {"tensor_parallel_size": 2}, ["cuda:7", "cuda:0"], 1),
+        ("cuda:1,cpu", {}, ["cuda:1", "cpu"], 2),
+        ("cuda", {"tensor_parallel_size": 2, "data_parallel_size": 2}, cards[:4], 2),
+        ("auto", {"tensor_parallel_size": 2}, cards[:2], 1),
+        ("auto", {}, ["auto"], 1),
+        ("cpu:3", {}, ["cpu"] * 3, 3),
+        ("cpu", {"tensor_parallel_size": 2}, ["cpu"] * 2, 1),
+    ):
+        config, devices = lay_out(EngineConfig(device=device, **sizes))
+        assert (devices, config.data_parallel_size) == (named, replicas), (device, sizes)
+    with pytest.raises(InvalidConfigError, match="16 ranks were asked for and torch sees 8 GPUs"):
+        lay_out(EngineConfig(tensor_parallel_size=16))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ RECORDED = """
 import sys
 import torch
 from mini_infer.kernels.cpu.recording import cpu_capture
-from mini_infer.parallel.group import join
+from mini_infer.parallel.group import interface_of, join
 rank, port = int(sys.argv[1]), int(sys.argv[2])
-group, _ = join(("127.0.0.1", port), rank, 1, 2, torch.device("cpu"), "lo", 60.0)
+group, _ = join(("127.0.0.1", port), rank, 1, 2, torch.device("cpu"), interface_of("127.0.0.1"), 60.0)
 assert not group.on_device
 x = torch.full((2, 3), 1.0 + rank)
 with torch.inference_mode():

@@ -24,7 +24,12 @@ FIELDS = f'dtype="float64", device="cpu", kernel_backend={BACKEND!r}, num_gpu_bl
 PROMPTS = [[1, 2, 3], [200, 7], [9] * 20]
 PARAMS = SamplingParams(temperature=0.7, seed=3, max_tokens=30, ignore_eos=True)
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": 64 * "a"}
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # by itself it has workers give way to everybody
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": 64 * "a",
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def run(script: str, *before: str, **environment: str) -> list[str]:
     """The lines that a script prints."""
     done = subprocess.run(
         [*before, sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, **QUIET, **environment},
+        env={**os.environ, **ENVIRONMENT, **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -121,7 +126,9 @@ def cluster() -> Iterator[str]:
         head = ["--head", "--port", "6399", "--include-dashboard", "false", "--temp-dir", directory]
         for place, more in ((0, head), (1, ["--address", address])):
             command = [*on(place), *ray, "--node-ip-address", ADDRESSES[place], *more]
-            done = subprocess.run(command, env={**os.environ, **QUIET}, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=120
+            )
             assert done.returncode == 0, done.stderr
         yield address
     shutil.rmtree(directory, ignore_errors=True)

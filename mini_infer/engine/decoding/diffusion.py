@@ -23,7 +23,7 @@ from typing import NamedTuple
 from mini_infer.engine.describe import Answer, Wanted
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import Rule
-from mini_infer.engine.token_logprobs import token_logprobs
+from mini_infer.engine.token_logprobs import PlaceLogprobs
 from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.random import uniforms
@@ -186,7 +186,7 @@ class Diffusion:
         for position in range(first, sequence.num_known_tokens):
             _, token_id, logprob, score = canvas.written.pop(position)
             stops = token_id in self._options.stop_token_ids
-            place = None if score is None else token_logprobs(token_id, score, self._decode_token)
+            place = None if score is None else PlaceLogprobs(token_id, score, self._decode_token)
             text += completion.append(token_id, logprob, place, is_text=not stops)
             num_new += 1
             if stops:

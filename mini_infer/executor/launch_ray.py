@@ -7,6 +7,7 @@ if somebody had started it by hand; what is said in a step does not go by way of
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +22,14 @@ except ImportError as error:
     raise InvalidConfigError("launch='ray' needs Ray: pip install 'mini-infer[ray]'") from error
 
 from mini_infer.exceptions import InvalidConfigError, RankError
-from mini_infer.executor.launch import Joined, RankProcess, call, thread_limits
+from mini_infer.executor.launch import Joined, RankProcess, thread_limits
+from mini_infer.executor.launch import call as call_driver
 
 PLACEMENT_SECONDS = 60.0
 """How long the cluster may take to make room."""
+
+_GLANCE_SECONDS = 1.0
+"""How often to look whether an actor that has not called yet has failed."""
 
 
 @dataclass
@@ -50,7 +55,7 @@ class _Actor:
         from mini_infer.executor.rank import serve
 
         os.environ.update(thread_limits(num_threads))  # before torch is imported
-        connection, machine = call(address, key, timeout)
+        connection, machine = call_driver(address, key, timeout)
         serve(connection, machine, device)
 
 
@@ -68,6 +73,7 @@ class RayActors:
     can_restart = True
 
     def __init__(self, devices: Sequence[str]) -> None:
+        self._lock = threading.Lock()
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             ray.init(log_to_driver=False, logging_level="ERROR")
@@ -92,17 +98,34 @@ class RayActors:
                 cpus, gpus = self._bundle["CPU"], self._bundle.get("GPU", 0)
                 actors.append(kind.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=strategy).remote())
             device = "cuda" if "GPU" in self._bundle else "cpu"
-            for place, actor in enumerate(actors):  # one calls at a time, so it is known who does
-                address = f"{self.host}:{self._joined.port}"
-                actor.serve.remote(address, self._key, device, int(self._bundle["CPU"]), timeout)
-                joined = self._joined.accept(deadline, place, size)
-                ranks.append(RayRank(joined.connection, machine=joined.machine, group=group))
+            address = f"{self.host}:{self._joined.port}"
+            with self._lock:  # replicas start at the same time, and who calls is one of those that were told to
+                for place, actor in enumerate(actors):
+                    call = actor.serve.remote(address, self._key, device, int(self._bundle["CPU"]), timeout)
+                    joined = self._accept(call, deadline, place, size)
+                    ranks.append(RayRank(joined.connection, machine=joined.machine, group=group))
         except BaseException:
             for rank in ranks:
                 rank.close(kill=True)
             _give_back(group)
             raise
         return ranks
+
+    def _accept(self, call: Any, deadline: float, place: int, size: int) -> RankProcess:
+        """The connection of the actor that was called, unless that has failed."""
+        while True:
+            try:
+                return self._joined.accept(min(deadline, time.monotonic() + _GLANCE_SECONDS), place, size)
+            except RankError:
+                if not ray.wait([call], timeout=0)[0] and time.monotonic() < deadline:
+                    continue
+                try:
+                    ray.get(call, timeout=0)
+                except ray.exceptions.GetTimeoutError:
+                    pass
+                except Exception as error:
+                    raise RankError(f"the actor of rank {place} has failed: {error}") from None
+                raise
 
     def _place(self, size: int) -> Any:
         """Room for a replica's ranks, on as few machines as there can be."""

@@ -92,13 +92,15 @@ class DistributedGroup:
         return x
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
-        widest = max(widths)
+        widest, device = max(widths), x.device
+        x = x if self.on_device else x.cpu()  # gloo adds and tells tensors of a GPU, and can do no more with them
         x = functional.pad(x, (0, widest - x.shape[-1])).contiguous()  # torch's own gather wants equal shapes
         pieces = [torch.empty_like(x) for _ in widths] if self.rank == 0 else None
         dist.gather(x, pieces, dst=self.first, group=self.group)
         if pieces is None:
             return None
-        return torch.cat([piece[..., :width] for piece, width in zip(pieces, widths, strict=True)], dim=-1)
+        whole = torch.cat([piece[..., :width] for piece, width in zip(pieces, widths, strict=True)], dim=-1)
+        return whole.to(device)
 
     def tell(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -112,10 +114,12 @@ class Link:
 
     Attributes:
         before, after: the ranks there, among all of the replica; None at the ends.
+        on_device: tensors are sent as they are, by NCCL; gloo takes those of a CPU.
     """
 
     before: int | None = None
     after: int | None = None
+    on_device: bool = False
     _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def send(self, x: Tensor) -> None:
@@ -123,13 +127,14 @@ class Link:
         assert self.after is not None
         while self._sent and self._sent[0][0].is_completed():
             self._sent.pop(0)
-        self._sent.append((dist.isend(x.contiguous(), self.after), x))
+        x = (x if self.on_device else x.cpu()).contiguous()
+        self._sent.append((dist.isend(x, self.after), x))
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the stage before sent."""
-        x = torch.empty(*shape, dtype=dtype, device=device)
+        x = torch.empty(*shape, dtype=dtype, device=device if self.on_device else "cpu")
         dist.recv(x, self.before)
-        return x
+        return x.to(device)
 
 
 def check_available() -> None:
@@ -192,11 +197,12 @@ def join(
     if device.type == "cuda" and dist.is_nccl_available() and _has_card_of_its_own(meeting, device, rank, size):
         backend = "nccl"
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=waiting)
-    link = Link(rank - shards if stage > 0 else None, rank + shards if stage < stages - 1 else None)
+    on_device = backend == "nccl"
+    link = Link(rank - shards if stage > 0 else None, rank + shards if stage < stages - 1 else None, on_device)
     if shards == 1:
         return ALONE, link
     groups = [dist.new_group(list(range(each * shards, (each + 1) * shards))) for each in range(stages)]
-    return DistributedGroup(shard, shards, stage * shards, backend == "nccl", groups[stage]), link
+    return DistributedGroup(shard, shards, stage * shards, on_device, groups[stage]), link
 
 
 def _has_card_of_its_own(store: Any, device: torch.device, rank: int, size: int) -> bool:

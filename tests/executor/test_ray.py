@@ -44,7 +44,7 @@ def expected(model: Path) -> str:
 
 
 def run(script: str, *before: str, **environment: str) -> list[str]:
-    """The lines that a script prints."""
+    """The lines that a script prints; Ray's own begin with who says them, in brackets and colours."""
     done = subprocess.run(
         [*before, sys.executable, "-c", textwrap.dedent(script)],
         env={**os.environ, **ENVIRONMENT, **environment},
@@ -53,7 +53,7 @@ def run(script: str, *before: str, **environment: str) -> list[str]:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [line for line in done.stdout.splitlines() if not line.startswith(("(", "\x1b"))]
 
 
 ONE_MACHINE = """
@@ -76,6 +76,8 @@ with LLM({model!r}, **fields) as llm:
         tokens(llm)
     except RankError as error:
         print("RankError")
+with LLM({model!r}, **{{**fields, "tensor_parallel_size": 1, "data_parallel_size": 2}}) as llm:
+    print(tokens(llm))
 try:
     LLM({model!r}, **{{**fields, "tensor_parallel_size": 4}})
 except InvalidConfigError as error:
@@ -97,9 +99,9 @@ def test_on_one_machine(model: Path, expected: str, tmp_path: Path) -> None:
     """Killed once is a pause, twice an error; what there is no room for is refused; a Ray that was there stays."""
     script = ONE_MACHINE.format(model=str(model), prompts=PROMPTS, params=PARAMS, fields=FIELDS)
     lines = run(script, RANK_FAILURE=str(tmp_path / "order"))
-    assert len(lines) == 6, lines
-    first, second, third, too_many, no_room, left = lines
-    assert first == expected
+    assert len(lines) == 7, lines
+    first, second, third, replicas, too_many, no_room, left = lines
+    assert first == replicas == expected
     assert second == f"{expected} False"
     assert third == "RankError"
     assert "4 ranks need as many cores, and the cluster has 2" in too_many

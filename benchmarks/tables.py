@@ -68,6 +68,16 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "hit_rates": "{groups} groups of {each} prompts that begin alike: of all prompt tokens one replica finds {one} "
         "in its prefix cache, two with the router {router}, and two that take turns {turns}.",
         "no_parallel": "No figures are given here yet: that command has not been run with nothing beside it.",
+        "canvas: 1 request": "1 request",
+        "canvas: 16 requests": "16 requests",
+        "canvas: 1 request, prefix reuse": "1 request, prefix reuse",
+        "canvas: exact": "exact",
+        "canvas: threshold": "threshold 0.9",
+        "canvas: prefix": "prefix reuse",
+        "canvas: prefix and threshold": "prefix reuse and threshold 0.9",
+        "diffusion": "| model | requests | published sampler | exact | faster, approximate |",
+        "diffusion_answers": "| way | tokens for each pass | right, of {questions} | as the exact one |",
+        "no_diffusion": "No figures are given here yet; they come from `benchmarks/results/diffusion-cpu.json`.",
         "gpu": "| section | figure | measured | bar | |",
         "no_gpu": "No figures are given here yet: neither the kernels nor the engine have been timed on a GPU. When "
         "they have, they will come from that file.",
@@ -126,6 +136,16 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "hit_rates": "{groups} 组提示词，每组 {each} 个开头相同：全部提示词词元中，单个副本在前缀缓存里找到 {one}，"
         "两个副本经路由分配找到 {router}，两个副本轮流找到 {turns}。",
         "no_parallel": "这里暂时没有数字：这条命令还没有在空闲的机器上运行过。",
+        "canvas: 1 request": "1 个请求",
+        "canvas: 16 requests": "16 个请求",
+        "canvas: 1 request, prefix reuse": "1 个请求，前缀复用",
+        "canvas: exact": "精确",
+        "canvas: threshold": "阈值 0.9",
+        "canvas: prefix": "前缀复用",
+        "canvas: prefix and threshold": "前缀复用与阈值 0.9",
+        "diffusion": "| 模型 | 请求 | 公开的采样器 | 精确 | 更快，近似 |",
+        "diffusion_answers": "| 方式 | 每遍写下的词元 | {questions} 题中答对 | 与精确解码相同 |",
+        "no_diffusion": "这里还没有数字；它们将来自 `benchmarks/results/diffusion-cpu.json`。",
         "gpu": "| 项目 | 数字 | 实测 | 标准 | |",
         "no_gpu": "这里暂时没有数字，因为算子和引擎都还没有在 GPU 上测过。测过之后，一切数字都将取自该文件。",
         "pass": "达标",
@@ -167,6 +187,7 @@ def tables(language: str) -> dict[str, str]:
         "quality": quality_table(results("quality"), words),
         "serving": serving_table(results("serving"), words),
         "parallel": parallel_table(words),
+        "diffusion": diffusion_table(words),
         "gpu": gpu_tables(words),
     }
 
@@ -347,6 +368,37 @@ def gpu_tables(words: Mapping[str, str]) -> str:
         )
         tables.append("\n".join([*lines, "", source]))
     return "\n\n".join(tables) or words["no_gpu"]
+
+
+# ---- diffusion models ---------------------------------------------------------------------------------------------
+
+
+def diffusion_table(words: Mapping[str, str]) -> str:
+    """Seconds beside the published sampler, and what is exact and what is not."""
+    if not (RESULTS / "diffusion-cpu.json").exists():
+        return words["no_diffusion"]
+    found = results("diffusion-cpu")
+    lines, answers = [words["diffusion"], "|---|---|---:|---:|---:|"], []
+    for model in ("random", "tutor"):
+        for case, one in (found["figures"][model] or {}).items():
+            if "published_seconds" in one:
+                cells = (
+                    f"{one[f'{way}_seconds']} s ({one[f'{way}_over_published']}x)" if f"{way}_seconds" in one else "-"
+                    for way in ("exact", "faster")
+                )
+                name = found["figures"]["shape"] if model == "random" else model
+                lines.append(
+                    f"| `{name}` | {words[f'canvas: {case}']} | {one['published_seconds']} s | {' | '.join(cells)} |"
+                )
+            else:
+                answers.append(
+                    f"| {words[f'canvas: {case}']} "
+                    f"| {one['tokens_per_pass']} | {one['right']} | {one['same_as_exact']} |"
+                )
+    if answers:
+        questions = found["figures"]["tutor"]["exact"]["questions"]
+        lines += ["", words["diffusion_answers"].format(questions=questions), "|---|---:|---:|---:|", *answers]
+    return "\n".join([*lines, "", _source(found, "diffusion-cpu", words)])
 
 
 # ---- scheduling and serving --------------------------------------------------------------------------------------

@@ -13,6 +13,14 @@ MAX_GEN_LENGTH = 8192
 
 REMASKINGS = ("low_confidence", "random")
 
+KV_REUSES = ("prefix",)
+
+DIFFUSION_OPTIONS = (
+    *("gen_length", "steps", "block_length", "cfg_scale", "remasking"),
+    *("threshold", "factor", "kv_reuse", "refresh_interval"),
+)
+"""What means something to diffusion models alone."""
+
 MAX_STOP_STRINGS = 64
 """Most stop strings of a request."""
 
@@ -83,6 +91,19 @@ class SamplingParams:
         None, "Diffusion models: which tokens of a step stay masked: those of low_confidence (None), or random ones"
     )
 
+    threshold: float | None = option(
+        None, "Diffusion models: instead of steps, keep every token at least so likely, 0 to 1; fewer passes"
+    )
+    factor: float | None = option(
+        None, "Diffusion models: instead of steps, keep n tokens while (n + 1)(1 - p) is less for the n-th likeliest"
+    )
+    kv_reuse: str | None = option(
+        None, "Diffusion models: 'prefix' computes what stands before a block once for each block; approximate"
+    )
+    refresh_interval: int | None = option(
+        None, "Diffusion models: and again every so many steps; None is once for each block"
+    )
+
     def __post_init__(self) -> None:
         error = InvalidRequestError
         check_int(error, "n", self.n, 1, 1024)
@@ -108,6 +129,14 @@ class SamplingParams:
             check_number(error, "cfg_scale", self.cfg_scale, 0)
         if self.remasking is not None:
             check_choice(error, "remasking", self.remasking, REMASKINGS)
+        if self.threshold is not None:
+            check_number(error, "threshold", self.threshold, 0, 1)
+        if self.factor is not None:
+            check_number(error, "factor", self.factor, 0, open_low=True)
+        if self.kv_reuse is not None:
+            check_choice(error, "kv_reuse", self.kv_reuse, KV_REUSES)
+        if self.refresh_interval is not None:
+            check_int(error, "refresh_interval", self.refresh_interval, 1)
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise error(f"cache_salt must be a non-empty string, got {self.cache_salt!r}; leave it out for none")
         check_bool(error, "prompt_embedding", self.prompt_embedding)
@@ -173,8 +202,7 @@ class SamplingParams:
     @property
     def diffusion_options(self) -> dict[str, object]:
         """Those of the options that mean something to diffusion models alone which were given."""
-        names = ("gen_length", "steps", "block_length", "cfg_scale", "remasking")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in DIFFUSION_OPTIONS if getattr(self, name) is not None}
 
     @property
     def has_penalties(self) -> bool:

@@ -24,7 +24,13 @@ from mini_infer.compat.http import NEUTRAL
 from mini_infer.engine.tokenizer import whole_text
 from mini_infer.engine.tools import MAX_TOOLS
 from mini_infer.exceptions import InvalidRequestError
-from mini_infer.sampling import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from mini_infer.sampling import (
+    DIFFUSION_OPTIONS,
+    MAX_STOP_STRING_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 from mini_infer.serving.limits import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_MESSAGES
 from mini_infer.serving.tool_fields import (
     ResponseFormat,
@@ -123,11 +129,15 @@ class SamplingBody(Body):
     block_length: int | None = Field(None, description=f"Extension. {_HELP['block_length']}")
     cfg_scale: float | None = Field(None, description=f"Extension. {_HELP['cfg_scale']}")
     remasking: str | None = Field(None, description=f"Extension. {_HELP['remasking']}")
+    threshold: float | None = Field(None, description=f"Extension. {_HELP['threshold']}")
+    factor: float | None = Field(None, description=f"Extension. {_HELP['factor']}")
+    kv_reuse: str | None = Field(None, description=f"Extension. {_HELP['kv_reuse']}")
+    refresh_interval: int | None = Field(None, description=f"Extension. {_HELP['refresh_interval']}")
 
     _SAMPLING: ClassVar = (
         *("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
         *("repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "skip_special_tokens", "cache_salt"),
-        *("gen_length", "steps", "block_length", "cfg_scale", "remasking"),
+        *DIFFUSION_OPTIONS,
     )
 
     def sampling_params(self, defaults: SamplingParams, **settled: Any) -> SamplingParams:
@@ -146,7 +156,8 @@ class SamplingBody(Body):
         most = settled.get("max_tokens")
         if defaults.diffusion_options and most is not None and self.gen_length is None:
             # A canvas of so many masks, each written by a step of its own unless that is said.
-            given = {"steps": most, **given, "gen_length": most}
+            decides_itself = self.threshold is not None or self.factor is not None
+            given = {**({} if decides_itself else {"steps": most}), **given, "gen_length": most}
         return replace(defaults, **{**given, **settled})
 
 

@@ -14,7 +14,7 @@ import torch
 from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from mini_infer.random import uniforms
-from tests.models.llada import MASK, PlainLLaDA, make_llada_checkpoint
+from tests.models.llada import MASK, Cache, PlainLLaDA, make_llada_checkpoint
 
 from .checkpoints import EOS, make_engine_checkpoint, save_tokenizer
 
@@ -48,8 +48,16 @@ def published(
     remasking: str = "low_confidence",
     seed: int = 0,
     index: int = 0,
+    threshold: float | None = None,
+    factor: float | None = None,
+    reuse: bool = False,
+    refresh_interval: int | None = None,
 ) -> list[int]:
-    """LLaDA's ``generate``; steps that would write nothing are not counted, and a mask is never an answer."""
+    """LLaDA's ``generate``; steps that would write nothing are not counted, and a mask is never an answer.
+
+    With a threshold, a factor or reuse of the prefix, it is Fast-dLLM's.
+    """
+    caches: tuple[Cache, Cache] = {}, {}
     x = [*prompt, *[MASK] * gen_length]
     num_blocks = -(-gen_length // block_length)
     round_ = 0
@@ -58,13 +66,18 @@ def published(
         end = min(start + block_length, len(x))
         num_masks = end - start
         num_steps = max(1, steps // num_blocks + (block < steps % num_blocks))
+        if threshold is not None or factor is not None:
+            num_steps = num_masks
         for step in range(num_steps):
             num_transfer = num_masks // num_steps + (step < num_masks % num_steps)
-            if num_transfer == 0:
+            if num_transfer == 0 or MASK not in x[start:end]:
                 continue
-            logits = plain(x)
+            is_reused = reuse and step % (refresh_interval or num_masks) != 0
+            first = start if is_reused else 0
+            logits = torch.cat((torch.zeros(first, 262), plain(x, first, caches[0])))
             if cfg_scale:
-                without = plain([*[MASK] * len(prompt), *x[len(prompt) :]])
+                without = plain([*[MASK] * len(prompt), *x[len(prompt) :]], first, caches[1])
+                without = torch.cat((torch.zeros(first, 262), without))
                 logits = without + (cfg_scale + 1) * (logits - without)
             logits[:, MASK] = -torch.inf
             probabilities = logits.softmax(dim=-1)
@@ -82,7 +95,13 @@ def published(
                 confidence[i] = float(probabilities[i, answers[i]])
                 if remasking == "random":
                     confidence[i] = float(uniforms([seed], [index], [i + 2**32 * round_ + 2**62])[0])
-            for i in sorted(confidence, key=lambda i: (-confidence[i], i))[:num_transfer]:
+            best = sorted(confidence, key=lambda i: (-confidence[i], i))
+            if threshold is not None:
+                num_transfer = max(1, len([i for i in best if confidence[i] >= threshold]))
+            if factor is not None:
+                fits = [(n + 2) * (1 - confidence[i]) < factor for n, i in enumerate(best)]
+                num_transfer = max([1, *(n + 1 for n, fit in enumerate(fits) if fit)])
+            for i in best[:num_transfer]:
                 x[i] = answers[i]
             round_ += 1
     return x[len(prompt) :]
@@ -99,6 +118,17 @@ CASES = [
     {"gen_length": 12, "steps": 4, "block_length": 6, "remasking": "random"},
     {"gen_length": 11, "steps": 11, "block_length": 4, "remasking": "random", "temperature": 1.3},
     {"gen_length": 8, "steps": 3, "block_length": 8, "temperature": 0.3},
+]
+
+
+FASTER = [
+    {"gen_length": 15, "block_length": 5, "threshold": 0.15},
+    {"gen_length": 12, "threshold": 0.9},
+    {"gen_length": 12, "block_length": 7, "factor": 1.9},
+    {"gen_length": 16, "steps": 16, "block_length": 8, "kv_reuse": "prefix"},
+    {"gen_length": 15, "steps": 9, "block_length": 6, "kv_reuse": "prefix", "refresh_interval": 2},
+    {"gen_length": 12, "steps": 12, "block_length": 6, "kv_reuse": "prefix", "cfg_scale": 1.0, "temperature": 0.6},
+    {"gen_length": 18, "block_length": 6, "kv_reuse": "prefix", "threshold": 0.2},
 ]
 
 
@@ -129,6 +159,23 @@ def test_tokens_are_those_of_the_published_loop_alone_and_in_a_batch(tmp_path: P
     assert tokens(model.llm.generate(given, params)) == expected
     twice = model.llm.generate([*given, *given], [*params, *params])
     assert tokens(twice) == [*expected, *expected]
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_what_is_faster_is_what_its_paper_says(tmp_path: Path, seed: int) -> None:
+    model = load(tmp_path, seed)
+    given = prompts(len(FASTER), 6)
+    expected = []
+    for place, (prompt, case) in enumerate(zip(given, FASTER, strict=True)):
+        own = {"steps": 1, "block_length": case["gen_length"], **case, "reuse": "kv_reuse" in case, "seed": place}
+        own.pop("kv_reuse", None)
+        expected.append(published(model.plain, prompt, **own))  # type: ignore[arg-type]
+    params = [sampling(case, seed=place) for place, case in enumerate(FASTER)]
+    assert tokens(model.llm.generate(given, params)) == expected
+    always = [sampling({**case, "kv_reuse": "prefix", "refresh_interval": 1}, seed=1) for case in CASES]
+    others = prompts(len(CASES), 7)
+    exact = [sampling(case, seed=1) for case in CASES]
+    assert tokens(model.llm.generate(others, always)) == tokens(model.llm.generate(others, exact))
 
 
 def test_completions_are_drawn_apart(model: Model) -> None:
@@ -247,6 +294,10 @@ def test_a_small_budget_and_few_blocks_change_nothing(model: Model) -> None:
         ({"steps": 0}, "steps must be an integer from 1 to 8192, got 0"),
         ({"block_length": 0}, "block_length must be an integer of at least 1, got 0"),
         ({"cfg_scale": -1.0}, "cfg_scale must be a finite number of at least 0, got -1.0"),
+        ({"threshold": 1.5}, "threshold must be a finite number of at least 0 and at most 1, got 1.5"),
+        ({"factor": 0.0}, "factor must be a finite number of more than 0, got 0.0"),
+        ({"kv_reuse": "suffix"}, "kv_reuse must be one of 'prefix', got 'suffix'"),
+        ({"refresh_interval": 0}, "refresh_interval must be an integer of at least 1, got 0"),
         ({"remasking": "x"}, "remasking must be one of 'low_confidence', 'random', got 'x'"),
     ],
 )
@@ -259,6 +310,10 @@ def test_bad_values_are_refused_at_once(option: dict[str, object], message: str)
     ("option", "message"),
     [
         ({"gen_length": 250}, "gen_length=250, but behind a prompt of 10 tokens there is room for 246"),
+        ({"threshold": 0.9, "steps": 5}, "steps=5 beside threshold"),
+        ({"threshold": 0.9, "factor": 1.0}, "factor=1.0 beside threshold"),
+        ({"factor": 1.0, "remasking": "random"}, "remasking='random' beside factor"),
+        ({"refresh_interval": 4}, "refresh_interval without kv_reuse"),
         ({"min_tokens": 1}, "min_tokens=1: a diffusion model writes in any order"),
         ({"presence_penalty": 1.0}, "presence_penalty=1.0: a diffusion model"),
         ({"prompt_logprobs": 1}, "prompt_logprobs=1: a diffusion model"),

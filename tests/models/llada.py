@@ -12,6 +12,9 @@ from torch.nn import functional
 
 MASK = 259
 
+Cache = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values of each layer."""
+
 
 def make_llada_checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.float64, **overrides: Any) -> Path:
     """A model whose shape and weights are drawn from ``seed``; ``overrides`` are config.json's own names."""
@@ -75,20 +78,24 @@ def make_llada_checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.floa
 
 
 class PlainLLaDA:
-    """Logits of every token of one sequence, each of which sees all others."""
+    """Logits of every token of one sequence, each of which sees all others.
+
+    With a cache, which a call without a start fills, only the tokens from ``start`` on are computed, and see what it
+    holds of those before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         self.weights = {name: w.double() for name, w in load_file(path / "model.safetensors").items()}
 
-    def __call__(self, token_ids: list[int]) -> Tensor:
+    def __call__(self, token_ids: list[int], start: int = 0, cache: Cache | None = None) -> Tensor:
         config = self.config
         num_heads, num_kv_heads = config["n_heads"], config["n_kv_heads"]
         head_dim = config["d_model"] // num_heads
         frequencies = config["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         turns = torch.polar(
-            torch.ones(len(token_ids), head_dim // 2, dtype=torch.float64),
-            torch.outer(torch.arange(len(token_ids), dtype=torch.float64), frequencies),
+            torch.ones(len(token_ids) - start, head_dim // 2, dtype=torch.float64),
+            torch.outer(torch.arange(start, len(token_ids), dtype=torch.float64), frequencies),
         )
 
         def weight(name: str) -> Tensor:
@@ -104,13 +111,18 @@ class PlainLLaDA:
                 x = torch.cat((pairs.real, pairs.imag), dim=-1)
             return x.repeat_interleave(num_heads // count, dim=0)
 
-        x = weight("wte")[token_ids]
+        x = weight("wte")[token_ids[start:]]
         for layer in range(config["n_layers"]):
             at = f"blocks.{layer}"
             normed = norm(x, f"{at}.attn_norm")
             q = heads(normed @ weight(f"{at}.q_proj").T, num_heads, True)
             k = heads(normed @ weight(f"{at}.k_proj").T, num_kv_heads, True)
             v = heads(normed @ weight(f"{at}.v_proj").T, num_kv_heads, False)
+            if start:
+                assert cache is not None
+                k, v = (torch.cat((old[:, :start], new), dim=1) for old, new in zip(cache[layer], (k, v), strict=True))
+            elif cache is not None:
+                cache[layer] = k, v
             scores = (q @ k.transpose(1, 2) / head_dim**0.5).softmax(dim=-1)
             x = x + (scores @ v).transpose(0, 1).flatten(1) @ weight(f"{at}.attn_out").T
             normed = norm(x, f"{at}.ff_norm")

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mini_infer.engine.decoding.diffusion import DiffusionOptions, reveals
+from mini_infer.engine.decoding.diffusion import DiffusionOptions, counts
 from mini_infer.engine.rules import Rule
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import SamplingParams
@@ -62,6 +62,18 @@ class Canvas:
                     "leave it out"
                 )
         gen_length = params.gen_length or min(DEFAULT_GEN_LENGTH, room)
+        if params.threshold is not None or params.factor is not None:
+            name = "factor" if params.threshold is None else "threshold"
+            others = {"steps": params.steps, "factor": params.factor if name == "threshold" else None}
+            for other, value in others.items():
+                if value is not None:
+                    raise InvalidRequestError(
+                        f"{other}={value!r} beside {name}, which decides how many tokens a step keeps; give one"
+                    )
+            if params.remasking == "random":
+                raise InvalidRequestError(f"remasking='random' beside {name}, which goes by confidence; give one")
+        if params.refresh_interval is not None and params.kv_reuse is None:
+            raise InvalidRequestError("refresh_interval without kv_reuse, where every step computes all; give both")
         if gen_length > room:
             raise InvalidRequestError(
                 f"gen_length={gen_length}, but behind a prompt of {len(prompt_token_ids)} tokens there is room for "
@@ -113,10 +125,17 @@ class Canvas:
     def options(self, rules: tuple[Rule, ...], stop_token_ids: frozenset[int], seed: int) -> DiffusionOptions:
         params = self.params
         steps = params.steps or min(DEFAULT_STEPS, self.gen_length)
+        block_length = min(params.block_length or self.gen_length, self.gen_length)
         return DiffusionOptions(
             mask_token_id=self.model.mask_token_id,
             shift=self.model.shift,
-            reveals=reveals(self.gen_length, steps, params.block_length or self.gen_length),
+            gen_length=self.gen_length,
+            block_length=block_length,
+            counts=counts(self.gen_length, steps, block_length),
+            threshold=params.threshold,
+            factor=params.factor,
+            reuses_prefix=params.kv_reuse == "prefix",
+            refresh_interval=params.refresh_interval,
             cfg_scale=params.cfg_scale or 0.0,
             in_random_order=params.remasking == "random",
             stop_token_ids=stop_token_ids,

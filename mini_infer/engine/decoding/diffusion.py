@@ -11,7 +11,12 @@ each with its share of the steps. These are the rules of LLaDA's sampler, with w
 - the answer ends as soon as all before its first end-of-sequence token is written. As what is written never changes,
   the text is the same as if the rest had been written, too.
 
+Two options are faster and another algorithm: to keep as many tokens as are sure enough, instead of equally many each
+step; and, within a block, not to compute again what stands before it.
+
 Nie et al., Large Language Diffusion Models, 2025, https://arxiv.org/abs/2502.09992
+Wu et al., Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding, 2025,
+https://arxiv.org/abs/2505.22618
 """
 
 import logging
@@ -40,28 +45,19 @@ _ORDERS = 1 << 62
 """Added where a number decides the order in which tokens are kept, and not a token."""
 
 
-class Reveal(NamedTuple):
-    """One step of a canvas: ``num_tokens`` masks between ``start`` and ``end``, places in the answer, are written."""
-
-    start: int
-    end: int
-    num_tokens: int
-
-
-def reveals(gen_length: int, steps: int, block_length: int) -> tuple[Reveal, ...]:
-    """Which step writes how much of an answer.
+def counts(gen_length: int, steps: int, block_length: int) -> tuple[int, ...]:
+    """How many tokens each step of an answer writes.
 
     Every block gets its share of the steps, the first ones one more if they do not divide, and at least one. In a block
     every step writes equally many, the first ones one more; a block of fewer tokens than steps takes no more steps than
     tokens.
     """
-    plan = []
+    plan: list[int] = []
     num_blocks = -(-gen_length // block_length)
     for number in range(num_blocks):
-        start, end = number * block_length, min((number + 1) * block_length, gen_length)
-        length = end - start
+        length = min(block_length, gen_length - number * block_length)
         num_steps = min(length, max(1, steps // num_blocks + (number < steps % num_blocks)))
-        plan += [Reveal(start, end, length // num_steps + (i < length % num_steps)) for i in range(num_steps)]
+        plan += [length // num_steps + (i < length % num_steps) for i in range(num_steps)]
     return tuple(plan)
 
 
@@ -72,7 +68,12 @@ class DiffusionOptions:
     Attributes:
         mask_token_id: what they are made of.
         shift: 1 where the logits after a token are for the next one.
-        reveals: the steps.
+        gen_length, block_length: masks of an answer, and of what is written before any behind it.
+        counts: how many tokens each step writes, unless one of the next two says so.
+        threshold: a step keeps every token that is at least so likely, and the likeliest in any case.
+        factor: a step keeps the n likeliest, as many as (n + 1) (1 - p) is less for the n-th of them; one in any case.
+        reuses_prefix: only the first step of a block computes what stands before it, and the others take it as it was.
+        refresh_interval: it is computed again every so many steps; None is never.
         cfg_scale: how far to go away from what would be said without the prompt; 0 asks nobody.
         in_random_order: keep tokens wherever, and not where they are likeliest.
         stop_token_ids: tokens that end an answer.
@@ -82,7 +83,13 @@ class DiffusionOptions:
 
     mask_token_id: int
     shift: int
-    reveals: tuple[Reveal, ...]
+    gen_length: int
+    block_length: int
+    counts: tuple[int, ...]
+    threshold: float | None
+    factor: float | None
+    reuses_prefix: bool
+    refresh_interval: int | None
     cfg_scale: float
     in_random_order: bool
     stop_token_ids: frozenset[int]
@@ -105,12 +112,14 @@ class _Canvas:
 
     Attributes:
         completion: where the tokens go that nothing unwritten stands before.
-        step: how many of the reveals are done.
+        step: how many steps are done.
+        block_step: and how many since everything before the block was computed.
         written: what stands behind those tokens, by position.
     """
 
     completion: Completion
     step: int = 0
+    block_step: int = 0
     written: dict[int, _Written] = field(default_factory=dict)
 
 
@@ -157,7 +166,7 @@ class Diffusion:
         sequence, kept = item.sequence, self._kept(item.sequence, answer)
         if kept is None:
             return [Outcome(sequence, (), 0, "error")]
-        known = sequence.num_known_tokens
+        known, num_valid = sequence.num_known_tokens, self._num_valid(sequence, kept)
         canvas = sequence.token_ids[known:]
         for written in kept:
             canvas[written.position - known] = written.token_id
@@ -166,7 +175,7 @@ class Diffusion:
         for place in range(num_settled):
             if canvas[place] in self._options.stop_token_ids:
                 return [Outcome(sequence, tuple(canvas[: place + 1]), 0, "stop")]
-        return [Outcome(sequence, tuple(canvas[:num_settled]), 0, None, tuple(canvas[num_settled:]))]
+        return [Outcome(sequence, tuple(canvas[:num_settled]), num_valid, None, tuple(canvas[num_settled:]))]
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
         sequence, canvas = item.sequence, self._canvases[item.sequence]
@@ -180,6 +189,7 @@ class Diffusion:
             self._close(request, sequence, completion, "error", "", 0)
             return 0
         canvas.step += 1
+        canvas.block_step = canvas.block_step + 1 if self._num_valid(sequence, kept) else 0
         canvas.written |= {written.position: written for written in kept}
         text, num_new = "", 0
         first = sequence.num_prompt_tokens + len(completion.token_ids)
@@ -213,10 +223,25 @@ class Diffusion:
 
     def _gaps(self, sequence: TokenSequence) -> list[int]:
         """Positions of the masks that the next step may write."""
-        canvas, first = self._canvases[sequence], sequence.num_prompt_tokens
-        start, end, _ = self._options.reveals[canvas.step]
-        settled = first + len(canvas.completion.token_ids)
-        return [i for i in range(max(first + start, settled), first + end) if i not in canvas.written]
+        canvas = self._canvases[sequence]
+        settled = sequence.num_prompt_tokens + len(canvas.completion.token_ids)
+        return [i for i in range(settled, self._block(sequence)[1]) if i not in canvas.written]
+
+    def _block(self, sequence: TokenSequence) -> tuple[int, int]:
+        """Where the block that is being written begins and ends: it has the first mask."""
+        first, options = sequence.num_prompt_tokens, self._options
+        num_settled = len(self._canvases[sequence].completion.token_ids)
+        start = num_settled - num_settled % options.block_length
+        return first + start, first + min(start + options.block_length, options.gen_length)
+
+    def _num_valid(self, sequence: TokenSequence, kept: list[_Written]) -> int:
+        """How many of the sequence's keys and values the next step shall not compute again. Right they are never, for
+        they depend on what was written just now."""
+        options, canvas = self._options, self._canvases[sequence]
+        ends = len(kept) == len(self._gaps(sequence))
+        if not options.reuses_prefix or ends or canvas.block_step + 1 == options.refresh_interval:
+            return 0
+        return self._block(sequence)[0] - options.shift
 
     def _kept(self, sequence: TokenSequence, answer: Answer) -> list[_Written] | None:
         """What a step writes: the likeliest tokens, of equals the leftmost. None if the logits are not finite."""
@@ -235,8 +260,17 @@ class Diffusion:
             order = uniforms([options.seed] * len(gaps), [canvas.completion.index] * len(gaps), keys).tolist()
         else:
             order = [one.logprob for one in written]
-        best = sorted(range(len(gaps)), key=lambda i: (-order[i], i))
-        return [written[i] for i in best[: options.reveals[canvas.step].num_tokens]]
+        best = [written[i] for i in sorted(range(len(gaps)), key=lambda i: (-order[i], i))]
+        return best[: self._count(canvas, [math.exp(one.logprob) for one in best])]
+
+    def _count(self, canvas: _Canvas, likely: list[float]) -> int:
+        """How many of some tokens are kept, given their probabilities, the largest first."""
+        options = self._options
+        if options.threshold is not None:
+            return max(1, sum(p >= options.threshold for p in likely))
+        if options.factor is not None:
+            return max([1, *(n for n, p in enumerate(likely, start=1) if (n + 1) * (1 - p) < options.factor)])
+        return options.counts[canvas.step]
 
     def _close(
         self,

@@ -4,6 +4,7 @@ The loop below shares no code with the engine: its model is plain matrices (see 
 sequence at a time and all of it in every step. Random numbers it takes from the engine's own generator, by their keys.
 """
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from mini_infer import LLM, GenerateOutput, SamplingParams
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from mini_infer.random import uniforms
 from tests.models.llada import MASK, Cache, PlainLLaDA, make_llada_checkpoint
+from tests.models.test_decoder import reference_model
 
 from .checkpoints import EOS, make_engine_checkpoint, save_tokenizer
 
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def published(
-    plain: PlainLLaDA,
+    plain: "PlainLLaDA | Bidirectional",
     prompt: list[int],
     gen_length: int,
     steps: int,
@@ -52,13 +54,14 @@ def published(
     factor: float | None = None,
     reuse: bool = False,
     refresh_interval: int | None = None,
+    mask: int = MASK,
 ) -> list[int]:
     """LLaDA's ``generate``; steps that would write nothing are not counted, and a mask is never an answer.
 
     With a threshold, a factor or reuse of the prefix, it is Fast-dLLM's.
     """
     caches: tuple[Cache, Cache] = {}, {}
-    x = [*prompt, *[MASK] * gen_length]
+    x = [*prompt, *[mask] * gen_length]
     num_blocks = -(-gen_length // block_length)
     round_ = 0
     for block in range(num_blocks):
@@ -70,21 +73,21 @@ def published(
             num_steps = num_masks
         for step in range(num_steps):
             num_transfer = num_masks // num_steps + (step < num_masks % num_steps)
-            if num_transfer == 0 or MASK not in x[start:end]:
+            if num_transfer == 0 or mask not in x[start:end]:
                 continue
             is_reused = reuse and step % (refresh_interval or num_masks) != 0
             first = start if is_reused else 0
             logits = torch.cat((torch.zeros(first, 262), plain(x, first, caches[0])))
             if cfg_scale:
-                without = plain([*[MASK] * len(prompt), *x[len(prompt) :]], first, caches[1])
+                without = plain([*[mask] * len(prompt), *x[len(prompt) :]], first, caches[1])
                 without = torch.cat((torch.zeros(first, 262), without))
                 logits = without + (cfg_scale + 1) * (logits - without)
-            logits[:, MASK] = -torch.inf
+            logits[:, mask] = -torch.inf
             probabilities = logits.softmax(dim=-1)
             confidence: dict[int, float] = {}
             answers: dict[int, int] = {}
             for i in range(start, end):
-                if x[i] != MASK:
+                if x[i] != mask:
                     continue
                 if temperature == 0:
                     answers[i] = int(logits[i].argmax())
@@ -176,6 +179,45 @@ def test_what_is_faster_is_what_its_paper_says(tmp_path: Path, seed: int) -> Non
     others = prompts(len(CASES), 7)
     exact = [sampling(case, seed=1) for case in CASES]
     assert tokens(model.llm.generate(others, always)) == tokens(model.llm.generate(others, exact))
+
+
+class Bidirectional:
+    """A transformers model without its causal mask, as a plain one."""
+
+    def __init__(self, path: Path, shift: int) -> None:
+        self.model, self.shift = reference_model(path, torch.float64), shift
+
+    def __call__(self, token_ids: list[int], start: int = 0, cache: Cache | None = None) -> torch.Tensor:
+        seen = torch.zeros(1, 1, len(token_ids), len(token_ids), dtype=torch.float64)  # what is added to the scores
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([token_ids]), attention_mask=seen, use_cache=False).logits[0].clone()
+        return torch.cat((logits[:1], logits[:-1])) if self.shift else logits
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "model_type", "shift"),
+    [("qwen3", "A2DQwen3LMHeadModel", "a2d-qwen3", 0), ("qwen2", "DreamModel", "Dream", 1)],
+)
+def test_other_families(tmp_path: Path, family: str, architecture: str, model_type: str, shift: int) -> None:
+    make_engine_checkpoint(
+        tmp_path, family, 3, torch.float64, use_sliding_window=False, sliding_window=None, rope_scaling=None
+    )
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    plain = Bidirectional(tmp_path, shift)
+    names: dict[str, object] = {"architectures": [architecture], "model_type": model_type}
+    mask = MASK
+    if shift:
+        names["mask_token_id"] = MASK
+    else:  # whose config leaves it to the tokenizer
+        mask = save_tokenizer(tmp_path, mask_token="<|mask|>").mask_token_id
+    file.write_text(json.dumps({**fields, **names}), encoding="utf-8")
+    given = prompts(len(CASES), 5)
+    params = [sampling(case, seed=place) for place, case in enumerate(CASES)]
+    with LLM(tmp_path, dtype="float64", device="cpu") as llm:
+        computed = tokens(llm.generate(given, params))
+    for place, (prompt, case) in enumerate(zip(given, CASES, strict=True)):
+        assert computed[place] == published(plain, prompt, **case, seed=place, mask=mask)  # type: ignore[arg-type]
 
 
 def test_completions_are_drawn_apart(model: Model) -> None:

@@ -63,11 +63,29 @@ def read_config(directory: str | Path) -> ModelConfig:
                 f"{fields['architectures']}"
             )
         translate = getattr(family, "translate", None)
-        return family.read(hf_config(*translate(fields) if translate else (family.MODEL_TYPE, fields)))
+        if translate is None:
+            return family.read(hf_config(family.MODEL_TYPE, fields))
+        if fields.get("mask_token_id") is None:
+            fields["mask_token_id"] = _mask_token_id(path.parent)
+        kind, translated = translate(fields)
+        return family.read(hf_config(kind, {**translated, "model_type": kind}))
     except (InvalidCheckpointError, UnsupportedModelError) as error:
         raise type(error)(f"{path}: {error}") from error.__cause__
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         raise InvalidCheckpointError(f"{path} cannot be used: {type(error).__name__}: {shorten(str(error))}") from error
+
+
+def _mask_token_id(directory: Path) -> int | None:
+    """What the tokenizer calls its mask, where it does: not every diffusion model's config says so."""
+    settings, tokenizer = (
+        read_json(path) if path.exists() else {}
+        for path in (directory / "tokenizer_config.json", directory / "tokenizer.json")
+    )
+    mask = settings.get("mask_token")
+    mask = mask.get("content") if isinstance(mask, dict) else mask
+    ids = {token["content"]: int(number) for number, token in (settings.get("added_tokens_decoder") or {}).items()}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    return ids.get(mask)
 
 
 def _family(architectures: object) -> Family:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PERMISSIVE = re.compile(
-    r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Unlicense|0BSD|Zlib|HPND|CNRI|NVIDIA)\b", re.IGNORECASE
+    r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|Unlicense|0BSD|Zlib|HPND|CNRI|NVIDIA|Public Domain)\b",
+    re.IGNORECASE,
 )
 """Licences under which the package may be installed beside others; MPL covers its own files only, and NVIDIA's those
 that come with PyTorch for CUDA."""

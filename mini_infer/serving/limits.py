@@ -60,7 +60,7 @@ class Limits:
         whole = (MAX_TOP + 1) * max_model_len
         return cls(
             body_bytes=body_bytes,
-            held_body_bytes=64 << 20,
+            held_body_bytes=32 << 20,
             json_values=max(1 << 18, 2 * max_model_len),
             choices=MAX_CHOICES,
             messages=MAX_MESSAGES,

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence as Seq
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from mini_infer.fields import check_number
 from mini_infer.serving.admission import Admission
 from mini_infer.serving.app import STEP_TIMEOUT, check_options, create_app
 from mini_infer.serving.connections import BACKLOG, QUEUE, FewLines, bounded, max_connections
+from mini_infer.serving.heap import give_back, have_few_heaps
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ JOIN_SECONDS = 10.0
 
 SWITCH_SECONDS = 0.0005
 """How long one thread may keep the others from Python: the engine's asks for its turn several times in each step."""
+
+TIDY_SECONDS = 5.0
+"""How often memory that nobody uses goes back to the system."""
 
 STUCK = 70
 """Exit status when a step did not end."""
@@ -74,6 +79,7 @@ def serve(
     """
     check_options(api_key, salt_by_key, request_timeout, step_timeout)  # before the model is loaded
     check_number(InvalidConfigError, "drain_timeout", drain_timeout, 0)
+    have_few_heaps()
     with _bind(host, port) as listener:  # a port that is taken shows at once, too
         engine = AsyncLLMEngine(config)
         try:
@@ -177,8 +183,12 @@ class Server(uvicorn.Server):
     async def _watch(self) -> None:
         """A step that does not end is the end of the server, so that whoever started it can start it again."""
         warned = False
+        tidied = time.monotonic()
         while True:
             await asyncio.sleep(min(1.0, self._step_timeout / 4))
+            if time.monotonic() - tidied > TIDY_SECONDS:
+                await asyncio.to_thread(give_back)
+                tidied = time.monotonic()
             if self._engine.failure is not None:
                 logger.critical("the engine has ended, and so does the server: %s", self._engine.failure)
                 self._admission.draining.set()

@@ -156,13 +156,13 @@ class TestSizes:
         )
 
     def test_bodies_of_all_together(self, server: Running, http: httpx.Client) -> None:
-        """Twenty that hold back their last bytes: those beyond 64 MiB are refused, and a small one never is."""
+        """Twelve that hold back their last bytes: those beyond 32 MiB are refused, and a small one never is."""
         size = 4 << 20
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {size}\r\n\r\n"
         connections = []
         try:
-            for _ in range(20):
+            for _ in range(12):
                 connection = socket.create_connection(server.address, timeout=60)
                 connections.append(connection)
                 connection.sendall(head.encode())

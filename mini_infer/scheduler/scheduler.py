@@ -161,7 +161,10 @@ class Scheduler:
         draft = PlanDraft(-(-self.max_num_batched_tokens // self._num_stages))
         whole_budget = draft.budget
         newcomer = self._let_in_newcomer(draft)
-        ready = [sequence for sequence in self.running if sequence.can_step]
+        most = self._shares.prompt_tokens(len({s.caller for s in self.running} | self.waiting.callers))
+        if newcomer is not None:  # at once: whoever gets blocks is in the plan, for ``rewind`` to find
+            self._schedule(newcomer, draft, most)
+        ready = [sequence for sequence in self.running if sequence.can_step and sequence is not newcomer]
         room = len(self.running) + len(self.waiting)
         if self._num_stages > 1:
             room = -(-room // self._num_stages)
@@ -200,7 +203,6 @@ class Scheduler:
                 num_guesses -= sequence.num_drafts
                 self._schedule(sequence, draft)
 
-        most = self._shares.prompt_tokens(len({s.caller for s in self.running} | self.waiting.callers))
         for sequence in chunks:
             if draft.budget == 0 or len(draft.scheduled) == room:
                 break
@@ -240,6 +242,8 @@ class Scheduler:
             return None
         newcomer = self.waiting.first(callers)
         if newcomer is None or self._num_taken_seats + newcomer.num_seats > self.max_num_seqs:
+            return None
+        if newcomer.least_tokens > draft.budget:
             return None
         if newcomer.swapped_blocks:
             return None  # a plan copies out before it copies in, and others may still have to be copied out

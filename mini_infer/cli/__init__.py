@@ -297,8 +297,22 @@ def quantize(
 
 
 @app.command(rich_help_panel=ASK)
-def demo() -> None:
+def demo(
+    diffusion: Annotated[
+        bool, typer.Option("--diffusion", help="Show how a diffusion model's answers fill in, step by step.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH|NAME", help="With --diffusion: the model; else the bundled one.")
+    ] = None,
+) -> None:
     """Ask the bundled model in English and in Chinese, then run a batch and show what the engine did."""
+    if diffusion:
+        from mini_infer.cli.canvas import run_canvas_demo
+
+        run_canvas_demo(Console(), model)
+        return
+    if model is not None:
+        raise typer.BadParameter("only --diffusion takes one; mini-infer chat MODEL talks to any", param_hint="--model")
     from mini_infer.cli.demo import run_demo
 
     run_demo(Console())

@@ -14,7 +14,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
 from mini_infer.engine.fork import OwnLock
 from mini_infer.engine.intake import Prompt, list_params, list_prompts
-from mini_infer.engine.loop import CLOSED, StepResult
+from mini_infer.engine.loop import CLOSED, StepObserver, StepResult
 from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
@@ -519,6 +519,12 @@ class LLMEngine:
                 return [request.output() for request in requests]
         finally:
             self.discard(requests)
+
+    def watch(self, observer: StepObserver) -> None:
+        """Have somebody told of every step from now on, on the thread that runs it."""
+        with self._lock:
+            for loop in loops_of(self._loop):
+                loop.watch(observer)
 
     def _advance(self) -> StepResult:
         with self._lock:

@@ -78,6 +78,15 @@ SAMPLING_VALUES: dict[str, Any] = {
     "prompt_logprobs": lambda r: r.choice([None, 0, 5]),
     "cache_salt": lambda r: r.choice(["salt", "none"]),
     "skip_special_tokens": lambda r: r.random() < 0.5,
+    "gen_length": lambda r: r.choice([None, 1, 8192]),
+    "steps": lambda r: r.choice([None, 1, 8192]),
+    "block_length": lambda r: r.choice([None, 32]),
+    "cfg_scale": lambda r: r.choice([None, r.uniform(0, 4)]),
+    "remasking": lambda r: r.choice(["low_confidence", "random"]),
+    "threshold": lambda r: r.choice([None, r.uniform(0, 1)]),
+    "factor": lambda r: r.choice([None, r.uniform(0.1, 3)]),
+    "kv_reuse": lambda r: "prefix",
+    "refresh_interval": lambda r: r.choice([None, 8]),
 }
 
 

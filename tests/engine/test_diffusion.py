@@ -6,6 +6,7 @@ sequence at a time and all of it in every step. Random numbers it takes from the
 
 import json
 import random
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.models.llada import MASK, Cache, PlainLLaDA, make_llada_checkpoint
 from tests.models.test_decoder import reference_model
 
 from .checkpoints import EOS, make_engine_checkpoint, save_tokenizer
+from .executors import runner_of
 
 
 @dataclass(frozen=True)
@@ -422,3 +424,33 @@ def test_end_of_sequence_ends_an_answer(tmp_path: Path) -> None:
     assert short.token_ids == full.token_ids[: full.token_ids.index(EOS) + 1]
     assert short.finish_reason == "stop"
     assert plain.config["mask_token_id"] not in full.token_ids
+
+
+@pytest.mark.slow
+def test_a_large_batch_with_a_large_vocabulary_needs_little_memory_for_logits(tmp_path: Path) -> None:
+    """32 canvases of 1,024 masks, 126,464 tokens: all logits at once would be 15 GiB."""
+    vocab = 126_464
+    small = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "d_model": 16, "mlp_hidden_size": 16, "weight_tying": True}
+    make_llada_checkpoint(
+        tmp_path, 0, torch.float32, vocab_size=vocab, embedding_size=vocab, max_sequence_length=2048, **small
+    )
+    save_tokenizer(tmp_path)
+    with LLM(tmp_path, device="cpu", max_num_batched_tokens=40_000, num_gpu_blocks=2400) as llm:
+        decoder = runner_of(llm).model
+        compute, sizes = decoder.compute_logits, list[int]()
+
+        def measured(hidden: torch.Tensor) -> torch.Tensor | None:
+            logits = compute(hidden)
+            assert logits is not None
+            sizes.append(logits.nbytes)
+            return logits
+
+        decoder.compute_logits = measured  # type: ignore[method-assign]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outputs = llm.generate([[7] * 16] * 32, sampling({"gen_length": 1024, "steps": 1, "temperature": 1.0}))
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert [len(output.token_ids) for output in outputs] == [1024] * 32
+    assert sum(sizes) == 32 * 1024 * vocab * 4
+    assert max(sizes) <= 1 << 27
+    print(f"largest logits {max(sizes) / 2**20:.0f} MiB; the process grew by {grown / 2**20:.0f} MiB")
+    assert grown < 1 << 30

@@ -23,7 +23,7 @@ from .corpus import Corpus
 from .diffusion import DiffusionModel, DiffusionRecipe, evaluate_diffusion, train_diffusion, with_mask
 from .diffusion import model_config as diffusion_config
 from .evaluate import evaluate, suites
-from .export import export_cards, export_diffusion, export_heldout, export_model, write_json
+from .export import DIFFUSION_CARDS, export_cards, export_diffusion, export_heldout, export_model, write_json
 from .glossary import LANGUAGES
 from .questions import HELDOUT, TRAIN, heldout_questions
 from .tokenizer import train_tokenizer
@@ -146,8 +146,9 @@ def make_diffusion(
             "minutes": round((time.monotonic() - started) / 60),
         }
     console.print("Evaluating.")
-    report["scores"] = evaluate_diffusion(model, config, tokenizer, suites(corpus.glossary), at_most)
+    report["scores"] = {"float32": evaluate_diffusion(model, config, tokenizer, suites(corpus.glossary), at_most)}
     write_json(report_file, report)
+    export_cards(report, out, DIFFUSION_CARDS)
     console.print_json(data=report)
 
 

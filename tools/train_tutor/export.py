@@ -18,6 +18,7 @@ from .questions import HeldOut
 from .tokenizer import save_tokenizer
 
 CARDS = {"MODEL_CARD.md": "card.en.md", "MODEL_CARD.zh.md": "card.zh.md"}
+DIFFUSION_CARDS = {"MODEL_CARD.md": "card.diffusion.en.md", "MODEL_CARD.zh.md": "card.diffusion.zh.md"}
 
 
 def export_model(model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
@@ -56,7 +57,7 @@ def export_heldout(questions: list[HeldOut], directory: Path) -> None:
     (directory / "heldout.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def export_cards(report: dict, directory: Path) -> None:
+def export_cards(report: dict, directory: Path, cards: dict[str, str] = CARDS) -> None:
     """Fill the figures of the evaluation into the model card, in both languages."""
     figures = {name: value for name, value in report.items() if not isinstance(value, dict)}
     figures |= report["recipe"]
@@ -64,7 +65,7 @@ def export_cards(report: dict, directory: Path) -> None:
         for suite, score in suites.items():
             percent = 100 * score["correct"] / score["total"]
             figures[f"{suite}_{dtype}"] = f"{percent:.1f} % ({score['correct']}/{score['total']})"
-    for card, template in CARDS.items():
+    for card, template in cards.items():
         text = Path(__file__).with_name(template).read_text(encoding="utf-8")
         (directory / card).write_text(Template(text).substitute(figures), encoding="utf-8")
 

@@ -12,6 +12,7 @@ turns; reported is the share of prompt tokens found in the prefix cache. That is
 import random
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -39,23 +40,28 @@ def draw(requests: int, seed: int) -> tuple[list[list[int]], list[SamplingParams
     return prompts, [SamplingParams(temperature=0, max_tokens=draw.randint(32, 64), ignore_eos=True) for _ in prompts]
 
 
-def compare(requests: int, rounds: int, dtype: str) -> dict[str, Any]:
-    """Output tokens per second of each layout."""
+def compare(loads: Sequence[int], rounds: int, dtype: str) -> list[dict[str, Any]]:
+    """Output tokens per second of each layout, for so many requests at once."""
     torch.set_num_threads(CORES)
-    speeds: dict[str, list[float]] = {"one": [], **{name: [] for name in LAYOUTS}}
     with ExitStack() as stack:
         fields: dict[str, Any] = {"device": "cpu", "dtype": dtype, "num_gpu_blocks": 600}
         engines = {"one": stack.enter_context(LLM(**fields))}
         for name, sizes in LAYOUTS.items():
             engines[name] = stack.enter_context(LLM(**fields, **sizes))
-        for turn in range(rounds + 1):
-            prompts, params = draw(requests, turn)
-            for name, engine in engines.items():
-                began = time.perf_counter()
-                outputs = engine.generate(prompts, params, False)
-                seconds = time.perf_counter() - began
-                if turn:  # the first one warms up
-                    speeds[name].append(sum(len(output.token_ids) for output in outputs) / seconds)
+        return [in_turns(engines, requests, rounds) for requests in loads]
+
+
+def in_turns(engines: Mapping[str, LLM], requests: int, rounds: int) -> dict[str, Any]:
+    """The median speed of each engine, and of its ratio to the first one's in the same round."""
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(rounds + 1):
+        prompts, params = draw(requests, turn)
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            outputs = engine.generate(prompts, params, False)
+            seconds = time.perf_counter() - began
+            if turn:  # the first one warms up
+                speeds[name].append(sum(len(output.token_ids) for output in outputs) / seconds)
     return {
         name: {
             "tokens_per_second": statistics.median(each),
@@ -111,8 +117,9 @@ def main(
 ) -> None:
     """Measure layouts of two ranks beside one, and the router."""
     console = Console()
-    figures = {"requests": requests, "rounds": rounds, "dtype": dtype, "layouts": compare(requests, rounds, dtype)}
-    figures["few"] = {"requests": FEW, "layouts": compare(FEW, rounds, dtype)}
+    many, few = compare((requests, FEW), rounds, dtype)
+    figures: dict[str, Any] = {"requests": requests, "rounds": rounds, "dtype": dtype, "layouts": many}
+    figures["few"] = {"requests": FEW, "layouts": few}
     figures |= {"groups": 16, "each": each, "hit_rates": hit_rates(16, each)}
     console.print(figures)
     if keep:

@@ -74,14 +74,19 @@ def test_a_rank_that_is_killed_is_a_pause_and_then_an_error(model: Path, alone: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
-def test_killed_while_idle(model: Path, alone: LLM, victim: int, layout: tuple[int, int]) -> None:
+def test_killed_or_stopped_while_idle(
+    model: Path, alone: LLM, victim: int, layout: tuple[int, int], what: signal.Signals
+) -> None:
     prompts, params = draw_requests(22, 6)
-    with start(model, tensor_parallel_size=layout[0], pipeline_parallel_size=layout[1]) as engine:
+    fields = {"tensor_parallel_size": layout[0], "pipeline_parallel_size": layout[1], "rank_timeout": 5.0}
+    with start(model, **fields) as engine:
         pids = pids_of(engine)
-        os.kill(pids[victim], signal.SIGKILL)
+        os.kill(pids[victim], what)
         assert_same(engine.generate(prompts, params, False), alone.generate(prompts, params, False))
+        assert not any(map(is_running, pids))
 
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "runs": "3. Tasks of 2 MiB instead of one panel | product 1024 to 151936, batch {tokens}",
         "drawing": "7. A token drawn by one kernel | `top_k` 50, vocabulary 151936, batch {tokens}",
         "recording": "9. A decode step replayed instead of called | {shape} shape, batch {tokens}",
-        "quality": "| model | weights | bytes per weight | mean KLD | 99.9 % KLD | same top token | perplexity |",
+        "quality": "| model | weights | bytes per weight | mean KLD | 99.9 % KLD | same top token | perplexity "
+        "| held-out answers |",
         "batching": "| question | figure | command |",
         "static": "Tokens per second of continuous batching, over static batches of {batch}",
         "waste": "KV memory that is held and holds no token",
@@ -113,7 +114,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "runs": "3. 一个任务 2 MiB，而不是一块面板 | 乘法 1024 到 151936，批大小 {tokens}",
         "drawing": "7. 一个算子完成随机抽取 | `top_k` 50，词表 151936，批大小 {tokens}",
         "recording": "9. 解码步重放，而不是逐个调用 | {shape} 规模，批大小 {tokens}",
-        "quality": "| 模型 | 权重 | 每个权重的字节数 | 平均 KL 散度 | 99.9% 分位 | 首选词元相同 | 困惑度 |",
+        "quality": "| 模型 | 权重 | 每个权重的字节数 | 平均 KL 散度 | 99.9% 分位 | 首选词元相同 | 困惑度 "
+        "| 留出问题答对 |",
         "batching": "| 问题 | 数字 | 命令 |",
         "static": "连续批处理每秒的词元数，相对每批 {batch} 个的静态批",
         "waste": "已占用却没有存放词元的 KV 内存",
@@ -443,7 +445,7 @@ def quantized_table(measured: dict[str, Any], words: Mapping[str, str]) -> str:
 
 def quality_table(found: dict[str, Any], words: Mapping[str, str]) -> str:
     """What quantisation costs."""
-    lines = [words["quality"], "|---|---|" + "---:|" * 5]
+    lines = [words["quality"], "|---|---|" + "---:|" * 6]
     for row in found["figures"]["rows"]:
         # The bundled model knows one subject, so that its perplexity on prose says nothing.
         perplexity = f"{row['perplexity'] / row['base_perplexity']:.3f} ×"
@@ -455,6 +457,7 @@ def quality_table(found: dict[str, Any], words: Mapping[str, str]) -> str:
             f"{row['kld_999']:.3f}",
             f"{row['same_top']:.1%}",
             perplexity,
+            "-" if row.get("answers") is None else f"{row['answers']:.1%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(found, "quality", words)])

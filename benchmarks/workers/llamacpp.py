@@ -108,7 +108,7 @@ def load(model: str, options: dict[str, Any]) -> dict[str, Any]:
     if options["dtype"] != "bfloat16":
         raise ValueError(f"only bfloat16 is converted; got {options['dtype']}")
     llama_cpp.llama_backend_init()
-    file = str(converted(model)).encode()
+    file = (model if model.endswith(".gguf") else str(converted(model))).encode()
     loaded = llama_cpp.llama_model_load_from_file(file, llama_cpp.llama_model_default_params())
     if not loaded:
         raise RuntimeError("the model cannot be loaded")

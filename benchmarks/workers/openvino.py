@@ -10,17 +10,22 @@ import numpy as np
 from benchmarks.workers.channel import Done, Job, serve
 
 
-def converted(model: str) -> Path:
-    """The checkpoint in OpenVINO's own format, weights as they are; made once, and kept among the temporary files.
+def converted(model: str, in_int8: bool) -> Path:
+    """The checkpoint in OpenVINO's own format, weights as they are or in int8; made once, and kept among the temporary
+    files.
 
     It has no tokenizer, since prompts are token ids.
     """
-    path = Path(tempfile.gettempdir()) / "mini-infer-checkpoints" / "openvino" / Path(model).name
+    path = (
+        Path(tempfile.gettempdir()) / "mini-infer-checkpoints" / "openvino" / f"{Path(model).name}{'-int8' * in_int8}"
+    )
     if not path.exists():
         from optimum.intel import OVModelForCausalLM
 
         part = path.with_suffix(".part")
-        OVModelForCausalLM.from_pretrained(model, export=True, load_in_8bit=False, compile=False).save_pretrained(part)
+        OVModelForCausalLM.from_pretrained(model, export=True, load_in_8bit=in_int8, compile=False).save_pretrained(
+            part
+        )
         part.rename(path)
     return path
 
@@ -35,7 +40,10 @@ def load(model: str, options: dict[str, Any]) -> dict[str, Any]:
     scheduler.enable_prefix_caching = False  # so that a round does not find the prompts of the one before
     precision = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[options["dtype"]]
     pipeline = openvino_genai.ContinuousBatchingPipeline(
-        converted(model), scheduler, "CPU", {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+        converted(model, options.get("in_int8", False)),
+        scheduler,
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision},
     )
 
     def run(*arguments: Any) -> Done:

@@ -51,7 +51,9 @@ def cases(target: str) -> dict[str, Any]:
 
     float8 = target in ("sm_89", "sm_90", "sm_100", "sm_120")
     num_sms = 132  # which compile into nothing
-    device = Device(SHARED_MEMORY[target], num_sms, tensor_cores=target != "sm_75", float8=float8)
+    device = Device(
+        SHARED_MEMORY[target], num_sms, tensor_cores=target != "sm_75", float8=float8, lanes=32 if "_" in target else 64
+    )
     found, labels = {}, set()
     for case in compile_cases(device):
         if target == "sm_75" and case.label.endswith("bf16"):

@@ -53,6 +53,7 @@ class Device(NamedTuple):
     num_sms: int
     tensor_cores: bool  # whether Triton multiplies 16-bit numbers on them; Turing's it leaves idle
     float8: bool = False  # whether they multiply float8_e4m3fn
+    lanes: int = 32  # threads of a warp
 
 
 # A modest one for the interpreter: few programs, yet it does split contexts.
@@ -68,7 +69,8 @@ def _query(index: int) -> Device:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     turing = torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
     float8 = torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 9)
-    return Device(properties["max_shared_mem"], properties["multiprocessor_count"], not turing, float8)
+    lanes = 32 if torch.version.hip is None else 64
+    return Device(properties["max_shared_mem"], properties["multiprocessor_count"], not turing, float8, lanes)
 
 
 def rows(x: Tensor, width: int = 1) -> Tensor:

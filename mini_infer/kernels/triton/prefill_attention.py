@@ -219,8 +219,8 @@ def config(group: int, head_dim: int, itemsize: int, device: Device, causal: boo
     if codes:
         tile = max(tile // 2, 16)
         if rows // 2 >= max(fewest, 64):
-            rows //= 2
-        else:
+            rows, num_warps = rows // 2, num_warps * 32 // device.lanes
+        elif itemsize == 2:
             num_warps *= 2
     while (rows + num_stages * 2 * tile) * row > device.shared_memory and num_stages > 1:
         if tile > 32:

@@ -9,7 +9,7 @@ The codes stay as small as they are, in panels as those of `linear`: four bytes 
 There are two ways through them.
 
 - *Integers*, for bfloat16 x and codes that are integers. x is rounded to 8 bits first, with a scale for every step of
-  at most 64 neighbouring numbers (as llama.cpp does in 32), and `integer_tile` multiplies. An x costs a 127th of its
+  at most 32 neighbouring numbers (as llama.cpp does), and `integer_tile` multiplies. An x costs a 127th of its
   step's largest at most, which for a normal distribution is 0.6 % of the result, as much as bfloat16's own roundings.
 - *Values*, for float32 x, and for codes that are no integers. A step of a panel is turned into float32 in the first
   cache, and `tile` multiplies that with all tokens. Nothing is rounded.
@@ -51,7 +51,7 @@ from mini_infer.kernels.quantized import QuantizedMatrix
 from mini_infer.kernels.reference import quantized as reference
 from mini_infer.kernels.registry import register
 
-STEP = 64
+STEP = 32
 """The most neighbouring inputs that are multiplied before they are scaled."""
 
 CHUNK = 96

@@ -22,6 +22,10 @@ from mini_infer.executor.ranks import check_layout, lay_out
 from mini_infer.memory.cache_spec import block_bytes
 from mini_infer.memory.sizing import CPU_KV_CACHE_BYTES, MemoryPlan, plan_memory, step_bytes
 from mini_infer.models import Decoder, read_config, resolve_tokenizer
+from mini_infer.models.gguf import is_gguf
+from mini_infer.models.linear import Linear
+from mini_infer.models.matrices import bytes_of
+from mini_infer.models.quantization import quantize
 from mini_infer.models.weights import weight_files
 from mini_infer.parallel.group import Alone
 from mini_infer.parallel.mesh import Mesh
@@ -61,10 +65,10 @@ class Memory:
     """The plan; sizes are in bytes.
 
     Attributes:
-        dtype: of weights.
+        dtype: what is computed in, and of weights that are not quantised.
         kv_cache_dtype: of keys and values.
         device_bytes: the device's memory, all of it; None where this cannot be asked.
-        weight_bytes: the parameters.
+        weight_bytes: the parameters; of a quantised checkpoint, about what its files have.
         rotary_bytes: the tables of rotary embedding.
         step_bytes: set aside for the largest step; 0 on a CPU, where nothing is set aside.
         kv_bytes_per_token: keys and values of one token in every layer.
@@ -118,7 +122,7 @@ class Rank:
     kv_bytes_per_token: int
 
     @classmethod
-    def of(cls, rank: int, part: Decoder, cache_dtype: torch.dtype) -> "Rank":
+    def of(cls, rank: int, part: Decoder, cache_dtype: torch.dtype, weight_bytes: int) -> "Rank":
         first, share = part.config.layers[part.span.start], part.share
         has_tokens = part.output is not None or part.embedding is not None
         return cls(
@@ -129,7 +133,7 @@ class Rank:
             intermediate_size=len(share.features(first.feed_forward.intermediate_size)),
             tokens=(part.tokens.start, part.tokens.stop) if has_tokens else (0, 0),
             num_parameters=part.num_parameters,
-            weight_bytes=part.weight_bytes,
+            weight_bytes=weight_bytes,
             kv_bytes_per_token=block_bytes(part.config.cache_specs(cache_dtype, share), 1),
         )
 
@@ -155,7 +159,15 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     decoder = Decoder(shape, dtype, "meta", chosen)
     shares = _shares(config)
     parts = [Decoder(shape, dtype, "meta", chosen, share) for share in shares]
-    ranks = [Rank.of(number, part, cache_dtype) for number, part in enumerate(parts)] if len(parts) > 1 else []
+    in_files = _checkpoint_bytes(directory)
+    coded = shape.quantization is not None or is_gguf(directory)
+
+    def weight_bytes(part: Decoder) -> int:
+        if coded and in_files is not None:
+            return in_files * part.num_parameters // decoder.num_parameters
+        return _weight_bytes(part, config.quantization)
+
+    ranks = [Rank.of(number, part, cache_dtype, weight_bytes(part)) for number, part in enumerate(parts)]
     fullest = max(parts, key=lambda part: block_bytes(shape.cache_specs(cache_dtype, part.share), 1))
     attention, feed_forward = shape.layers[0].attention, shape.layers[0].feed_forward
     model = Model(
@@ -171,9 +183,9 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
         vocab_size=shape.vocab_size,
         max_position_embeddings=shape.max_position_embeddings,
         checkpoint_dtype=None if shape.dtype is None else _plain(shape.dtype),
-        checkpoint_bytes=_checkpoint_bytes(directory),
+        checkpoint_bytes=in_files,
     )
-    plan, memory = _plan(config, fullest, device)
+    plan, memory = _plan(config, fullest, device, weight_bytes(fullest))
     if as_json:
         facts = {
             "versions": _versions(),
@@ -182,19 +194,27 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
             "model": asdict(model),
             "memory": asdict(memory),
             "replicas": config.data_parallel_size,
-            "ranks": [asdict(rank) for rank in ranks],
+            "ranks": [asdict(rank) for rank in ranks] if len(ranks) > 1 else [],
         }
         console.file.write(json.dumps(facts, ensure_ascii=False, indent=2) + "\n")
     else:
         console.print(_model_table(model))
-        if ranks:
+        if len(ranks) > 1:
             console.print(_ranks_table(ranks))
         console.print(_memory_table(memory, device))
         console.print(_machine_table(device, backends))
     plan.check(str(device))
 
 
-def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[MemoryPlan, Memory]:
+def _weight_bytes(model: Decoder, scheme: str | None) -> int:
+    """What a model's weights take once they are quantised, which asks for their shapes alone."""
+    quantize(model, scheme)
+    linear = [module for module in model.modules() if isinstance(module, Linear) and module.scheme is not None]
+    saved = sum(module.weight.nbytes - bytes_of(module.scheme(module.weight)) for module in linear if module.scheme)
+    return model.weight_bytes - saved
+
+
+def _plan(config: EngineConfig, model: Decoder, device: torch.device, weight_bytes: int) -> tuple[MemoryPlan, Memory]:
     """What an engine of this configuration would lay out.
 
     Raises:
@@ -210,7 +230,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[M
             config.token_budget, num_sequences, shape.hidden_size, widest, shape.vocab_size, model.dtype.itemsize
         )
         unused, total = torch.cuda.mem_get_info(device)
-        taken = model.weight_bytes + _rotary_bytes(model, longest) + step
+        taken = weight_bytes + _rotary_bytes(model, longest) + step
         free = int(total * config.gpu_memory_utilization) - (total - unused) - taken
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, model.dtype)
     plan = plan_memory(
@@ -227,7 +247,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device) -> tuple[M
         dtype=_plain(model.dtype),
         kv_cache_dtype=_plain(cache_dtype),
         device_bytes=_device_bytes(device),
-        weight_bytes=model.weight_bytes,
+        weight_bytes=weight_bytes,
         rotary_bytes=_rotary_bytes(model, plan.max_model_len),
         step_bytes=step,
         kv_bytes_per_token=plan.bytes_per_block // plan.block_size,

@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.cells import cell_len
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
@@ -13,8 +15,12 @@ from typer.testing import CliRunner, Result
 from mini_infer import LLM, kernels
 from mini_infer.cli import app
 from mini_infer.config import BUNDLED_MODEL
+from mini_infer.executor.quality import stored_bytes
+from mini_infer.models import load_model, read_config
 from tests.cli.test_cli import needs_the_model
 from tests.models.checkpoints import FAMILIES, make_checkpoint
+from tests.models.gguf.test_model import SHAPE
+from tests.models.gguf.writing import write_gguf
 
 
 def info(*arguments: str, status: int = 0) -> Result:
@@ -119,3 +125,22 @@ def test_what_cannot_be_is_one_line(arguments: list[str], status: int, message: 
 @needs_the_model
 def test_the_bundled_model_is_the_default() -> None:
     assert facts()["model"]["directory"] == BUNDLED_MODEL
+
+
+@needs_the_model
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_weights_that_are_quantised_on_load(scheme: str) -> None:
+    """As many bytes as the loaded model's matrices count, to the byte."""
+    shown = facts("--quantization", scheme)["memory"]["weight_bytes"]
+    path = Path(BUNDLED_MODEL)
+    config = replace(read_config(path), max_position_embeddings=64)
+    model = load_model(path, config, torch.bfloat16, "cpu", kernels.resolve("cpu"), scheme)
+    assert shown == stored_bytes(model)
+    assert shown < 0.7 * facts()["memory"]["weight_bytes"]
+
+
+def test_a_gguf_file_takes_about_what_it_has(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "plain", "qwen3", 0, **SHAPE, rope_scaling=None, num_hidden_layers=1)
+    write_gguf(tmp_path / "m.gguf", checkpoint, 0, ("Q8_0", "Q4_1"))
+    shown = facts(str(tmp_path / "m.gguf"))
+    assert shown["memory"]["weight_bytes"] == (tmp_path / "m.gguf").stat().st_size

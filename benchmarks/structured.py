@@ -91,7 +91,7 @@ def in_turns(rounds: int, *measured: Callable[[], float]) -> list[float]:
 
 def masks(llm: LLM, rounds: int) -> dict[str, Any]:
     """A decode step of free text, and one whose every token is masked and none forced."""
-    text = StructuredOutputsParams(json={"type": "string"})
+    text = StructuredOutputsParams(regex=r'[^"\\\x00-\x1f]{1000,}')  # what a JSON string holds, and no end of it
     free, masked, ratio = in_turns(
         rounds, lambda: step_seconds(llm, params(), BATCH), lambda: step_seconds(llm, params(text), BATCH)
     )

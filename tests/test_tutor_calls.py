@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from mini_infer.config import BUNDLED_MODEL
 from mini_infer.engine.calls import Arguments, CallBegins, CallScanner
 from mini_infer.engine.tools import HERMES, find_format
-from tools.train_tutor.calls import OFFER, draw_call, tools
+from tools.train_tutor.calls import HELDOUT, TRAIN, UNKNOWN_ANSWERS, draw_call, heldout_calls, offer, tools
 from tools.train_tutor.corpus import CHAT_TEMPLATE, END_OF_TEXT, Corpus, Exchange, call_chat
 from tools.train_tutor.glossary import LANGUAGES
 
@@ -26,9 +26,18 @@ def test_results_are_right() -> None:
                 assert int(call.result) == math.ceil(given["tokens"] / given["block_size"])
             elif call.name == "kv_cache_size":
                 assert int(call.result) == 4 * math.prod(given.values())
-            else:
-                assert given["term"] in call.question and call.result != "unknown term"
+            elif call.result == "unknown term":
+                assert call.answer == UNKNOWN_ANSWERS[language]
+                continue
             assert call.result in call.answer
+            if call.name == "lookup_term":  # under whatever name it was asked for
+                (entry,) = (e for e in (t.entry(language) for t in CORPUS.glossary.terms) if e.term == given["term"])
+                named = [name.lower().replace(" ", "") for name in entry.names]
+            else:
+                named = []
+                assert all(str(value) in call.question for value in given.values())
+            asked = call.question.lower().replace(" ", "")
+            assert not named or any(name in asked for name in named)
 
 
 def test_the_text_is_what_the_template_makes() -> None:
@@ -50,8 +59,9 @@ def test_the_text_is_what_the_template_makes() -> None:
             {"role": "assistant", "content": call.answer},
         ]
         text = tokenizer.apply_chat_template(messages, tools=tools(), chat_template=CHAT_TEMPLATE, tokenize=False)
-        assert text + END_OF_TEXT == "".join(segment.text for segment in call_chat(call, plain))
-        assert OFFER in text
+        turns = [call] if plain is None else [plain, call]
+        assert text + END_OF_TEXT == "".join(segment.text for segment in call_chat(turns, offer()))
+        assert offer() in text
 
 
 def test_without_tools_the_template_is_what_it_was() -> None:
@@ -77,5 +87,13 @@ def test_calls_are_read_as_any_other() -> None:
 def test_they_are_among_the_documents() -> None:
     documents = itertools.islice(CORPUS.documents(seed=0), 500)
     calling = [document for document in documents if any("<tool_call>" in segment.text for segment in document)]
-    assert 10 <= len(calling) <= 60
+    assert 30 <= len(calling) <= 100
     assert all(segment.learn for document in calling for segment in document if "<tool_call>" in segment.text)
+
+
+def test_the_exam_was_kept_out() -> None:
+    for language in LANGUAGES:
+        for name, templates in HELDOUT[language].items():
+            assert not set(templates) & set(TRAIN[language][name])
+        exam = heldout_calls(CORPUS.glossary, language)
+        assert len(exam) >= 200 and exam == heldout_calls(CORPUS.glossary, language)

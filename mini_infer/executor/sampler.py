@@ -44,9 +44,9 @@ def sample(logits: Tensor, draws: Draws, kernels: Kernels) -> tuple[Tensor, Tens
     token_ids = raw_ids
     if len(edits.scaled_draws) or len(edits.added_draws):
         token_ids = adjusted.argmax(dim=-1)
-    elif adjusted is not logits:
-        rows = send(edits.masked_draws, logits.device)
-        token_ids = raw_ids.index_copy(0, rows, _wide(adjusted[rows]).argmax(dim=-1))
+    elif len(greedy := edits.masked_draws[~is_drawn[edits.masked_draws]]):
+        rows = send(greedy, logits.device)
+        token_ids = raw_ids.index_copy(0, rows, kernels.argmax_logprob(adjusted[rows])[0])
     if len(drawing) == len(draws):  # then no row needs to be copied
         token_ids = _draw(adjusted, draws, drawing, kernels)
     elif len(drawing):

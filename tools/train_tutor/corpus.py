@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import yaml
 
 from .arithmetic import Exercises, Sum, sum_question, sums
-from .calls import OFFER, Call, draw_call
+from .calls import PARAMETERS, Call, draw_call, offer
 from .glossary import LANGUAGES, Entry, Glossary, Language, load_glossary
 from .questions import Asker, as_typed, ordinary_phrases
 from .stories import story
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 Choice = TypeVar("Choice")
 
 # How often each kind of document and of exchange is drawn, relative to the others.
-DOCUMENTS = {"chat": 70, "page": 12, "story": 6, "drill": 6, "call": 6}
+DOCUMENTS = {"chat": 70, "page": 12, "story": 6, "drill": 6, "call": 14}
 EXCHANGES = {
     "term": 66,
     "comparison": 11,
@@ -49,7 +49,7 @@ EXCHANGES = {
 }
 SYSTEM_MESSAGES = 0.15
 LANGUAGE_SWITCHES = 0.1
-PLAIN_BEFORE_CALL = 0.4
+NEEDS_CALL = 0.7
 TURNS = {1: 70, 2: 18, 3: 8, 4: 4}
 
 
@@ -78,23 +78,20 @@ def chat(exchanges: list[Exchange], system: str | None = None) -> list[Segment]:
     return [*segments, Segment(f"\n{END_OF_TEXT}", learn=False)]
 
 
-def call_chat(call: Call, exchange: Exchange | None) -> list[Segment]:
-    """A conversation with tools: a question that needs one; before it perhaps one that does not."""
-    opening, plain = f"{START}tools\n{OFFER}{END}\n", list[Segment]()
-    if exchange is not None:
-        plain = [
-            Segment(f"{opening}{START}user\n{exchange.question}{END}\n{START}assistant\n", learn=False),
-            Segment(f"{exchange.answer}{END}", learn=True),
-        ]
+def call_chat(turns: Sequence[Call | Exchange], offered: str) -> list[Segment]:
+    """A conversation with tools: some questions need a call, others do not."""
+    segments = []
+    opening = f"{START}tools\n{offered}{END}\n"
+    for turn in turns:
+        segments.append(Segment(f"{opening}{START}user\n{turn.question}{END}\n{START}assistant\n", learn=False))
+        if isinstance(turn, Call):
+            segments += [
+                Segment(f"{turn.written}{END}", learn=True),
+                Segment(f"\n{START}tool\n{turn.result}{END}\n{START}assistant\n", learn=False),
+            ]
+        segments.append(Segment(f"{turn.answer}{END}", learn=True))
         opening = "\n"
-    return [
-        *plain,
-        Segment(f"{opening}{START}user\n{call.question}{END}\n{START}assistant\n", learn=False),
-        Segment(f"{call.written}{END}", learn=True),
-        Segment(f"\n{START}tool\n{call.result}{END}\n{START}assistant\n", learn=False),
-        Segment(f"{call.answer}{END}", learn=True),
-        Segment(f"\n{END_OF_TEXT}", learn=False),
-    ]
+    return [*segments, Segment(f"\n{END_OF_TEXT}", learn=False)]
 
 
 def page(exchange: Exchange) -> list[Segment]:
@@ -145,8 +142,7 @@ class Corpus:
         if kind == "drill":
             return table(exercises.drill(rng))
         if kind == "call":
-            plain = self._exchange(rng, language, exercises) if rng.random() < PLAIN_BEFORE_CALL else None
-            return call_chat(draw_call(rng, language, self.glossary), plain)
+            return self._calling(rng, language, exercises)
         exchanges = []
         for _ in range(_draw(rng, TURNS)):
             if rng.random() < LANGUAGE_SWITCHES:
@@ -154,6 +150,18 @@ class Corpus:
             exchanges.append(self._exchange(rng, language, exercises))
         system = rng.choice(self.smalltalk["system"]) if rng.random() < SYSTEM_MESSAGES else None
         return chat(exchanges, system)
+
+    def _calling(self, rng: random.Random, language: Language, exercises: Exercises) -> list[Segment]:
+        turns: list[Call | Exchange] = []
+        for _ in range(_draw(rng, TURNS)):
+            needs_call = rng.random() < NEEDS_CALL
+            turns.append(
+                draw_call(rng, language, self.glossary) if needs_call else self._exchange(rng, language, exercises)
+            )
+        called = {turn.name for turn in turns if isinstance(turn, Call)}
+        names = [name for name in PARAMETERS if name in called or rng.random() < 0.7]
+        rng.shuffle(names)
+        return call_chat(turns, offer(names or PARAMETERS))
 
     def _exchange(self, rng: random.Random, language: Language, exercises: Exercises) -> Exchange:
         asker = self.askers[language]

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
 from .arithmetic import QUESTIONS, Sum, sums
-from .corpus import Exchange, chat
+from .calls import heldout_calls, offer
+from .corpus import Exchange, Segment, call_chat, chat
 from .glossary import LANGUAGES, Glossary, Language
 from .questions import HeldOut, heldout_comparisons, heldout_questions
 from .train import IGNORED, encode
@@ -26,9 +27,10 @@ def evaluate(directory: Path, glossary: Glossary) -> dict:
     for name, dtype in DTYPES.items():
         model = Qwen3ForCausalLM.from_pretrained(directory, dtype=dtype).eval()
         scores[name] = {}
-        for suite, questions in suites(glossary).items():
-            correct = sum(exact(model, tokenizer, questions))
-            scores[name][suite] = {"correct": correct, "total": len(questions)}
+        plain = {suite: [chat([one]) for one in exchanges] for suite, exchanges in suites(glossary).items()}
+        for suite, documents in {**plain, **call_suites(glossary)}.items():
+            correct = sum(exact(model, tokenizer, documents))
+            scores[name][suite] = {"correct": correct, "total": len(documents)}
     return scores
 
 
@@ -48,6 +50,18 @@ def suites(glossary: Glossary) -> dict[str, list[Exchange]]:
     return suites
 
 
+def call_suites(glossary: Glossary) -> dict[str, list[list[Segment]]]:
+    """Conversations with tools: right if the call, and then the answer to its result, are; and, in those that need
+    none, if there is no call."""
+    suites: dict[str, list[list[Segment]]] = {}
+    for language in LANGUAGES:
+        for call in heldout_calls(glossary, language):
+            suites.setdefault(f"{call.name}_{language}", []).append(call_chat([call], offer()))
+        exchanges = _exchanges(heldout_questions(glossary, language))[::10]
+        suites[f"no_call_{language}"] = [call_chat([exchange], offer()) for exchange in exchanges]
+    return suites
+
+
 def _exchanges(questions: list[HeldOut]) -> list[Exchange]:
     return [Exchange(q.question, q.answer) for q in questions]
 
@@ -57,13 +71,16 @@ def _written(problem: Sum, language: Language) -> str:
 
 
 @torch.inference_mode()
-def exact(model: Qwen3ForCausalLM, tokenizer: Tokenizer, exchanges: Sequence[Exchange]) -> list[bool]:
+def exact(model: Qwen3ForCausalLM, tokenizer: Tokenizer, documents: Sequence[list[Segment]]) -> list[bool]:
     """Whether greedy decoding would write each answer and then stop.
 
     It does if and only if every token of the answer has the highest logit after the tokens before
     it, so one forward pass over question and answer replaces the generation.
+
+    Args:
+        documents: conversations; what is learnt of them are the answers.
     """
-    encoded = [encode(tokenizer, chat([exchange])) for exchange in exchanges]
+    encoded = [encode(tokenizer, document) for document in documents]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
     verdicts = [False] * len(encoded)
     for indices in _chunks(order, BATCH):

@@ -19,7 +19,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 3000
+    steps: int = 3800
     seed: int = 0
     tokens_per_step: int = 2048
     short_row: int = 256

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.rules.edits import Edits
-from mini_infer.engine.rules.schema import checked_schema
+from mini_infer.engine.rules.schema import check_counts, checked_schema
 from mini_infer.exceptions import DeadEndError, InvalidRequestError
 from mini_infer.step import Ints
 from mini_infer.structured import StructuredOutputsParams
@@ -217,11 +217,14 @@ def _compile(params: StructuredOutputsParams, vocabulary: "LLTokenizer") -> "LLM
     )
     try:
         if params.regex is not None:
+            check_counts(params.regex)
             source = LLMatcher.grammar_from_regex(params.regex)
         elif params.choice is not None:
             texts = (json.dumps(text, ensure_ascii=False) for text in params.choice)
             source = LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
         elif params.grammar is not None:
+            for line in params.grammar.splitlines():
+                check_counts(line)
             source = LLMatcher.grammar_from_lark(_with_checked_schemas(params.grammar))
         else:
             source = LLMatcher.grammar_from_json_schema(

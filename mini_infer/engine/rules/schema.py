@@ -1,6 +1,7 @@
 """JSON schemas before they are compiled: what would take too long is refused, and objects are closed."""
 
 import json
+import re
 from decimal import Decimal
 from math import lcm
 from typing import Any
@@ -18,6 +19,13 @@ MAX_MULTIPLE = 2_000
 many states."""
 
 MAX_DECIMALS = 20
+
+MAX_COUNTED = 50_000
+"""Most characters that the counts of an expression add, of which ``(ab){3}`` has four: all of them may be forced at
+once, and be found in one step."""
+
+_PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+"""An escape, a class, a count, or one character."""
 
 _COMBINED = frozenset({"allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
 """Where one of these is, what an object may hold is said in several places."""
@@ -48,6 +56,32 @@ def checked_schema(text: str) -> Any:
     return schema if keys is None or keys & _COMBINED else _closed(schema)
 
 
+def check_counts(pattern: str) -> None:
+    """Refuse a regular expression that its counts make too long.
+
+    Raises:
+        InvalidRequestError: it is.
+    """
+    lengths, last = [0], 0  # of the groups that are open; of the piece that a count would repeat
+    for piece in _PIECES.finditer(pattern):
+        if piece[1]:
+            digits = max(piece[1].lstrip("0"), (piece[2] or "").lstrip("0"), key=lambda d: (len(d), d))
+            repeated = last * int(digits[:9] or 0)
+            lengths[-1], last = lengths[-1] - last + repeated, repeated
+        elif piece[0] == "(":
+            lengths.append(0)
+        elif piece[0] == ")" and len(lengths) > 1:
+            last = lengths.pop()
+            lengths[-1] += last
+        else:
+            lengths[-1], last = lengths[-1] + 1, 1
+        if lengths[-1] > MAX_COUNTED + piece.end():
+            raise InvalidRequestError(
+                f"the expression {pattern[:40]!r} gets more than {MAX_COUNTED} characters longer when its counts are "
+                "written out; lower them, or say * or +"
+            )
+
+
 def _check_costs(schema: Any) -> None:
     num_optional, multiples = 0, {Decimal(1)}
     level, depth = [schema], 0
@@ -59,6 +93,10 @@ def _check_costs(schema: Any) -> None:
         for node in level:
             if isinstance(node, dict):
                 below += node.values()
+                named = node.get("patternProperties")
+                for pattern in (node.get("pattern"), *(named if isinstance(named, dict) else ())):
+                    if isinstance(pattern, str):
+                        check_counts(pattern)
                 if isinstance(node.get("properties"), dict):
                     num_optional += len(node["properties"]) ** 2
                 multiple = node.get("multipleOf")

@@ -68,8 +68,12 @@ def pseudo_words(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
-def params(structured: StructuredOutputsParams | None = None, max_tokens: int = OUTPUT_TOKENS) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, structured_outputs=structured)
+def params(
+    structured: StructuredOutputsParams | None = None, max_tokens: int = OUTPUT_TOKENS, temperature: float = 0
+) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, seed=0, ignore_eos=True, structured_outputs=structured
+    )
 
 
 def step_seconds(llm: LLM, one: SamplingParams, batch: int) -> float:
@@ -89,14 +93,17 @@ def in_turns(rounds: int, *measured: Callable[[], float]) -> list[float]:
     return medians + [statistics.median(row[i] / row[0] for row in rows) for i in range(1, len(measured))]
 
 
-def masks(llm: LLM, rounds: int) -> dict[str, Any]:
+def masks(llm: LLM, rounds: int, temperature: float) -> dict[str, Any]:
     """A decode step of free text, and one whose every token is masked and none forced."""
     text = StructuredOutputsParams(regex=r'[^"\\\x00-\x1f]{1000,}')  # what a JSON string holds, and no end of it
     free, masked, ratio = in_turns(
-        rounds, lambda: step_seconds(llm, params(), BATCH), lambda: step_seconds(llm, params(text), BATCH)
+        rounds,
+        lambda: step_seconds(llm, params(temperature=temperature), BATCH),
+        lambda: step_seconds(llm, params(text, temperature=temperature), BATCH),
     )
     return {
         "requests": BATCH,
+        "temperature": temperature,
         "free_step_ms": round(1e3 * free, 2),
         "masked_step_ms": round(1e3 * masked, 2),
         "ratio": round(ratio, 3),
@@ -172,7 +179,7 @@ def main(
                 "vocabulary_seconds": round(time.perf_counter() - start, 2),
             }
             for name, measured in (
-                ("masks", lambda: masks(llm, rounds)),
+                ("masks", lambda: [masks(llm, rounds, temperature) for temperature in (0, 1)]),
                 ("new_schemas", lambda: new_schemas(llm, rounds)),
                 ("forced", lambda: [forced(llm, rounds, batch) for batch in (1, BATCH)]),
             ):

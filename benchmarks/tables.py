@@ -68,6 +68,12 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "dp": "`data_parallel_size=2`, a thread each",
         "hit_rates": "{groups} groups of {each} prompts that begin alike: of all prompt tokens one replica finds {one} "
         "in its prefix cache, two with the router {router}, and two that take turns {turns}.",
+        "structured": "{shape}, {dtype}",
+        "no_structured": "Not measured yet: `python -m benchmarks.structured`.",
+        "masks_0": "a decode step of 16 greedy requests that are masked, over one of free ones",
+        "masks_1": "the same at temperature 1",
+        "new_schema": "delay of the first token by a schema that was never seen before",
+        "forced": "{requests} answers with a schema ({tokens} tokens, {steps} steps), over free text of that length",
         "no_parallel": "No figures are given here yet: that command has not been run with nothing beside it.",
         "canvas: 1 request": "1 request",
         "canvas: 16 requests": "16 requests",
@@ -137,6 +143,12 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "dp": "`data_parallel_size=2`，各一个线程",
         "hit_rates": "{groups} 组提示词，每组 {each} 个开头相同：全部提示词词元中，单个副本在前缀缓存里找到 {one}，"
         "两个副本经路由分配找到 {router}，两个副本轮流找到 {turns}。",
+        "structured": "{shape}，{dtype}",
+        "no_structured": "尚未测量：`python -m benchmarks.structured`。",
+        "masks_0": "16 个带掩码的贪心请求，一个解码步比不带掩码时多用的时间",
+        "masks_1": "同上，温度为 1",
+        "new_schema": "没见过的 schema 使首个词元推迟",
+        "forced": "{requests} 个符合 schema 的回答（{tokens} 个词元，{steps} 步），与同样长的自由文本相比的速度",
         "no_parallel": "这里暂时没有数字：这条命令还没有在空闲的机器上运行过。",
         "canvas: 1 request": "1 个请求",
         "canvas: 16 requests": "16 个请求",
@@ -190,6 +202,7 @@ def tables(language: str) -> dict[str, str]:
         "serving": serving_table(results("serving"), words),
         "parallel": parallel_table(words),
         "diffusion": diffusion_table(words),
+        "structured": structured_table(words),
         "gpu": gpu_tables(words),
     }
 
@@ -496,6 +509,23 @@ def parallel_table(words: Mapping[str, str]) -> str:
         lines.append(" | ".join([f"| {words[name]}", *cells]) + " |")
     hits = words["hit_rates"].format(groups=figures["groups"], each=figures["each"], **rates)
     return "\n".join([*lines, "", hits, "", _source(found, "parallel", words)])
+
+
+def structured_table(words: Mapping[str, str]) -> str:
+    """What grammars cost and what forced tokens save."""
+    if not (RESULTS / "structured-cpu.json").exists():
+        return words["no_structured"]
+    found = results("structured-cpu")
+    figures = found["figures"]
+    rows = [(words[f"masks_{each['temperature']:g}"], f"{each['ratio'] - 1:.1%}") for each in figures["masks"]]
+    rows.append((words["new_schema"], f"{figures['new_schemas']['delay_ms']:.0f} ms"))
+    rows += [(words["forced"].format(**each), f"{each['speedup']:.2f}x") for each in figures["forced"]]
+    lines = [
+        f"| {words['structured'].format(**figures)} | |",
+        "|---|---:|",
+        *(f"| {what} | {how} |" for what, how in rows),
+    ]
+    return "\n".join([*lines, "", _source(found, "structured-cpu", words)])
 
 
 def _short(value: float) -> str:

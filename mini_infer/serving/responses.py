@@ -3,9 +3,9 @@
 import secrets
 from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from mini_infer.engine.intake import Prompt
 from mini_infer.engine.tools import ToolFormat
@@ -18,7 +18,7 @@ from mini_infer.serving.logprobs import chat_logprobs, check_num_top
 from mini_infer.serving.messages import Message as Answer
 from mini_infer.serving.protocol import Message
 from mini_infer.serving.reasoning import Thinking, num_reasoning_tokens, thinks
-from mini_infer.serving.responses_body import ResponsesBody
+from mini_infer.serving.responses_body import ResponsesBody, input_items
 from mini_infer.serving.routes import body_router
 from mini_infer.serving.service import Service, now, render
 from mini_infer.serving.tool_fields import answer_form, tool_use
@@ -57,6 +57,23 @@ def responses_router(service: Service) -> APIRouter:
     @router.get("/v1/responses/{response_id}", summary="Fetch a response again")
     async def fetch_response(response_id: str) -> dict[str, Any]:
         return _found(kept.get(response_id), response_id, 404).response
+
+    @router.get("/v1/responses/{response_id}/input_items", summary="List what a response answers")
+    async def list_input_items(
+        response_id: str,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> dict[str, Any]:
+        items = input_items(_found(kept.get(response_id), response_id, 404).conversation[:-1])
+        items = items if order == "asc" else items[::-1]
+        ids = [item["id"] for item in items]
+        if after is not None and after not in ids:
+            raise ApiError(400, f"response {response_id!r} has no input item {after[:100]!r}", param="after")
+        rest = items if after is None else items[ids.index(after) + 1 :]
+        page = rest[:limit]
+        ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+        return {"object": "list", "data": page, **ends, "has_more": len(rest) > limit}
 
     @router.delete("/v1/responses/{response_id}", summary="Forget a response")
     async def delete_response(response_id: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Its input is a list of items: messages, the calls of an answer, and what the fun
 messages, so whoever answers needs to know only those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -130,6 +130,29 @@ class ResponsesBody(OpenAIBody):
             else:
                 messages.append(message)
         return messages
+
+
+def input_items(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """A conversation as the items that it came from, each under the id of its place."""
+    items: list[dict[str, Any]] = []
+
+    def add(prefix: str, **fields: Any) -> None:
+        items.append({"id": f"{prefix}_{len(items)}", "status": "completed", **fields})
+
+    for message in messages:
+        text = message.content or ""
+        if message.role == "tool":
+            add("fco", type="function_call_output", call_id=message.tool_call_id or "", output=text)
+            continue
+        if message.content is not None:
+            is_answer = message.role == "assistant"
+            part = {"type": "output_text" if is_answer else "input_text", "text": text}
+            content: list[dict[str, Any]] = [part | {"annotations": []} if is_answer else part]
+            add("msg", type="message", role=message.role, content=content)
+        for call in message.tool_calls or ():
+            function = {"name": call.function.name, "arguments": call.function.arguments}
+            add("fc", type="function_call", call_id=call.id, **function)
+    return items
 
 
 def _message_of(place: int, item: Mapping[str, Any]) -> Message | None:

@@ -186,6 +186,33 @@ class TestKept:
         assert refused.value.code == "previous_response_not_found"
         assert refused.value.param == "previous_response_id"
 
+    def test_input_items(self, client: openai.OpenAI) -> None:
+        """What a response answers, through all before it; page by page, from either end."""
+        call = {"type": "function_call", "call_id": "call_1", "name": "add", "arguments": '{"a": 1}'}
+        given: list[Any] = [
+            {"role": "user", "content": QUESTION},
+            call,
+            {"type": "function_call_output", "call_id": "call_1", "output": "2"},
+        ]
+        first = client.responses.create(model="tutor", input=given, max_output_tokens=4)
+        second = client.responses.create(
+            model="tutor", input="Why?", previous_response_id=first.id, max_output_tokens=4
+        )
+        items = list(client.responses.input_items.list(second.id, order="asc", limit=2))
+        assert [item.type for item in items] == [
+            "message", "function_call", "function_call_output", "message", "message"
+        ]  # fmt: skip
+        question, called, result, answer, last = (item.model_dump() for item in items)
+        assert question["content"][0]["text"] == QUESTION and last["content"][0]["text"] == "Why?"
+        assert called | call == called and (result["call_id"], result["output"]) == ("call_1", "2")
+        assert answer["content"][0]["text"] == first.output_text
+        backwards = list(client.responses.input_items.list(second.id, limit=3))
+        assert [item.id for item in backwards] == [item.id for item in items][::-1]
+        with pytest.raises(openai.NotFoundError):
+            client.responses.input_items.list("resp_none")
+        with pytest.raises(openai.BadRequestError, match="no input item"):
+            client.responses.input_items.list(second.id, after="msg_99")
+
     def test_store_false(self, client: openai.OpenAI) -> None:
         response = client.responses.create(model="tutor", input=QUESTION, max_output_tokens=2, store=False)
         with pytest.raises(openai.NotFoundError):

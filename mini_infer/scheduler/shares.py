@@ -38,7 +38,8 @@ def overdrawn_callers(running: Seq[Sequence], num_blocks: int, block_size: int, 
         num_blocks: how many there are.
         num_more: callers who hold none and are to have some.
     """
-    if len({sequence.caller for sequence in running}) + num_more < 2:
+    num_callers = len({sequence.caller for sequence in running})
+    if num_callers + num_more < 2 or num_callers == len(running):
         return set()
     needs: defaultdict[Hashable, list[int]] = defaultdict(list)
     for sequence in running:

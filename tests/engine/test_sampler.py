@@ -486,26 +486,6 @@ def test_any_seed_that_the_parameters_allow_draws_a_token(seed: int) -> None:
     assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_top_p_without_a_question_to_the_device_keeps_the_same_tokens(dtype: torch.dtype) -> None:
-    """What a GPU does beside what a CPU does; random logits have no ties."""
-    generator = torch.Generator().manual_seed(23)
-    for vocab_size in (1, 2, 700, 5000):
-        logits = (torch.randn(6, vocab_size, generator=generator, dtype=torch.float64) * 3).to(dtype)
-        logits[0, vocab_size // 2 :] = -torch.inf
-        logits[0, 0] = 0
-        top_p = torch.tensor([0.5, 1e-6, 0.3, 0.9, 0.999, 1.0], dtype=dtype)[:, None]
-        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-        expected = sampler._keep_top_p(weights, top_p, sampler._ranked(weights, 512))
-        torch.testing.assert_close(sampler._keep_top_p_unasked(weights, top_p), expected, rtol=0, atol=0)
-
-
-def test_top_p_without_a_question_keeps_all_of_equal_tokens() -> None:
-    weights = torch.tensor([[0.0, 1.0, 1.0, 1.0, -1.0]]).exp()
-    kept = sampler._keep_top_p_unasked(weights, torch.tensor([[0.5]]))
-    assert (kept > 0).tolist() == [[False, True, True, True, False]]
-
-
 class TestMasks:
     """Bits that say which tokens a draw may give, beside everything else that changes logits."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mini_infer import kernels
+from mini_infer.kernels.reference import sampling as reference
 
 from .truth import draw, on_backends
 
@@ -103,3 +104,23 @@ def test_rows_that_are_no_distribution_give_some_token(backend: str) -> None:
         tokens = kernels.draw_tokens(logits, **parameters)
         assert ((tokens >= 0) & (tokens < 700)).all()
         assert tokens[4] == 699
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_without_a_question_to_the_device_keeps_the_same_tokens(dtype: torch.dtype) -> None:
+    """What a GPU does beside what a CPU does; random logits have no ties."""
+    generator = torch.Generator().manual_seed(23)
+    for vocab_size in (1, 2, 700, 5000):
+        logits = (torch.randn(6, vocab_size, generator=generator, dtype=torch.float64) * 3).to(dtype)
+        logits[0, vocab_size // 2 :] = -torch.inf
+        logits[0, 0] = 0
+        top_p = torch.tensor([0.5, 1e-6, 0.3, 0.9, 0.999, 1.0], dtype=dtype)[:, None]
+        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        expected = reference._keep_top_p(weights, top_p, reference._ranked(weights, 512))
+        torch.testing.assert_close(reference._keep_top_p_unasked(weights, top_p), expected, rtol=0, atol=0)
+
+
+def test_top_p_without_a_question_keeps_all_of_equal_tokens() -> None:
+    weights = torch.tensor([[0.0, 1.0, 1.0, 1.0, -1.0]]).exp()
+    kept = reference._keep_top_p_unasked(weights, torch.tensor([[0.5]]))
+    assert (kept > 0).tolist() == [[False, True, True, True, False]]

@@ -25,6 +25,7 @@ FOLDERS = (
     "12_serving",
     "13_quantization",
     "14_two_ranks",
+    "15_grammars",
 )
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 EXTERNAL = re.compile(r"[a-z]+:")

@@ -1,10 +1,12 @@
 """Other people's clients, each in an environment of its own, against a server of ours.
 
-``scripts/with_NAME.py`` says in its first line what it needs, and runs a client as its users do. Environments are made
-in ``.clients/`` on first use and kept. They take minutes and a network, so ``make test-all`` runs them.
+``scripts/with_NAME.py`` (or ``.mjs``, for Node) says in its first line what it needs, and runs a client as its users
+do. Environments are made in ``.clients/`` on first use and kept. They take minutes and a network, so ``make test-all``
+runs them.
 """
 
 import os
+import shutil
 import subprocess
 import venv
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ import pytest
 from mini_infer import AsyncLLMEngine
 from tests.serving.running import Running, running
 
-SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("with_*.py"))
+SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("with_*"))
 ENVIRONMENTS = Path(__file__).parents[2] / ".clients"
 ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_API_KEY": "any"}
 """So that clients neither ask other hosts at their start nor refuse to begin without a key."""
@@ -32,11 +34,26 @@ def server() -> Iterator[Running]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem.removeprefix("with_"))
 def test_client(script: Path, server: Running) -> None:
-    python = environment(script)
+    interpreter, script = node(script) if script.suffix == ".mjs" else (environment(script), script)
     variables = os.environ | ENVIRONMENT | {"BASE_URL": f"{server.url}/v1"}
     variables.pop("PYTHONPATH", None)
-    done = subprocess.run([python, script], env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([interpreter, script], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def node(script: Path) -> tuple[Path, Path]:
+    """Node, and a copy of the script beside the packages that it needs."""
+    interpreter, npm = shutil.which("node"), shutil.which("npm")
+    if interpreter is None or npm is None:
+        pytest.skip("there is no node here")
+    needs = script.read_text(encoding="utf-8").split("\n")[0].removeprefix("// needs: ")
+    directory = ENVIRONMENTS / script.stem.removeprefix("with_")
+    directory.mkdir(parents=True, exist_ok=True)
+    install = [npm, "install", "--silent", "--no-audit", "--no-fund", *needs.split()]
+    done = subprocess.run(install, cwd=directory, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        pytest.skip(f"{needs} cannot be installed here: {done.stderr.strip()[-300:]}")
+    return Path(interpreter), Path(shutil.copy(script, directory))
 
 
 def environment(script: Path) -> Path:

@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from rich.text import Text
 from mini_infer import LLMEngine
 from mini_infer.cli.prompts import BadLine, Item, is_jsonl, read_arguments, read_lines
 from mini_infer.cli.terminal import printable
+from mini_infer.compat.mapping import as_plain
 from mini_infer.config import EngineConfig
 from mini_infer.engine.progress import generation_progress
 from mini_infer.engine.request import Request
@@ -212,7 +213,7 @@ def _line_writer(stream: IO[bytes], keys: Mapping[int, str]) -> Sink:
 
 
 def _result(item: Item, key: str, output: GenerateOutput) -> dict[str, Any]:
-    plain = asdict(output)
+    plain = as_plain(output)
     result = {
         "index": item.index,
         item.kind: item.content,

@@ -1,7 +1,7 @@
 """An output that reads as a mapping: ``out["text"]``, ``dict(out)``, ``"text" in out``."""
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 KEYS = (
@@ -36,5 +36,14 @@ class ReadsAsMapping:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers all the way down, ready for JSON."""
-        plain = asdict(self)  # type: ignore[call-overload]
+        plain = as_plain(self)
         return {name: plain[name] if name in plain else plain["outputs"][0][name] for name in KEYS}
+
+
+def as_plain(value: Any) -> Any:
+    """Dataclasses and mappings as dicts, lists of them as lists, all the way down; anything else as it is."""
+    if is_dataclass(value):
+        return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: as_plain(part) for name, part in value.items()}
+    return [as_plain(part) for part in value] if isinstance(value, list | tuple) else value

@@ -518,9 +518,9 @@ class TestErrors:
             with pytest.raises(MiniInferError, match=r"has died \(ZeroDivisionError"):
                 await collect(running)
             await until(lambda: not engine.is_running)
-            with pytest.raises(MiniInferError, match="shut down"):
+            with pytest.raises(MiniInferError, match="has died"):
                 await engine.stats()
-            with pytest.raises(MiniInferError, match="shut down"):
+            with pytest.raises(MiniInferError, match="has died"):
                 await complete(engine, "Two")
 
         run(main)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,7 @@ class Watched:
     """In a model's place: keeps the batches that it is given, and computes nothing."""
 
     share = WHOLE
+    config = SimpleNamespace(attention_span=1, diffusion=None)
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []

@@ -10,7 +10,7 @@ does in a millisecond); "large" on GPUs only; "huge", where 32-bit offsets overf
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class Case:
     size: str = "small"
     slack: float = 1.0
     """Widens the tolerance where the formula itself amplifies a rounding, as a softmax of huge scores does."""
+    has_codes: bool = False
+    """Whether its KV cache has 8 bits."""
 
     def runs_on(self, device: str, dtype: torch.dtype) -> bool:
         if self.size == "huge":
@@ -357,4 +359,12 @@ def _prefills() -> Iterator[Case]:
     yield Case(op, "a cache of more elements than 32 bits count", huge, "huge")
 
 
-CASES = [*_norms(), *_gates(), *_rotations(), *_writes(), *_decodes(), *_prefills(), *_in_codes()]
+CASES = [
+    *_norms(),
+    *_gates(),
+    *_rotations(),
+    *_writes(),
+    *_decodes(),
+    *_prefills(),
+    *(replace(case, has_codes=True) for case in _in_codes()),
+]

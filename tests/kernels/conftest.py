@@ -4,12 +4,14 @@
 """
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from mini_infer import kernels
+from mini_infer.exceptions import KernelError
 
 from . import truth
 
@@ -43,8 +45,21 @@ def _concerns(config: pytest.Config, item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if config.option.kernel_backend and not isinstance(parameters.get("backend"), tuple):
         return False
+    has_codes = "codes" in parameters or ("case" in parameters and parameters["case"].has_codes)
+    if has_codes and not _knows_codes(*parameters["backend"]):
+        return False
     if "case" in parameters:
         return parameters["case"].runs_on(parameters["backend"][1], parameters["dtype"])
+    return True
+
+
+@cache
+def _knows_codes(backend: str, device: str) -> bool:
+    """Whether a backend takes a KV cache of 8 bits, which it need not."""
+    try:
+        kernels.resolve(device, backend).check_codes()
+    except KernelError:
+        return False
     return True
 
 

@@ -272,10 +272,11 @@ class TestTurns:
             numbers = many.post("/v1/generate_batch", json=body).json()["request_ids"]
             with httpx.Client(base_url=server.url, timeout=60) as one:
                 assert one.post("/v1/completions", json={"prompt": "Twice", "max_tokens": 1}).status_code == 200
+            metrics = many.get("/metrics").text  # before anything else, while they are there
             states = [many.get(f"/v1/result/{number}").json()["status"] for number in numbers]
             assert states.count("running") > 20
             metric = "mini_infer:num_requests_queued"
-            (line,) = [line for line in many.get("/metrics").text.splitlines() if line.startswith(metric)]
+            (line,) = [line for line in metrics.splitlines() if line.startswith(metric)]
             assert float(line.split()[-1]) > 10
             for number in numbers:
                 many.delete(f"/v1/result/{number}")

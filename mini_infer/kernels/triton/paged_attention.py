@@ -190,7 +190,7 @@ def config(head_dim: int, itemsize: int, device: Device, codes: bool = False) ->
     if itemsize == 4 or not device.tensor_cores:  # then products keep their factors in registers
         tile, num_warps = min(tile, 32), 8
     if codes:  # taking them apart needs registers
-        tile = max(tile // 2, 16)
+        tile, num_warps = max(tile // 2, 16), 8
     in_flight = 2 if 2 * (2 * 2 * tile * token) <= device.shared_memory else 1
     return Config(tile, num_warps, num_stages=in_flight + 1)
 

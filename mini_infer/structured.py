@@ -8,7 +8,7 @@ from typing import Any
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import named_options
 
-MAX_GRAMMAR_CHARACTERS = 256 * 1024
+MAX_GRAMMAR_CHARACTERS = 128 * 1024
 """Longest schema, expression or grammar."""
 
 _REFUSED = {

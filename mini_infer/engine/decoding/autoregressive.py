@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 
+from mini_infer.engine.decoding.lifecycle import close_completion, start_all, stop_all
 from mini_infer.engine.describe import Answer, Wanted
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import Grammar, Rule, needs_last_token
@@ -77,13 +78,7 @@ class Autoregressive:
 
     def start(self, scheduler: Scheduler) -> None:
         first, *others = self._streams
-        try:
-            for sequence in (first, *others[len(first.forks) :]):
-                scheduler.add(sequence)
-        except BaseException:  # all of them or none; the policy may be somebody's own
-            for sequence in self._streams:
-                scheduler.finish(sequence, "error")
-            raise
+        start_all(scheduler, (first, *others[len(first.forks) :]))
 
     def want(self, request: Request, item: ScheduledSequence, first_row: int, wanted: Wanted) -> None:
         if item.num_logits:
@@ -183,7 +178,7 @@ class Autoregressive:
             if sequence.finish_reason == "error":
                 self._blame(request, stream, logprobs[num_new])
             if sequence.finish_reason is not None:
-                self._close(request, sequence, completion, sequence.finish_reason, text, num_new)
+                close_completion(request, sequence, completion, sequence.finish_reason, text, num_new)
                 continue
             request.emit(completion, text, num_new)
             if stream.grammar is not None:
@@ -201,29 +196,8 @@ class Autoregressive:
         logger.error("%s", request.error)
 
     def stop(self, request: Request, scheduler: Scheduler, reason: FinishReason) -> None:
-        going_on = [
-            (sequence, stream.completion)
-            for sequence, stream in self._streams.items()
-            if stream.completion.finish_reason is None
-        ]
-        for sequence, _ in going_on:  # all of them before anything can raise
-            scheduler.finish(sequence, reason)
-        for sequence, completion in going_on:
-            self._close(request, sequence, completion, reason, "", 0)
-
-    def _close(
-        self,
-        request: Request,
-        sequence: Sequence,
-        completion: Completion,
-        reason: FinishReason,
-        text: str,
-        num_tokens: int,
-    ) -> None:
-        """A completion's sequence has ended: release the rest of its text and tell the listener."""
-        text += completion.end(reason)
-        request.num_preemptions += sequence.num_preemptions
-        request.emit(completion, text, num_tokens)
+        completions = ((sequence, stream.completion) for sequence, stream in self._streams.items())
+        stop_all(request, scheduler, completions, reason)
 
     def _note_prompt_logprobs(self, request: Request, item: ScheduledSequence, answer: Answer) -> None:
         if not request.prompt_logprobs:

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mini_infer.engine.decoding.lifecycle import close_completion, start_all, stop_all
 from mini_infer.engine.describe import Answer, Wanted
 from mini_infer.engine.request import Completion, Request
 from mini_infer.engine.rules import Rule
@@ -145,13 +146,7 @@ class Diffusion:
         self._decode_token = decode_token
 
     def start(self, scheduler: Scheduler) -> None:
-        try:
-            for sequence in self._canvases:
-                scheduler.add(sequence)
-        except BaseException:  # all of them or none
-            for sequence in self._canvases:
-                scheduler.finish(sequence, "error")
-            raise
+        start_all(scheduler, self._canvases)
 
     def want(self, request: Request, item: ScheduledSequence, first_row: int, wanted: Wanted) -> None:
         options, canvas = self._options, self._canvases[item.sequence]
@@ -186,7 +181,7 @@ class Diffusion:
                 f"request {request.request_id!r}: its logits are not finite; a wider dtype may help"
             )
             logger.error("%s", request.error)
-            self._close(request, sequence, completion, "error", "", 0)
+            close_completion(request, sequence, completion, "error", "", 0)
             return 0
         canvas.step += 1
         canvas.block_step = canvas.block_step + 1 if self._num_valid(sequence, kept) else 0
@@ -205,21 +200,14 @@ class Diffusion:
                 scheduler.finish(sequence, "stop")  # also if it was the last token
                 break
         if sequence.finish_reason is not None:
-            self._close(request, sequence, completion, sequence.finish_reason, text, num_new)
+            close_completion(request, sequence, completion, sequence.finish_reason, text, num_new)
         elif num_new:
             request.emit(completion, text, num_new)
         return num_new
 
     def stop(self, request: Request, scheduler: Scheduler, reason: FinishReason) -> None:
-        going_on = [
-            (sequence, canvas.completion)
-            for sequence, canvas in self._canvases.items()
-            if canvas.completion.finish_reason is None
-        ]
-        for sequence, _ in going_on:  # all of them before anything can raise
-            scheduler.finish(sequence, reason)
-        for sequence, completion in going_on:
-            self._close(request, sequence, completion, reason, "", 0)
+        completions = ((sequence, canvas.completion) for sequence, canvas in self._canvases.items())
+        stop_all(request, scheduler, completions, reason)
 
     def _gaps(self, sequence: TokenSequence) -> list[int]:
         """Positions of the masks that the next step may write."""
@@ -271,17 +259,3 @@ class Diffusion:
         if options.factor is not None:
             return max([1, *(n for n, p in enumerate(likely, start=1) if (n + 1) * (1 - p) < options.factor)])
         return options.counts[canvas.step]
-
-    def _close(
-        self,
-        request: Request,
-        sequence: TokenSequence,
-        completion: Completion,
-        reason: FinishReason,
-        text: str,
-        num_tokens: int,
-    ) -> None:
-        """A completion's sequence has ended: release the rest of its text and tell the listener."""
-        text += completion.end(reason)
-        request.num_preemptions += sequence.num_preemptions
-        request.emit(completion, text, num_tokens)

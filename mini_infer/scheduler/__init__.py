@@ -3,7 +3,8 @@
 from mini_infer.scheduler.plan import BlockCopy, Outcome, ScheduledSequence, SchedulerOutputs
 from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, PriorityFirst, make_policy
 from mini_infer.scheduler.preemption import PreemptionCosts
-from mini_infer.scheduler.scheduler import Scheduler, SchedulerCounts
+from mini_infer.scheduler.roster import SchedulerCounts
+from mini_infer.scheduler.scheduler import Scheduler
 from mini_infer.scheduler.sequence import Sequence, SequenceStatus
 from mini_infer.scheduler.shares import seats_for_one
 

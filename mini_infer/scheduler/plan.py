@@ -85,21 +85,35 @@ class PlanDraft:
 
     Attributes:
         budget: tokens that it may still have.
-        prompt_tokens: how many of those it has are of prompts, by their callers.
+        room: sequences that it may have in all.
+        most_of_prompts: tokens of prompts that it may have of one caller.
+        served: callers whose prompts have as many.
     """
 
     budget: int
-    prompt_tokens: Counter[Hashable] = field(default_factory=Counter)
+    room: int
+    most_of_prompts: int
+    served: set[Hashable] = field(default_factory=set)
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     swap_out: list[BlockCopy] = field(default_factory=list)
     copy: list[BlockCopy] = field(default_factory=list)
     swap_in: list[BlockCopy] = field(default_factory=list)
     remembered: list[int] = field(default_factory=list)
+    _prompt_tokens: Counter[Hashable] = field(default_factory=Counter)
 
-    def served(self, most: int) -> set[Hashable]:
-        """Callers who have so many tokens of prompts in it."""
-        return {caller for caller, number in self.prompt_tokens.items() if number >= most}
+    @property
+    def is_full(self) -> bool:
+        return not self.budget or len(self.scheduled) == self.room
+
+    def charge(self, caller: Hashable, num_tokens: int, is_whole: bool) -> int:
+        """How many of a prompt's tokens a caller may have; they count as its own from now on."""
+        if not is_whole:
+            num_tokens = min(num_tokens, self.most_of_prompts - self._prompt_tokens[caller])
+        self._prompt_tokens[caller] += num_tokens
+        if self._prompt_tokens[caller] >= self.most_of_prompts:
+            self.served.add(caller)
+        return num_tokens
 
     def finish(self, num_tokens: int) -> SchedulerOutputs:
         single = [item for item in self.scheduled if item.num_tokens == 1]

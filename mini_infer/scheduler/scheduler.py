@@ -10,10 +10,7 @@ did.
 """
 
 import math
-from bisect import insort
-from collections.abc import Collection, Hashable, Iterable
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Hashable, Iterable
 from operator import itemgetter
 
 from mini_infer.config import PreemptionMode
@@ -21,39 +18,15 @@ from mini_infer.exceptions import InvalidConfigError
 from mini_infer.fields import check_int, check_number
 from mini_infer.memory import BlockManager
 from mini_infer.outputs import FinishReason
-from mini_infer.scheduler.holdings import Holdings
 from mini_infer.scheduler.plan import Outcome, PlanDraft, ScheduledSequence, SchedulerOutputs
 from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
-from mini_infer.scheduler.queue import WaitingQueue
-from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence, SequenceStatus
+from mini_infer.scheduler.roster import FINISHED, RESTING, RUNNING, Roster
+from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence
 from mini_infer.scheduler.shares import StepShares, crowding_callers, overdrawn_callers
 
-# Looked up some times for each sequence and step.
-WAITING, RUNNING, RESTING, FINISHED = (
-    SequenceStatus.WAITING,
-    SequenceStatus.RUNNING,
-    SequenceStatus.RESTING,
-    SequenceStatus.FINISHED,
-)
 
-
-@dataclass(slots=True)
-class SchedulerCounts:
-    """Totals since the start.
-
-    Attributes:
-        num_swap_preemptions, num_recompute_preemptions: by what became of the sequence's KV.
-        num_prefix_queries, num_prefix_hits: prompt tokens looked up in the prefix cache, and found there.
-    """
-
-    num_swap_preemptions: int = 0
-    num_recompute_preemptions: int = 0
-    num_prefix_queries: int = 0
-    num_prefix_hits: int = 0
-
-
-class Scheduler:
+class Scheduler(Roster):
     """Decides about sequences and blocks; knows nothing of tensors.
 
     Args:
@@ -104,22 +77,13 @@ class Scheduler:
             )
         if preemption_mode == "auto" and costs is None:
             raise InvalidConfigError("preemption_mode='auto' compares costs; give the scheduler an estimate of them")
-        self.max_num_seqs = max_num_seqs
+        num_spare_blocks = math.ceil(watermark * block_manager.num_gpu_blocks)
+        super().__init__(max_num_seqs, block_manager, num_spare_blocks, prefix_caching, preemption_mode, costs)
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.block_manager = block_manager
-        self._holdings = Holdings(block_manager)
         self._shares = StepShares(fair_size)
-        self.prefix_caching = prefix_caching
-        self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []  # sorted: the last one is preempted first
-        self.counts = SchedulerCounts()
         self._policy = policy or FirstComeFirstServed()
-        self._preemption_mode = preemption_mode
-        self._costs = costs
         self._num_stages = num_stages
-        self._watermark_blocks = math.ceil(watermark * block_manager.num_gpu_blocks)
-        self._arrivals = count()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -158,78 +122,18 @@ class Scheduler:
         An empty plan means that there is nothing to compute now; where steps are under way, there may be once they are
         committed.
         """
-        draft = PlanDraft(-(-self.max_num_batched_tokens // self._num_stages))
-        whole_budget = draft.budget
+        budget = -(-self.max_num_batched_tokens // self._num_stages)
+        room = -(-(len(self.running) + len(self.waiting)) // self._num_stages)
+        callers = {s.caller for s in self.running} | self.waiting.callers
+        draft = PlanDraft(budget, room, self._shares.prompt_tokens(len(callers)))
         newcomer = self._let_in_newcomer(draft)
-        most = self._shares.prompt_tokens(len({s.caller for s in self.running} | self.waiting.callers))
-        if newcomer is not None:  # at once: whoever gets blocks is in the plan, for ``rewind`` to find
-            self._schedule(newcomer, draft, most)
         ready = [sequence for sequence in self.running if sequence.can_step and sequence is not newcomer]
-        room = len(self.running) + len(self.waiting)
         if self._num_stages > 1:
-            room = -(-room // self._num_stages)
             ready = [sequence for sequence in ready if not sequence.num_placeholders]
-        ready = self._shares.choose(ready, self.waiting.callers)
-        overdrawn = self._overdrawn()
-        if overdrawn:  # they go last, so that they are preempted first
-            ready.sort(key=lambda sequence: sequence.caller in overdrawn)
-        num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
-
-        # Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
-        # admitted. Whoever is preempted to make room goes last in this very loop, so nothing was promised to it yet.
-        chunks = []
-        for sequence in ready:
-            if draft.budget == 0 or len(draft.scheduled) == room:
-                break
-            if sequence.status is not RUNNING:
-                continue
-            if sequence.num_drafts:
-                self._shorten(sequence, min(num_guesses, draft.budget - 1))
-            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(
-                self._holdings.find_missing(sequence)
-            ):
-                chunks.append(sequence)
-                continue
-            while not self._holdings.grow(sequence, draft):
-                if sequence.num_drafts:  # nobody is preempted for a guess
-                    self._shorten(sequence, 0)
-                    continue
-                if self._withdraw_drafts(draft):
-                    continue
-                self._preempt(self._last_of(overdrawn, newcomer) or self._last_of(None, newcomer) or sequence, draft)
-                if sequence.status is not RUNNING:
-                    break
-            else:
-                num_guesses -= sequence.num_drafts
-                self._schedule(sequence, draft)
-
-        for sequence in chunks:
-            if draft.budget == 0 or len(draft.scheduled) == room:
-                break
-            if (
-                sequence.status is RUNNING
-                and sequence.least_tokens <= draft.budget
-                and sequence.caller not in draft.served(most)
-            ):
-                self._schedule(sequence, draft, most)
-
-        while (
-            self.waiting and draft.budget and len(draft.scheduled) < room and not (draft.scheduled and draft.preempted)
-        ):
-            crowding = crowding_callers(self.running, self._num_taken_seats, self.max_num_seqs)
-            first = self.waiting.first({*crowding, *draft.served(most)})
-            if first is None or first.least_tokens > draft.budget:
-                break
-            if self._admit(first, draft):
-                self._schedule(first, draft, most)
-            elif draft.scheduled or not self.running:
-                break
-            elif any(s.num_placeholders or s.is_undecided for s in self.running):
-                break  # a step under way will free some
-            else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
-                self._preempt(self.running[-1], draft)
-
-        plan = draft.finish(whole_budget - draft.budget)
+        chunks = self._plan_decodes(self._shares.choose(ready, self.waiting.callers), newcomer, draft)
+        self._plan_chunks(chunks, draft)
+        self._admit_waiting(draft)
+        plan = draft.finish(budget - draft.budget)
         for item in plan.scheduled:
             self._expect(item)
         return plan
@@ -247,14 +151,133 @@ class Scheduler:
             return None
         if newcomer.swapped_blocks:
             return None  # a plan copies out before it copies in, and others may still have to be copied out
-        num_wanted = self.block_manager.blocks_for(len(newcomer)) + self._watermark_blocks
+        num_wanted = self.block_manager.blocks_for(len(newcomer)) + self._num_spare_blocks
         is_modest = num_wanted <= self.block_manager.num_gpu_blocks // (len(callers) + 1)
         while not self._admit(newcomer, draft):
-            last = self._last_of(self._overdrawn(num_more=1))
+            last = self._last(self._overdrawn(num_more=1))
             if last is None or not is_modest:
                 return None
             self._preempt(last, draft)
+        self._schedule_prompt(newcomer, draft)  # at once: whoever gets blocks is in the plan, for ``rewind`` to find
         return newcomer
+
+    def _plan_decodes(self, ready: list[Sequence], newcomer: Sequence | None, draft: PlanDraft) -> list[Sequence]:
+        """Plan what was sampled last, and drafts behind it, and preempt where that needs blocks; those with more to
+        compute, and blocks for it, are given back.
+
+        Decodes need more blocks, and so may those that got several tokens at once; a prompt got its own when it was
+        admitted. Whoever is preempted to make room goes last in this very loop, so nothing was promised to it yet.
+        """
+        overdrawn = self._overdrawn()
+        if overdrawn:  # they go last, so that they are preempted first
+            ready.sort(key=lambda sequence: sequence.caller in overdrawn)
+        num_guesses = max(0, draft.budget - len(ready))  # drafts take what the others leave
+        chunks = []
+        for sequence in ready:
+            if draft.is_full:
+                break
+            if sequence.status is not RUNNING:
+                continue
+            if sequence.num_drafts:
+                self._shorten(sequence, min(num_guesses, draft.budget - 1))
+            elif len(sequence.token_ids) - sequence.num_computed_tokens > 1 and not any(
+                self._holdings.find_missing(sequence)
+            ):
+                chunks.append(sequence)
+                continue
+            while not self._holdings.grow(sequence, draft):
+                if sequence.num_drafts:  # nobody is preempted for a guess
+                    self._shorten(sequence, 0)
+                    continue
+                if self._withdraw_drafts(draft):
+                    continue
+                self._preempt(self._last(overdrawn, newcomer) or self._last(None, newcomer) or sequence, draft)
+                if sequence.status is not RUNNING:
+                    break
+            else:
+                num_guesses -= sequence.num_drafts
+                self._schedule(sequence, sequence.num_uncomputed_tokens, draft)
+        return chunks
+
+    def _plan_chunks(self, chunks: list[Sequence], draft: PlanDraft) -> None:
+        """Go on with prompts that were begun."""
+        for sequence in chunks:
+            if draft.is_full:
+                break
+            is_running, fits = sequence.status is RUNNING, sequence.least_tokens <= draft.budget
+            if is_running and fits and sequence.caller not in draft.served:
+                self._schedule_prompt(sequence, draft)
+
+    def _admit_waiting(self, draft: PlanDraft) -> None:
+        """Begin with whoever waits, unless somebody was preempted to get this far."""
+        while self.waiting and not draft.is_full and not (draft.scheduled and draft.preempted):
+            crowding = crowding_callers(self.running, self._num_taken_seats, self.max_num_seqs)
+            first = self.waiting.first({*crowding, *draft.served})
+            if first is None or first.least_tokens > draft.budget:
+                break
+            if self._admit(first, draft):
+                self._schedule_prompt(first, draft)
+            elif draft.scheduled or not self.running:
+                break
+            elif any(s.num_placeholders or s.is_undecided for s in self.running):
+                break  # a step under way will free some
+            else:  # beams, all computed, for whose siblings in the queue their own blocks leave no room
+                self._preempt(self.running[-1], draft)
+
+    def _overdrawn(self, num_more: int = 0) -> set[Hashable]:
+        return overdrawn_callers(
+            self.running, self.block_manager.num_gpu_blocks, self.block_manager.block_size, num_more
+        )
+
+    def _schedule_prompt(self, sequence: Sequence, draft: PlanDraft) -> None:
+        """Plan as much of a prompt as its caller's share of prompts allows; whole ones are planned whole."""
+        num_tokens = sequence.num_uncomputed_tokens
+        if sequence.caller is not None:
+            num_tokens = draft.charge(sequence.caller, min(num_tokens, draft.budget), sequence.is_whole)
+        self._schedule(sequence, num_tokens, draft)
+
+    def _schedule(self, sequence: Sequence, num_tokens: int, draft: PlanDraft) -> None:
+        """Put so many of a sequence's tokens into the plan, if the budget allows."""
+        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
+        num_tokens = min(num_tokens, draft.budget)
+        reaches_end = start + num_tokens == length
+        samples = reaches_end and length - num_drafts - sequence.num_masks < sequence.max_length
+        item = ScheduledSequence(
+            sequence,
+            start,
+            num_tokens,
+            1 + num_drafts if samples else 0,
+            reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
+            sequence.forks if samples else (),
+        )
+        draft.budget -= item.num_rows
+        draft.scheduled.append(item)
+        if self.prefix_caching:
+            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
+            is_certain = not (samples and sequence.decides_late)
+            self._holdings.remember(
+                sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft
+            )
+
+    def _expect(self, item: ScheduledSequence) -> None:
+        """Take it that a planned step will be computed: the next plan builds on it."""
+        sequence, start, num_tokens, num_logits, _, forks = item
+        sequence.num_computed_tokens = start + num_tokens
+        if not num_logits:
+            return
+        if forks:
+            sequence.forks = ()
+            for child in forks:
+                self.fork(sequence, child)
+        if sequence.decides_late or sequence.num_drafts:
+            for one in (sequence, *forks):
+                one.is_undecided = True
+            return
+        sequence.token_ids.append(PLACEHOLDER)
+        sequence.num_placeholders += 1
+        for child in forks:
+            child.token_ids.append(PLACEHOLDER)
+            child.num_placeholders += 1
 
     def propose(self, sequence: Sequence, draft_token_ids: Iterable[int]) -> None:
         """Put drafts behind a sequence's last token, for the next step to compute along with it.
@@ -269,6 +292,26 @@ class Scheduler:
             drafts = list(draft_token_ids)[: max(room, 0)]
             sequence.token_ids += drafts
             sequence.num_drafts = len(drafts)
+
+    def _shorten(self, sequence: Sequence, num_drafts: int) -> None:
+        """Leave out all but the first ``num_drafts`` drafts."""
+        surplus = sequence.num_drafts - num_drafts
+        if surplus > 0:
+            del sequence.token_ids[-surplus:]
+            sequence.num_drafts -= surplus
+
+    def _withdraw_drafts(self, draft: PlanDraft) -> bool:
+        """Take the drafts out of the plan again, with the blocks that they alone need; False if there are none."""
+        withdrawn = 0
+        for place, item in enumerate(draft.scheduled):
+            sequence = item.sequence
+            if sequence.num_drafts:
+                withdrawn += sequence.num_drafts
+                self._shorten(sequence, 0)
+                draft.scheduled[place] = item._replace(num_tokens=1, num_logits=1)
+                self._holdings.trim(sequence)
+        draft.budget += withdrawn
+        return withdrawn > 0
 
     # ---- what came of it -----------------------------------------------------------------------------------------
 
@@ -340,220 +383,7 @@ class Scheduler:
         elif sequence.status is RESTING and num_valid < len(sequence) and not sequence.num_placeholders:
             self._queue(sequence)  # otherwise all is computed, and it rests on until it gets a token
 
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """End a sequence, wherever it is, and free its blocks. For one that has ended only the reason is another: the
-        text of its last token may hold a stop string."""
-        sequence.finish_reason = reason
-        if sequence.status is FINISHED:
-            return
-        if sequence.status is RUNNING:
-            self.running.remove(sequence)
-        elif sequence.status is WAITING:
-            self.waiting.remove(sequence)
-        sequence.status = FINISHED
-        self._drop_provisional(sequence)
-        if sequence.num_masks:
-            del sequence.token_ids[-sequence.num_masks :]
-            sequence.num_masks = 0
-        self._holdings.release(sequence)
-        self._holdings.drop_swapped(sequence)
-
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Start ``child``, whose tokens begin with those that ``parent`` has computed, on the parent's own blocks.
-
-        Nothing is copied until one of them writes to a block that both hold, which can only be the last one. If the
-        parent was preempted, so that it has no blocks, or no seat is free, the child waits and computes for itself.
-        """
-        child.arrival = next(self._arrivals)
-        child.order = (*parent.order[:-1], child.arrival)
-        parent.num_seats = max(1, parent.num_seats - 1)
-        if parent.status is not RUNNING or self._num_taken_seats >= self.max_num_seqs:
-            self._queue(child)
-            return
-        self._holdings.share(parent, child)
-        child.num_computed_tokens = parent.num_computed_tokens
-        child.status = RUNNING
-        insort(self.running, child, key=lambda s: s.order)
-
-    def rewind(self, plans: Iterable[SchedulerOutputs]) -> None:
-        """Steps under way failed: what they were to compute or copy never came to be, and is computed again.
-
-        Args:
-            plans: of all steps that were not committed, the oldest first.
-        """
-        touched: dict[Sequence, bool] = {}  # whether it has something to compute again, and not just lost its blocks
-        for plan in plans:
-            for block in plan.remembered:
-                self.block_manager.forget(block)
-            for sequence in plan.preempted:
-                touched.setdefault(sequence, False)
-            for item in plan.scheduled:
-                touched |= dict.fromkeys((item.sequence, *item.forks), True)
-        for sequence, was_under_way in touched.items():
-            if sequence.status is FINISHED:
-                continue
-            rests = sequence.status is RESTING and not was_under_way
-            self._drop_provisional(sequence)
-            self._holdings.release(sequence)
-            self._holdings.drop_swapped(sequence)
-            if sequence.status is RUNNING:
-                self.running.remove(sequence)
-            if sequence.status is not WAITING and not rests:
-                self._queue(sequence)
-
-    def lose_cache(self) -> None:
-        """What the blocks of both pools held is gone, while no step is under way: all of it is computed again."""
-        for sequence in list(self.running):
-            self.running.remove(sequence)
-            self._wait_again(sequence)
-        for sequence in self.waiting:
-            self._holdings.drop_swapped(sequence)
-        self.block_manager.forget_all()
-
-    # ---- one sequence --------------------------------------------------------------------------------------------
-
-    @property
-    def _num_taken_seats(self) -> int:
-        """Of sequences that run, and of those that are to fork from them."""
-        return sum(sequence.num_seats for sequence in self.running)
-
-    def _queue(self, sequence: Sequence) -> None:
-        sequence.status = WAITING
-        self.waiting.push(sequence)
-
-    def _overdrawn(self, num_more: int = 0) -> set[Hashable]:
-        return overdrawn_callers(
-            self.running, self.block_manager.num_gpu_blocks, self.block_manager.block_size, num_more
-        )
-
-    def _last_of(self, callers: Collection[Hashable] | None, spared: Sequence | None = None) -> Sequence | None:
-        """The last running sequence of some callers, or of all, except for one that has just got its blocks."""
-        candidates = (s for s in reversed(self.running) if s is not spared)
-        return next((s for s in candidates if callers is None or s.caller in callers), None)
-
-    def _schedule(self, sequence: Sequence, draft: PlanDraft, most_of_prompt: int | None = None) -> None:
-        """Put as many of a sequence's tokens into the plan as the budget allows, and its caller's share of prompts."""
-        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
-        num_tokens = min(length - start, draft.budget)
-        if most_of_prompt is not None and sequence.caller is not None:
-            if not sequence.is_whole:
-                num_tokens = min(num_tokens, most_of_prompt - draft.prompt_tokens[sequence.caller])
-            draft.prompt_tokens[sequence.caller] += num_tokens
-        reaches_end = start + num_tokens == length
-        samples = reaches_end and length - num_drafts - sequence.num_masks < sequence.max_length
-        item = ScheduledSequence(
-            sequence,
-            start,
-            num_tokens,
-            1 + num_drafts if samples else 0,
-            reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
-            sequence.forks if samples else (),
-        )
-        draft.budget -= item.num_rows
-        draft.scheduled.append(item)
-        if self.prefix_caching:
-            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
-            is_certain = not (samples and sequence.decides_late)
-            self._holdings.remember(
-                sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft
-            )
-
-    def _expect(self, item: ScheduledSequence) -> None:
-        """Take it that a planned step will be computed: the next plan builds on it."""
-        sequence, start, num_tokens, num_logits, _, forks = item
-        sequence.num_computed_tokens = start + num_tokens
-        if not num_logits:
-            return
-        if forks:
-            sequence.forks = ()
-            for child in forks:
-                self.fork(sequence, child)
-        if sequence.decides_late or sequence.num_drafts:
-            for one in (sequence, *forks):
-                one.is_undecided = True
-            return
-        sequence.token_ids.append(PLACEHOLDER)
-        sequence.num_placeholders += 1
-        for child in forks:
-            child.token_ids.append(PLACEHOLDER)
-            child.num_placeholders += 1
-
-    def _shorten(self, sequence: Sequence, num_drafts: int) -> None:
-        """Leave out all but the first ``num_drafts`` drafts."""
-        surplus = sequence.num_drafts - num_drafts
-        if surplus > 0:
-            del sequence.token_ids[-surplus:]
-            sequence.num_drafts -= surplus
-
-    def _withdraw_drafts(self, draft: PlanDraft) -> bool:
-        """Take the drafts out of the plan again, with the blocks that they alone need; False if there are none."""
-        withdrawn = 0
-        for place, item in enumerate(draft.scheduled):
-            sequence = item.sequence
-            if sequence.num_drafts:
-                withdrawn += sequence.num_drafts
-                self._shorten(sequence, 0)
-                draft.scheduled[place] = item._replace(num_tokens=1, num_logits=1)
-                self._holdings.trim(sequence)
-        draft.budget += withdrawn
-        return withdrawn > 0
-
-    def _admit(self, sequence: Sequence, draft: PlanDraft) -> bool:
-        """Let a waiting sequence run, with blocks for all its tokens, if there is a seat and the watermark stays free.
-
-        What the prefix cache has is shared, what was swapped out comes back; up to the first gap nothing is computed.
-        """
-        if self._num_taken_seats + sequence.num_seats > self.max_num_seqs:
-            return False
-        spare = self._watermark_blocks if self.running else 0
-        reads = self.prefix_caching and sequence.reads_prefix_cache
-        found = self._holdings.take(sequence, reads, spare, draft)
-        if found is None:
-            return False
-        self.waiting.remove(sequence)
-        sequence.status = RUNNING
-        insort(self.running, sequence, key=lambda s: s.order)
-        if reads:
-            self.counts.num_prefix_queries += sequence.num_prompt_tokens
-            self.counts.num_prefix_hits += min(found, sequence.num_prompt_tokens)
-        return True
-
-    def _preempt(self, sequence: Sequence, draft: PlanDraft) -> None:
-        """Take a running sequence's blocks; it waits until it is its turn again."""
-        self.running.remove(sequence)
-        if self._may_swap(sequence) and self._holdings.swap_out(sequence, draft):
-            self.counts.num_swap_preemptions += 1
-        else:
-            self.counts.num_recompute_preemptions += 1
-        self._wait_again(sequence)
-        draft.preempted.append(sequence)
-
-    def _may_swap(self, sequence: Sequence) -> bool:
-        """Whether a sequence's keys and values are rather copied away than computed again."""
-        if self._preemption_mode == "auto":
-            assert self._costs is not None
-            num_blocks = self._holdings.num_swapped(sequence)
-            return self._costs.swapping_is_cheaper(num_blocks, sequence.num_computed_tokens)
-        return self._preemption_mode == "swap"
-
-    def _wait_again(self, sequence: Sequence) -> None:
-        """Queue a preempted sequence. One that a step under way, or its search, has yet to give a token rests."""
-        rests = sequence.num_placeholders or sequence.is_undecided or not sequence.can_step
-        self._holdings.release(sequence)
-        sequence.num_preemptions += 1
-        if rests:
-            sequence.status = RESTING
-        else:
-            self._drop_provisional(sequence)
-            self._queue(sequence)
-
     def _invalidate(self, sequence: Sequence, num_valid: int) -> None:
         """Keys and values from position ``num_valid`` on are not what they should be."""
         sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_valid)
         sequence.num_swapped_tokens = min(sequence.num_swapped_tokens, num_valid)
-
-    def _drop_provisional(self, sequence: Sequence) -> None:
-        """Of placeholders and drafts; what is written on a canvas stays."""
-        del sequence.token_ids[sequence.num_known_tokens + sequence.num_masks :]
-        sequence.num_placeholders = sequence.num_drafts = 0
-        sequence.is_undecided = False

@@ -219,16 +219,27 @@ def add_graphs(engine: LLM, sizes: list[int]) -> Recorder:
     return recorder
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-def test_a_recorded_step_on_the_cpu_is_the_step_itself(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("qwen3", {}),
+        ("qwen3", {"quantization": "int8"}),
+        ("qwen3", {"quantization": "int8", "dtype": "bfloat16", "kv_cache_dtype": "int8"}),
+        ("llama", {"quantization": "int4", "dtype": "bfloat16"}),
+    ],
+)
+def test_a_recorded_step_on_the_cpu_is_the_step_itself(tmp_path: Path, family: str, fields: dict[str, str]) -> None:
+    """With tied embeddings, so that rows of a quantised matrix are among what is recorded."""
     pytest.importorskip("numba")
-    path = make_engine_checkpoint(tmp_path, family, seed=9, head_dim=16, num_hidden_layers=2)
+    path = make_engine_checkpoint(tmp_path, family, seed=9, head_dim=16, num_hidden_layers=2, tie_word_embeddings=True)
     draw = random.Random(7)
     prompts = [[draw.randrange(250) for _ in range(draw.randint(1, 40))] for _ in range(7)]
     params = [
         SamplingParams(temperature=0, max_tokens=draw.randint(2, 30), ignore_eos=True, logprobs=1) for _ in prompts
     ]
-    engines = [LLM(path, dtype="float32", enforce_eager=eager) for eager in (True, False)]
+    engines = [LLM(path, **{"dtype": "float32", **fields}, enforce_eager=eager) for eager in (True, False)]
     graphs = runner_of(engines[1]).graphs
     assert runner_of(engines[0]).graphs is None and graphs is not None
     for _ in range(2):  # recorded, then replayed from the start

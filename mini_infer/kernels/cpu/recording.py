@@ -120,9 +120,11 @@ class _Recorder(TorchDispatchMode):
             self._items.append(lambda: operation(*args, **kwargs))
             return result
         results = tree_leaves(result)
-        if not all(isinstance(tensor, Tensor) for tensor in results):
-            raise NotRecordableError(f"{operation} makes the step depend on what a tensor holds")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not all(isinstance(tensor, Tensor) for tensor in results):
+            if not tensors:
+                return result  # as that of promote_types, which is the same each time
+            raise NotRecordableError(f"{operation} makes the step depend on what a tensor holds")
         inputs = {_address(tensor) for tensor in tensors if tensor.layout is torch.strided}  # oneDNN's are opaque
         if not all(_address(tensor) in inputs for tensor in results):  # else it is a view
             self._items.append(lambda: _copy_leaves(operation(*args, **kwargs), results))

@@ -180,6 +180,8 @@ class Increment:
         finish_reason: set on the completion's last increment.
         stop_reason: the stop string or stop token id that ended it, on that increment.
         output: the whole result, on the last increment of the request's last completion.
+        canvas: of a diffusion model, told after every step: the token at each place of the answer, None for
+            a mask.
     """
 
     request_id: str
@@ -190,3 +192,4 @@ class Increment:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     output: GenerateOutput | None
+    canvas: tuple[int | None, ...] = ()

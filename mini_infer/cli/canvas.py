@@ -1,13 +1,13 @@
 """``mini-infer demo --diffusion``: answers fill in, step by step."""
 
-from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
 
 from mini_infer import LLM, SamplingParams
-from mini_infer.cli.terminal import printable
+from mini_infer.cli.terminal import draw_canvas
 from mini_infer.config import BUNDLED_MODEL
+from mini_infer.engine.detokenizer import canvas_cells
 from mini_infer.engine.loop import Flight, NullObserver, StepResult
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.scheduler import Sequence
@@ -20,11 +20,10 @@ WAYS = {
         temperature=0, gen_length=64, block_length=16, threshold=0.9
     ),
 }
-MASK = "░"
 
 
 class CanvasView(NullObserver):
-    """Prints the canvas of every sequence after every step: a shaded cell for each mask.
+    """Prints the canvas of every sequence after every step.
 
     Args:
         console: where to.
@@ -38,20 +37,15 @@ class CanvasView(NullObserver):
         if llm.model_config.diffusion is None:
             raise InvalidConfigError(f"{llm.config.model} writes one token after the other; name a diffusion model")
         self._console, self._llm = console, llm
-        self._mask = llm.model_config.diffusion.mask_token_id
-        self._num_steps: dict[str, int] = {}
+        self._seen: dict[Sequence, tuple[int, list[str | None]]] = {}
 
     def committed(self, flight: Flight, result: StepResult) -> None:
         for item in flight.plan.scheduled:
-            request_id = item.sequence.request_id
-            number = self._num_steps[request_id] = self._num_steps.get(request_id, 0) + 1
-            line = f"{number:3} {self._drawn(item.sequence)}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _drawn(self, sequence: Sequence) -> str:
-        runs = groupby(sequence.token_ids[sequence.num_prompt_tokens :], lambda token_id: token_id == self._mask)
-        parts = (len(list(run)) * MASK if is_mask else self._llm.detokenize(list(run)) for is_mask, run in runs)
-        return printable("".join(parts)).replace("\n", " ")
+            number, before = self._seen.pop(item.sequence, (0, []))
+            cells = canvas_cells(item.sequence.canvas, self._llm.tokenizer.token_bytes)
+            self._console.print(f"{number + 1:3}", draw_canvas(cells, before), highlight=False, soft_wrap=True)
+            if item.sequence.finish_reason is None:
+                self._seen[item.sequence] = number + 1, cells
 
 
 def run_canvas_demo(console: Console, model: str | None) -> None:

@@ -11,18 +11,20 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from mini_infer import LLMEngine
 from mini_infer.cli.flags import hints, parse
-from mini_infer.cli.terminal import printable
+from mini_infer.cli.terminal import draw_canvas, printable
 from mini_infer.cli.tool_file import ToolFile
 from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.config import EngineConfig
 from mini_infer.engine.calls import CallBegins, CallScanner
 from mini_infer.engine.calls import Text as TextPiece
+from mini_infer.engine.detokenizer import canvas_cells
 from mini_infer.engine.tools import ToolUse
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.outputs import GenerateOutput, Increment
@@ -147,15 +149,21 @@ class Chat:
 
     def _stream(self, prompt: str) -> tuple[GenerateOutput, list[list[str]]]:
         """Print an answer as it comes; Ctrl-C ends it after the step that is running. Also the calls that it makes,
-        each a name and its arguments."""
+        each a name and its arguments. In a terminal, a diffusion model's canvas is shown until the answer is there."""
         increments: list[Increment] = []
         calls: list[list[str]] = []
         params, scanner = self._params, None
         if self._functions is not None:
             form = self._llm.tokenizer.tool_format
             params, scanner = self._with_tools(ToolUse(self._functions.tools, form)), CallScanner(form)
+        is_diffusion = bool(self._llm.default_sampling_params.diffusion_options)
+        if is_diffusion and params.gen_length is None:
+            params = replace(params, gen_length=params.max_tokens)
         request = self._llm.make_request(prompt, params, listener=increments.append)
-        clean = printable if sys.stdout.isatty() else str
+        in_terminal = sys.stdout.isatty()
+        clean = printable if in_terminal else str
+        screen = Live(auto_refresh=False, transient=True) if in_terminal and is_diffusion else nullcontext()
+        held, cells = "", list[str | None]()
 
         def told(text: str) -> str:
             if scanner is None:
@@ -170,22 +178,27 @@ class Chat:
                     calls[piece.index][1] += piece.text
             return shown
 
-        with _noticing_interrupts() as interrupted:
+        with _noticing_interrupts() as interrupted, screen as live:
             self._llm.submit(request)
             while not request.finished:
                 if interrupted():
                     self._llm.abort(request.request_id)
                 else:
                     self._llm.step()
-                sys.stdout.write(clean(told("".join(increment.text for increment in increments))))
-                sys.stdout.flush()
+                text = clean(told("".join(increment.text for increment in increments)))
+                if live is None:
+                    _write(text)
+                elif increments:
+                    held += text
+                    before, cells = cells, canvas_cells(increments[-1].canvas, self._llm.tokenizer.token_bytes)
+                    live.update(draw_canvas(cells, before), refresh=True)
                 increments.clear()
+        _write(held)
         output = request.output()
         if output.finish_reason != "stop":
             calls.clear()  # the last one may be cut off
         if not calls:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            _write("\n")
         return output, calls
 
     def _with_tools(self, use: ToolUse) -> SamplingParams:
@@ -282,6 +295,11 @@ def run_chat(config: EngineConfig, sampling: Mapping[str, Any], system: str | No
             notes.print(Text.assemble(("error: ", "red"), str(error)))
             status = 0 if interactive else 2
     return status
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 # ---- lines -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""``mini-infer trace``: a trace, drawn in the terminal: totals, who ran when, and who held which block."""
+"""``mini-infer trace``: a trace, drawn in the terminal: totals, who ran when, how canvases filled in, and who held
+which block."""
 
 import json
 from bisect import bisect_right
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mini_infer.cli.terminal import draw_canvas
 from mini_infer.exceptions import MiniInferError
 
 Event: TypeAlias = dict[str, Any]
@@ -61,6 +63,12 @@ MAP_ROWS = 6
 """Most rows of one block map; beyond that, a cell stands for several blocks."""
 
 NUM_MAPS = 4
+
+NUM_CANVASES = 4
+"""Most canvases that are drawn."""
+
+CANVAS_LINES = 16
+"""Most moments of one of them."""
 
 NAME_WIDTH = 16
 
@@ -275,6 +283,7 @@ def show_trace(path: Path, console: Console, max_rows: int) -> None:
         console.print("[yellow]文件没有结尾：引擎仍在运行，或已被终止。[/yellow]")
     if trace.steps:
         _print_timeline(trace, console, max_rows)
+        _print_canvases(trace, console)
         _print_block_maps(trace, console)
 
 
@@ -342,6 +351,37 @@ def _print_timeline(trace: Trace, console: Console, max_rows: int) -> None:
         more = len(trace.rows) - max_rows
         console.print(f"... and {more} more sequences (--rows) · 还有 {more} 个序列", highlight=False)
     _print_legend(console, STATES.values())
+
+
+def _print_canvases(trace: Trace, console: Console) -> None:
+    """A line for each step that wrote on a canvas, or for some of them."""
+    writes: dict[str, list[Instant]] = {}
+    for instant in trace.instants:
+        if instant.name == "write":
+            writes.setdefault(instant.row.name, []).append(instant)
+    if not writes:
+        return
+    console.print("\n[bold]Canvas · 画布[/bold]")
+    console.print("The answer of a diffusion model after a step; new tokens are bold.", highlight=False)
+    console.print("扩散模型的回答在各步之后的样子；新写出的词元为粗体。", highlight=False)
+    for name, steps in list(writes.items())[:NUM_CANVASES]:
+        shown = {len(steps) * line // CANVAS_LINES for line in range(1, CANVAS_LINES + 1)}
+        cells: list[str | None] = [None] * max(step.args["places"] for step in steps)
+        before = list(cells)
+        table = Table.grid(padding=(0, 1))
+        table.add_column(justify="right")
+        table.add_column(overflow="fold")
+        for number, step in enumerate(steps, 1):
+            for place, text in step.args["cells"]:
+                cells[place] = text
+            if number in shown:
+                table.add_row(str(number), draw_canvas(cells[: step.args["places"]], before))
+                before = list(cells)
+        console.print(Text(_fit(name).rstrip(), "dim"))
+        console.print(table)
+    if len(writes) > NUM_CANVASES:
+        more = len(writes) - NUM_CANVASES
+        console.print(f"... and {more} more canvases · 还有 {more} 个画布", highlight=False)
 
 
 def _fit(name: str) -> str:

@@ -9,7 +9,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.engine.describe import Describer
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
-from mini_infer.engine.loop import EngineLoop, StepObserver
+from mini_infer.engine.loop import EngineLoop
 from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.replicas import Replicas
 from mini_infer.engine.router import Router
@@ -89,7 +89,7 @@ def build(config: EngineConfig) -> Parts:
             config, max_model_len, local.num_gpu_blocks, _preemption_costs(local), _fair_size(local)
         )
         mine = config if len(replicas) == 1 else _with_trace_of_its_own(config, number)
-        loops.append(make_loop(mine, scheduler, local.executor))
+        loops.append(make_loop(mine, scheduler, local.executor, tokenizer))
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
@@ -146,15 +146,14 @@ def make_scheduler(
 
 
 def make_loop(
-    config: EngineConfig, scheduler: Scheduler, executor: Executor, observers: tuple[StepObserver, ...] = ()
+    config: EngineConfig, scheduler: Scheduler, executor: Executor, tokenizer: "Tokenizer | NoTokenizer"
 ) -> EngineLoop:
-    """A loop around a scheduler and an executor; a trace, if one is asked for, is among its observers.
+    """A loop around a scheduler and an executor, and a trace that observes it, if one is asked for.
 
     Raises:
         InvalidConfigError: the trace cannot be written.
     """
-    if config.trace is not None:
-        observers = (*observers, StepTrace(config.trace, scheduler))
+    observers = () if config.trace is None else (StepTrace(config.trace, scheduler, tokenizer.token_bytes),)
     width = -(-scheduler.max_model_len // config.block_size)
     describer = Describer(config.max_num_seqs, width, config.block_size)
     return EngineLoop(scheduler, executor, describer, max(config.depth, config.pipeline_parallel_size), observers)

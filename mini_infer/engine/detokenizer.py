@@ -1,5 +1,6 @@
 """Token ids to text while they come: never half a character, never half a stop string."""
 
+import codecs
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
@@ -8,6 +9,22 @@ from typing import TypeAlias
 _REPLACEMENT = "\ufffd"  # what decoding bytes that are no character, or not yet one, gives
 _CONTEXT = 6  # prompt tokens that the first generated one is decoded with: its leading space depends on them
 _LONGEST_RUN = 32  # tokens whose text may have to wait
+
+
+def canvas_cells(canvas: Sequence[int | None], token_bytes: Callable[[int], bytes]) -> list[str | None]:
+    """The text of each place of a canvas, None for a mask. A character that several neighbours spell stands at the last
+    of them; until they are all written, those that are show as U+FFFD.
+
+    Args:
+        canvas: tokens, and None for masks.
+        token_bytes: what a token adds to a text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    cells: list[str | None] = []
+    for place, token_id in enumerate(canvas):
+        is_end = place + 1 == len(canvas) or canvas[place + 1] is None
+        cells.append(None if token_id is None else decoder.decode(token_bytes(token_id), final=is_end))
+    return cells
 
 
 class Detokenizer:

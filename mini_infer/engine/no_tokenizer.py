@@ -24,5 +24,8 @@ class NoTokenizer:
     def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
         return Detokenizer(lambda token_ids: "", prompt_token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
     def token_text(self, token_id: int) -> str:
         return ""

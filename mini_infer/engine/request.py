@@ -119,7 +119,7 @@ class Request:
                 return False
         return True
 
-    def emit(self, completion: Completion, text: str, num_tokens: int) -> None:
+    def emit(self, completion: Completion, text: str, num_tokens: int, canvas: tuple[int | None, ...] = ()) -> None:
         """Tell the listener, if there is one, what a step added to a completion: a text and its last tokens."""
         if self.listener is None:
             return
@@ -133,6 +133,7 @@ class Request:
             finish_reason=completion.finish_reason,
             stop_reason=None if completion.finish_reason is None else completion.stop_reason,
             output=self.output() if self.finished else None,
+            canvas=canvas,
         )
         self.listener(increment)
 

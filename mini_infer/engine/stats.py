@@ -121,7 +121,7 @@ class SequenceView:
     def of(cls, sequence: TokenSequence, first_block: int) -> "SequenceView":
         return cls(
             request_id=sequence.request_id,
-            num_tokens=len(sequence),
+            num_tokens=len(sequence) - sequence.num_masks,
             num_computed_tokens=sequence.num_computed_tokens,
             num_prompt_tokens=sequence.num_prompt_tokens,
             blocks=[first_block + block for block in sequence.block_table],

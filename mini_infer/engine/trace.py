@@ -10,6 +10,8 @@ so whatever ends the process, the steps before that can be looked at.
 A step's phases are those that the host sees: "schedule" makes the plan; "submit" makes a step of it and hands it over,
 which on a GPU takes as long as to launch it; "compute" lasts until its result was read; "publish" commits it and tells
 everybody. A step that failed ends with "rewind".
+
+On the track of a sequence of a diffusion model, "write" says which places of its canvas a step wrote, with what.
 """
 
 import json
@@ -17,12 +19,14 @@ import logging
 import os
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import count
 from typing import Any
 
+from mini_infer.engine.detokenizer import canvas_cells
 from mini_infer.engine.loop import Flight, StepResult
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import InvalidConfigError
@@ -100,7 +104,7 @@ class _Track:
         state: the last that was entered.
         since: when its request arrived.
         num_seen: on the track of a request's first sequence: how many of its sequences were seen in a step.
-        block_table: as the trace has it.
+        block_table, cells: its blocks and its canvas, as the trace has them.
     """
 
     tid: int
@@ -109,6 +113,7 @@ class _Track:
     since: int
     num_seen: int = 0
     block_table: BlockTable = field(default_factory=list)
+    cells: list[str | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -132,13 +137,15 @@ class StepTrace:
     Args:
         path: of the file.
         scheduler: the loop's; looked at, never changed.
+        token_bytes: what a token adds to a text.
 
     Raises:
         InvalidConfigError: the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], scheduler: Scheduler) -> None:
+    def __init__(self, path: str | os.PathLike[str], scheduler: Scheduler, token_bytes: Callable[[int], bytes]) -> None:
         self._file = TraceFile(path)
+        self._token_bytes = token_bytes
         self._scheduler, self._blocks = scheduler, scheduler.block_manager
         self._tids = count(1)
         self._firsts: dict[str, _Track] = {}  # of each request, from when it arrives
@@ -230,6 +237,9 @@ class StepTrace:
 
     def committed(self, flight: Flight, result: StepResult) -> None:
         now = time.perf_counter_ns()
+        for item in flight.plan.scheduled:
+            if item.sequence in self._tracks:  # else it has ended
+                self._note_writes(item.sequence, now)
         self._end_all([known for known in self._tracks if known.status is SequenceStatus.FINISHED], now)
         self._note_forks(now)  # those of a beam search
         self._num_steps += 1
@@ -319,6 +329,14 @@ class StepTrace:
                 track.block_table = list(sequence.block_table)
                 self._note(track, "fork", now, block_table=track.block_table)
 
+    def _note_writes(self, sequence: Sequence, now: int) -> None:
+        track, cells = self._tracks[sequence], canvas_cells(sequence.canvas, self._token_bytes)
+        before = [*track.cells, *[None] * (len(cells) - len(track.cells))]
+        written = [[place, new] for place, (old, new) in enumerate(zip(before, cells, strict=False)) if new != old]
+        if written:
+            track.cells = cells
+            self._note(track, "write", now, cells=written, places=len(cells))
+
     def _add(self, sequence: Sequence, first: _Track, state: str, since: int) -> _Track:
         """A track for a request's further sequence."""
         name = f"{first.name} #{first.num_seen}"
@@ -342,6 +360,7 @@ class StepTrace:
 
     def _end_all(self, sequences: list[Sequence], now: int) -> None:
         for sequence in sequences:
+            self._note_writes(sequence, now)
             self._end(self._tracks.pop(sequence), now, sequence.finish_reason, sequence.num_generated_tokens)
 
     def _end(self, track: _Track, now: int, reason: FinishReason | None, num_tokens: int) -> None:

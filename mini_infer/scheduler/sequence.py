@@ -37,6 +37,7 @@ class Sequence:
         reads_prefix_cache: whether it may skip computing what is cached; not if its prompt's logits are wanted.
         decides_late: how it goes on is not one sampled token for each step, so that the next step can be planned only
             when the last one was committed; a beam, for example.
+        mask_token_id: what stands for a gap in its tokens, if it has any.
         is_whole: every token sees all others, so that a step computes all that is to be computed of it, or nothing.
         twin: computed with it, step by step, from a prompt of masks; nothing is drawn from it, but its logits guide.
         forks: sequences that start from it once its prompt is computed, and draw their first token beside it.
@@ -66,6 +67,7 @@ class Sequence:
     reads_prefix_cache: bool = True
     decides_late: bool = False
     num_masks: int = 0
+    mask_token_id: int | None = None
     is_whole: bool = False
     twin: "Sequence | None" = None
     forks: "tuple[Sequence, ...]" = ()
@@ -98,6 +100,13 @@ class Sequence:
     @property
     def generated_token_ids(self) -> TokenIds:
         return self.token_ids[self.num_prompt_tokens : self.num_known_tokens]
+
+    @property
+    def canvas(self) -> tuple[int | None, ...]:
+        """What stands at each place of a diffusion model's answer: a token, or None for a mask. Of others, nothing."""
+        if self.mask_token_id is None:
+            return ()
+        return tuple(None if i == self.mask_token_id else i for i in self.token_ids[self.num_prompt_tokens :])
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -40,6 +40,7 @@ class _ChatCompletion:
         self._request = request
         self._body = body
         self._created = now()
+        self._shows_canvas = service.shows_canvas(body.stream_options)
         self._num_top = body.top_logprobs or 0
         self._thinks = thinks(service.template)
         self._tools = tool_use(
@@ -96,6 +97,8 @@ class _ChatCompletion:
                 return event(frame)
 
             async for increment in increments:
+                if not (increment.token_ids or increment.finish_reason or self._shows_canvas):
+                    continue  # a step of a diffusion model that wrote only further on
                 if increment.index not in messages:  # not before: clients take the first event for the first token
                     thinking = Thinking(prompt.prompt or "") if self._thinks else None
                     messages[increment.index] = Message(self._format, thinking)
@@ -105,10 +108,12 @@ class _ChatCompletion:
                 deltas = message.feed(increment.text, is_last=reason is not None)
                 logprobs = self._logprobs(increment.logprobs)
                 ending = message.finish_reason(reason), increment.stop_reason
-                for place, delta in enumerate(deltas or ([{}] if increment.logprobs or reason else [])):
+                needs_one = increment.logprobs or reason or self._shows_canvas
+                for place, delta in enumerate(deltas or ([{}] if needs_one else [])):
                     told = logprobs if place == 0 else None
                     end = ending if place == max(len(deltas) - 1, 0) else (None, None)
-                    yield chunk([_choice(increment.index, delta, told, *end)], counts_each)
+                    canvas = self._service.canvas(increment) if self._shows_canvas and place == 0 else {}
+                    yield chunk([_choice(increment.index, delta, told, *end) | canvas], counts_each)
                 output = increment.output
             last = self._frame("chat.completion.chunk", [])
             if output is not None:

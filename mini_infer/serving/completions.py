@@ -44,6 +44,7 @@ class _TextCompletion:
         self._request = request
         self._body = body
         self._created = now()
+        self._shows_canvas = service.shows_canvas(body.stream_options)
         self._prompts = list_prompts(body.prompt)
         self._scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
         self._params = body.sampling_params(
@@ -124,8 +125,9 @@ class _TextCompletion:
                         increment.text, increment.token_ids, increment.logprobs or [], left_out=self._left_out
                     )
                     logprobs = made[index].take(is_whole=increment.finish_reason is not None)
-                if text or increment.finish_reason or (logprobs and logprobs["tokens"]):
+                if text or increment.finish_reason or (logprobs and logprobs["tokens"]) or self._shows_canvas:
                     choice = _choice(index, text, logprobs, increment.finish_reason, increment.stop_reason)
+                    choice |= self._service.canvas(increment) if self._shows_canvas else {}
                     chunk = self._frame([choice])
                     if counts_all:
                         chunk["usage"] = self._usage(increments, num_completion) if counts_each else None

@@ -67,6 +67,7 @@ class EngineEvents:
     def _as_json(self, snapshot: EngineSnapshot) -> dict[str, Any]:
         return {
             "model": self._model_name,
+            "has_canvas": bool(self._engine.default_sampling_params.diffusion_options),
             "block_size": self._engine.config.block_size,
             "num_blocks": snapshot.stats.num_blocks,
             "num_cpu_blocks": snapshot.stats.num_cpu_blocks,

@@ -166,6 +166,9 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = Field(
         False, description="Extension. With include_usage, count them in every event, as far as they go"
     )
+    include_canvas: bool = Field(
+        False, description="Extension. Of a diffusion model, after every step: each token's text, null for a mask"
+    )
     include_obfuscation: Any = Field(None, description=IGNORED)
 
 

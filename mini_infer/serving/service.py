@@ -16,9 +16,10 @@ import mini_infer
 from mini_infer.config import EngineConfig
 from mini_infer.engine import AsyncLLMEngine
 from mini_infer.engine.async_engine import Increments
+from mini_infer.engine.detokenizer import canvas_cells
 from mini_infer.engine.intake import Prompt
 from mini_infer.engine.tools import Tool
-from mini_infer.outputs import GenerateOutput
+from mini_infer.outputs import GenerateOutput, Increment
 from mini_infer.sampling import SamplingParams
 from mini_infer.serving.admission import Admission, Budget
 from mini_infer.serving.answers import Answer, Whole
@@ -26,7 +27,7 @@ from mini_infer.serving.errors import ApiError
 from mini_infer.serving.limits import Limits
 from mini_infer.serving.middleware import KEY
 from mini_infer.serving.pools import SMALL, Pool
-from mini_infer.serving.protocol import Message
+from mini_infer.serving.protocol import Message, StreamOptions
 from mini_infer.serving.reasoning import switches
 from mini_infer.serving.turns import Turns
 
@@ -131,6 +132,19 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def shows_canvas(self, options: StreamOptions | None) -> bool:
+        """Whether a stream is to show its canvas; raises ``ApiError`` if the model has none."""
+        if options is None or not options.include_canvas:
+            return False
+        if not self.defaults.diffusion_options:
+            message = "include_canvas: this is no diffusion model, and has no canvas; leave it out"
+            raise ApiError(400, message, param="stream_options.include_canvas")
+        return True
+
+    def canvas(self, increment: Increment) -> dict[str, Any]:
+        """The canvas after a step, as a field of a choice."""
+        return {"canvas": canvas_cells(increment.canvas, self.engine.tokenizer.token_bytes)}
 
     def answer(
         self, work: Callable[[], Coroutine[Any, Any, Whole] | AsyncGenerator[bytes, None]], request_id: str

@@ -299,7 +299,7 @@ def make_stand_in_engine(depth: int = 1, *, num_blocks: int = 64, max_model_len:
     defaults = GenerationDefaults(frozenset({EOS}), SamplingParams(max_tokens=100))
     scheduler = make_scheduler(config, max_model_len, num_blocks, PreemptionCosts(1e-6, 1e-6))
     executor = StandIn(config, num_blocks, max_model_len)
-    loop = make_loop(config, scheduler, executor)
+    loop = make_loop(config, scheduler, executor, NoTokenizer())
     tokenizer = NoTokenizer()
     intake = Intake(tokenizer, defaults, VOCAB_SIZE, max_model_len, config)
     intake.grammars = ToyGrammars()  # type: ignore[assignment]

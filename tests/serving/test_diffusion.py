@@ -1,7 +1,9 @@
 """A diffusion model behind the routes that others have."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -76,3 +78,21 @@ def test_the_written_prefix_streams(client: openai.OpenAI, offline: LLM, path: P
 )
 def test_bad_values_are_refused(http: httpx.Client, fields: dict[str, object]) -> None:
     assert_error(http.post("/v1/generate", json={"prompt": "x", **fields}), 422)
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_a_stream_shows_the_canvas_after_every_step_if_asked_to(http: httpx.Client, route: str) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hello"}]} if "chat" in route else {"prompt": "Hello"}
+    body = {**asked, "stream": True, "max_tokens": 12, "steps": 6, "temperature": 0, "ignore_eos": True}
+
+    def choices(**options: bool) -> list[dict[str, Any]]:
+        with http.stream("POST", f"/v1/{route}", json={**body, "stream_options": options}) as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+        return [choice for line in lines for choice in json.loads(line)["choices"]]
+
+    plain = choices()
+    assert not any("canvas" in choice for choice in plain)
+    shown = [choice["canvas"] for choice in choices(include_canvas=True) if "canvas" in choice]
+    assert [canvas.count(None) for canvas in shown] == [10, 8, 6, 4, 2, 0]
+    text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in plain)
+    assert "".join(shown[-1]) == text

@@ -185,6 +185,12 @@ BAD_FIELDS: list[Any] = [
 
 
 class TestBadRequests:
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+    def test_a_canvas_where_there_is_none(self, http: httpx.Client, path: str) -> None:
+        asked = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+        response = http.post(path, json={**asked, "stream": True, "stream_options": {"include_canvas": True}})
+        assert assert_error(response, 400)["param"] == "stream_options.include_canvas"
+
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
     @pytest.mark.parametrize("body", BAD_BODIES)
     def test_bodies(self, http: httpx.Client, path: str, body: bytes) -> None:

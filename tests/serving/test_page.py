@@ -14,6 +14,8 @@ import pytest
 from mini_infer import AsyncLLMEngine
 from mini_infer.config import BUNDLED_MODEL
 from mini_infer.serving.app import PAGE
+from tests.engine.checkpoints import save_tokenizer
+from tests.models.llada import make_llada_checkpoint
 
 from .browser import Page, chromium
 from .running import Running, running
@@ -90,6 +92,15 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         model=model, dtype="float32", num_gpu_blocks=20_000, max_num_seqs=2, max_waiting=1, enforce_eager=True
     )  # not replayed: an answer should last longer than it takes to press a button
     with running(engine, served_model_name="endless") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose model fills in a canvas."""
+    model = make_llada_checkpoint(tmp_path_factory.mktemp("llada"), 3)
+    save_tokenizer(model)
+    with running(AsyncLLMEngine(model=model, device="cpu"), served_model_name="canvas") as server:
         yield server
 
 
@@ -294,6 +305,41 @@ class TestPicture:
             assert page.js("$('.answer .facts span').textContent") == "Waiting for the first token…"
             page.click("#stop")
             page.wait("$('#engine').dataset.waiting === '0'")
+
+
+class TestCanvas:
+    @pytest.mark.parametrize(("language", "label"), [("en", "step 1 of 48"), ("zh", "第 1 步，共 48 步")])
+    def test_each_step_is_shown_and_can_be_seen_again(
+        self, browser: Any, diffusion: Running, language: str, label: str
+    ) -> None:
+        page = Page(browser, diffusion.url, language=language, scheme="dark" if language == "zh" else "light")
+        page.wait_until_live()
+        page.driver.execute_script("""
+            window.masks = [];
+            new MutationObserver(() => masks.push(document.querySelectorAll(".cells i").length))
+                .observe(document.querySelector("#log"), { childList: true, subtree: true });
+            document.querySelector("#max_tokens").value = 48;
+            document.querySelector("#max_tokens").dispatchEvent(new Event("input"));
+        """)
+        page.ask("What is a canvas?")
+        page.wait(ANSWERED)
+        slider = "$('.canvas input')"
+        num_steps = page.js(f"Number({slider}.max)")
+        seen = page.js("masks")
+        assert len(set(seen)) > 5 and seen[-1] == 0
+        page.js(f"{slider}.focus()")
+        page.press(HOME)
+        if num_steps == 48:  # unless it ended early
+            assert page.js("$('.canvas output').textContent") == label
+        assert page.js("$$('.cells i').length") == 47
+        assert page.js("$$('.cells b').length") == 1
+        page.press(END)
+        assert page.js("$$('.cells i').length") == 0
+        assert page.js("$$('.cells b').length") >= 1
+        assert [found for found in page.js(CONTRASTS) if found[0] < 4.5] == []
+        assert page.console() == []
+        page.driver.get("about:blank")
+        page.wait(diffusion.is_idle)
 
 
 class TestTrouble:

@@ -114,6 +114,7 @@ class Canvas:
                 reads_prefix_cache=False,
                 decides_late=True,
                 num_masks=self.gen_length,
+                mask_token_id=self.model.mask_token_id,
                 is_whole=True,
                 twin=twin,
                 num_seats=1 if twin is None else 2,

@@ -201,8 +201,8 @@ class Diffusion:
                 break
         if sequence.finish_reason is not None:
             close_completion(request, sequence, completion, sequence.finish_reason, text, num_new)
-        elif num_new:
-            request.emit(completion, text, num_new)
+        else:
+            request.emit(completion, text, num_new, sequence.canvas)
         return num_new
 
     def stop(self, request: Request, scheduler: Scheduler, reason: FinishReason) -> None:

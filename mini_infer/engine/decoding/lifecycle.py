@@ -40,4 +40,4 @@ def close_completion(
     """
     text += completion.end(reason)
     request.num_preemptions += sequence.num_preemptions
-    request.emit(completion, text, num_tokens)
+    request.emit(completion, text, num_tokens, sequence.canvas)

@@ -1,5 +1,6 @@
 // The conversation: what was asked, what was answered, and what each answer took.
 import { inWords } from "./api.js";
+import { CanvasView, canvasOptions } from "./canvas.js";
 import { byId, make } from "./elements.js";
 import { number, say } from "./i18n.js";
 import { claim } from "./owners.js";
@@ -53,7 +54,8 @@ export function stop() {
 async function ask(question) {
   const text = make("p", { className: "text", attributes: { translate: "no" } });
   const facts = make("p", { className: "facts" });
-  const answer = make("article", { className: "answer", ariaBusy: "true" }, speaker("model"), text, facts);
+  const canvas = new CanvasView();
+  const answer = make("article", { className: "answer", ariaBusy: "true" }, speaker("model"), canvas.element, text, facts);
   const log = byId("log");
   log.append(
     make(
@@ -75,13 +77,15 @@ async function ask(question) {
   tell(facts, measure);
   turns.push(turn);
   try {
-    const body = { messages: conversation(), ...sampling() };
+    const body = { messages: conversation(), ...sampling(), ...canvasOptions() };
     const queued = (id) => claim(id, "chat", question);
     for await (const event of stream("v1/chat/completions", body, measure, controller.signal, queued)) {
-      const piece = event.choices[0]?.delta.content ?? "";
+      const choice = event.choices[0];
+      const piece = choice?.delta.content ?? "";
       turn.answer += piece;
       follow(log, () => {
         text.append(piece);
+        if (choice?.canvas) canvas.add(choice.canvas);
         tell(facts, measure);
       });
     }

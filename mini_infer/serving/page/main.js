@@ -1,5 +1,6 @@
 // Puts the parts together: the engine's states go to those who show them, the switches to those who must know.
 import { askKeyWith } from "./api.js";
+import { expectCanvas } from "./canvas.js";
 import { setUpChat, stop } from "./chat.js";
 import { colourDemo, setUpDemo, stopDemo } from "./demo.js";
 import { byId } from "./elements.js";
@@ -38,6 +39,7 @@ watch(
   (state) => {
     byId("model").textContent = state.model;
     say(byId("explain-blocks"), "explain_blocks", { size: state.block_size });
+    expectCanvas(state.has_canvas);
     picture.show(state);
     queues.show(state);
     colourDemo(state);

@@ -43,8 +43,8 @@ export class Measure {
  * request's id before, when the server has taken it.
  */
 export async function* stream(path, body, measure, signal, queued) {
-  const options = { stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
-  const response = await request(path, { body: { ...body, ...options }, signal });
+  const stream_options = { include_usage: true, continuous_usage_stats: true, ...body.stream_options };
+  const response = await request(path, { body: { ...body, stream: true, stream_options }, signal });
   queued(response.headers.get("x-request-id"));
   for await (const event of events(response)) {
     measure.add(event);

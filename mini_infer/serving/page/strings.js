@@ -39,6 +39,8 @@ export const STRINGS = {
   answer_rate: { en: "{rate} tokens/s", zh: "每秒 {rate} 个词元" },
   answer_ttft: { en: "first token after {ms} ms", zh: "首词元用时 {ms} 毫秒" },
   answer_prompt: { en: "prompt of {tokens|token|tokens}", zh: "提示词 {tokens} 个词元" },
+  canvas: { en: "Step of the canvas", zh: "画布的步" },
+  canvas_step: { en: "step {step} of {all}", zh: "第 {step} 步，共 {all} 步" },
   answer_length: { en: "cut at the token limit", zh: "到达词元上限，已截断" },
   answer_stopped: { en: "stopped", zh: "已停止" },
 

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from mini_infer import LLMEngine
 from mini_infer.cli.flags import hints, parse
+from mini_infer.cli.functions import Functions
 from mini_infer.cli.terminal import draw_canvas, printable
-from mini_infer.cli.tool_file import ToolFile
 from mini_infer.compat.options import SAMPLING_ALIASES
 from mini_infer.config import EngineConfig
 from mini_infer.engine.calls import CallBegins, CallScanner
@@ -65,7 +65,7 @@ class Chat:
         sampling: Mapping[str, Any],
         system: str | None,
         notes: Console,
-        functions: ToolFile | None = None,
+        functions: Functions | None = None,
     ) -> None:
         self._llm = llm
         self._notes = notes
@@ -118,7 +118,7 @@ class Chat:
             output, calls = self._stream(self._render(conversation))
             if not calls:
                 break
-            conversation += self._run(calls)
+            conversation += self._run(calls, len(conversation))
         if output.text:  # also what was there when it was stopped
             self._messages = conversation if calls else [*conversation, {"role": "assistant", "content": output.text}]
         self._show_figures(output)
@@ -135,14 +135,14 @@ class Chat:
             raise InvalidRequestError(f"the context is full: {what}, {limit} fit. /reset starts a new conversation")
         return prompt
 
-    def _run(self, calls: list[list[str]]) -> list[dict[str, Any]]:
+    def _run(self, calls: list[list[str]], turn: int) -> list[dict[str, Any]]:
         """Do what the model asks for, and show it; the messages that tell of it."""
         assert self._functions is not None
         made, results = [], []
         for place, (name, arguments) in enumerate(calls):
             result = self._functions.call(name, arguments)
             self._notes.print(Text(f"{name}({arguments}) = {result}", style="dim"))
-            call_id = f"call{len(self._messages):02d}{place:03d}"  # nine characters, as some templates insist
+            call_id = f"call{turn % 100:02d}{place:03d}"  # nine characters, as some templates insist
             made.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
             results.append({"role": "tool", "tool_call_id": call_id, "name": name, "content": result})
         return [{"role": "assistant", "content": "", "tool_calls": made}, *results]
@@ -281,7 +281,7 @@ def run_chat(config: EngineConfig, sampling: Mapping[str, Any], system: str | No
     """Hold a conversation until the input ends; the exit status, 2 if a line of piped input could not be used."""
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    functions = None if tools is None else ToolFile(tools)
+    functions = None if tools is None else Functions.of_file(tools)
     with notes.status("Loading the model") if interactive else nullcontext():
         chat = Chat(LLMEngine(config), sampling, system, notes, functions)
     if interactive:

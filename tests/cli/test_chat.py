@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from mini_infer import LLM
 from mini_infer.cli import app
-from mini_infer.cli.tool_file import ToolFile
+from mini_infer.cli.functions import Functions
 from mini_infer.exceptions import InvalidRequestError
 from tests.cli.terminal import BACKSPACE, CTRL_C, CTRL_D, CTRL_U, Terminal
 from tests.cli.test_cli import ENTRY, ROOT, needs_the_model
@@ -194,7 +194,7 @@ def test_tools_of_a_file(tmp_path: Path) -> None:
         'import os\n\n\ndef add(a: int, b: int) -> int:\n    """Add two numbers.\n\n    Args:\n        a: one\n'
         '        b: another\n    """\n    return a + b\n\n\ndef _own() -> None: ...\n'
     )
-    tools = ToolFile(file)
+    tools = Functions.of_file(file)
     assert [tool.name for tool in tools.tools] == ["add"]
     assert tools.tools[0].schema["required"] == ["a", "b"]
     assert tools.call("add", '{"a": 2, "b": 3}') == "5"
@@ -202,4 +202,4 @@ def test_tools_of_a_file(tmp_path: Path) -> None:
     for text, words in (("x = 1", "no functions"), ("def f(x): ...", "cannot be a tool"), ("1 / 0", "ZeroDivision")):
         file.write_text(text)
         with pytest.raises(InvalidRequestError, match=words):
-            ToolFile(file)
+            Functions.of_file(file)

@@ -58,6 +58,16 @@ CONTRASTS = """
 })()
 """
 
+# From now on keep the bodies that are sent.
+REMEMBER_BODIES = """
+    window.sent = [];
+    const original = window.fetch;
+    window.fetch = (path, options) => {
+        if (options?.body) sent.push(JSON.parse(options.body));
+        return original(path, options);
+    };
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -150,14 +160,7 @@ class TestChat:
         def bodies() -> list[dict[str, Any]]:
             return page.js("sent")
 
-        page.driver.execute_script("""
-            window.sent = [];
-            const original = window.fetch;
-            window.fetch = (path, options) => {
-                if (options?.body) sent.push(JSON.parse(options.body));
-                return original(path, options);
-            };
-        """)
+        page.driver.execute_script(REMEMBER_BODIES)
         page.ask("What is TTFT?")
         page.wait(ANSWERED)
         assert bodies()[-1].keys() == {"messages", "stream", "stream_options"}
@@ -220,6 +223,91 @@ class TestChat:
         assert page.js("$$('#log img, #log b').length") == 0 and page.js("document.title") != "evil"
         ways = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(")
         assert [file for file in PAGE.glob("*.js") if ways.search(file.read_text())] == []
+
+
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "count_blocks",
+        "parameters": {"type": "object", "properties": {"tokens": {"const": 100}}, "required": ["tokens"]},
+    },
+}
+
+
+class TestTools:
+    def prepare(self, page: Page) -> None:
+        page.driver.execute_script(REMEMBER_BODIES)
+        page.click("#tools-settings summary")
+
+    def test_a_call_its_result_and_an_answer(self, page: Page) -> None:
+        self.prepare(page)
+        page.js("$('#tools').value = arguments[0]", json.dumps([TOOL]))
+        page.click("#tools-required")
+        page.ask("How many blocks do 100 tokens need?")
+        page.wait("$('.call textarea')")
+        card = "[$('.call h4').textContent, $('.call pre').textContent, $('.call label').textContent]"
+        assert page.js(card) == ["Call of count_blocks", '{"tokens": 100}', "Its result"]
+        facts = page.js("$$('.answer .facts span').map((e) => e.dataset.i18n)")
+        assert facts == ["answer_tokens", "answer_rate", "answer_ttft", "answer_prompt"]
+        page.press("7")
+        page.click(".calls button")
+        page.wait("$$('.answer[aria-busy=false]').length === 2")
+        body = page.js("sent")[-1]
+        question, call, result = body["messages"]
+        assert body["tools"] == [TOOL] and "tool_choice" not in body
+        assert page.js("sent")[-2]["tool_choice"] == "required"
+        assert question == {"role": "user", "content": "How many blocks do 100 tokens need?"}
+        (made,) = call["tool_calls"]
+        assert made["function"] == {"name": "count_blocks", "arguments": '{"tokens": 100}'}
+        assert result == {"role": "tool", "tool_call_id": made["id"], "content": "7"}
+        assert page.js("[$$('.question').length, $$('.calls button').length]") == [1, 0]
+        assert page.js("$('.call textarea').readOnly")
+
+    def test_a_question_instead_of_a_result(self, page: Page) -> None:
+        """It is as if the call had not been made, and nobody is asked for its result any more."""
+        self.prepare(page)
+        page.js("$('#tools').value = arguments[0]", json.dumps([TOOL]))
+        page.click("#tools-required")
+        page.ask("How many blocks do 100 tokens need?")
+        page.wait("$('.call textarea')")
+        page.click("#tools-required")
+        page.ask("What is TTFT?")
+        page.wait("$$('.answer[aria-busy=false]').length === 2")
+        assert [message["role"] for message in page.js("sent")[-1]["messages"]] == ["user", "user"]
+        assert page.js("$$('.calls:first-of-type button').length") == 0
+
+    def test_the_example_is_taken(self, page: Page) -> None:
+        self.prepare(page)
+        page.click("#tools-example")
+        names = [tool["function"]["name"] for tool in json.loads(page.js("$('#tools').value"))]
+        assert names == ["lookup_term", "kv_cache_size", "count_blocks"]
+        page.ask("What is TTFT?")
+        page.wait(ANSWERED)
+        assert page.js("$$('#log .error').length") == 0
+
+    def test_an_answer_with_a_schema(self, page: Page) -> None:
+        self.prepare(page)
+        schema = {"type": "object", "properties": {"tokens": {"const": 100}}, "required": ["tokens"]}
+        page.js("$('#schema').value = arguments[0]", json.dumps(schema))
+        page.ask("How many tokens?")
+        page.wait(ANSWERED)
+        assert page.js("$('.answer .text').textContent") == '{\n  "tokens": 100\n}'
+        page.ask("And now?")
+        page.wait("$$('.answer[aria-busy=false]').length === 2")
+        assert page.js("sent")[-1]["messages"][1] == {"role": "assistant", "content": '{"tokens": 100}'}
+
+    def test_what_is_no_json_is_not_sent(self, page: Page) -> None:
+        self.prepare(page)
+        for field, words in (("tools", "The tools are not JSON: "), ("schema", "The schema is not JSON: ")):
+            page.js(f"$('#{field}').value = '[1,'")
+            page.ask("What is TTFT?")
+            page.wait("$('#tools-wrong .error')")
+            assert page.js("$('#tools-wrong').textContent").startswith(words)
+            assert page.js("[$('#prompt').value, $('#log').childElementCount]") == ["What is TTFT?", 0]
+            page.js(f"$('#prompt').value = $('#{field}').value = ''")
+        page.ask("What is TTFT?")
+        page.wait(ANSWERED)
+        assert page.js("$('#tools-wrong').childElementCount") == 0 and "tools" not in page.js("sent")[-1]
 
 
 class TestPicture:

@@ -6,8 +6,11 @@ import { number, say } from "./i18n.js";
 import { claim } from "./owners.js";
 import { sampling, systemMessages } from "./settings.js";
 import { Measure, stream } from "./stream.js";
+import { Calls, laidOut, toolFields } from "./tools.js";
 
-const turns = []; // { question, answer }, in order; those that failed are not sent again
+// In order: the messages sent (a question, or results of calls), the text and calls of the answer, and whose elements
+// they are. Those that failed are not sent again.
+const turns = [];
 let running = null; // the AbortController of the answer that is being written
 
 export function setUpChat() {
@@ -15,10 +18,9 @@ export function setUpChat() {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const question = input.value.trim();
-    if (!question || running) return;
+    if (!question || running || !ask(question)) return;
     input.value = "";
     fit(input);
-    ask(question);
   });
   input.addEventListener("input", () => fit(input));
   input.addEventListener("keydown", (event) => {
@@ -51,57 +53,76 @@ export function stop() {
   return true;
 }
 
-async function ask(question) {
+/** Ask a question; whether it could be. */
+function ask(question) {
+  const shown = make(
+    "article",
+    { className: "question" },
+    speaker("you"),
+    make("p", { className: "text", textContent: question, attributes: { translate: "no" } }),
+  );
+  return answer(question, [{ role: "user", content: question }], shown);
+}
+
+/** Have messages answered; whether they could be sent. `shown` is what shows them, if that is not in the log yet. */
+function answer(question, sent, shown) {
+  const options = toolFields(shown !== undefined);
+  if (!options) return false;
+  turns.at(-1)?.calls.settle();
+  const calls = new Calls();
   const text = make("p", { className: "text", attributes: { translate: "no" } });
   const facts = make("p", { className: "facts" });
   const canvas = new CanvasView();
-  const answer = make("article", { className: "answer", ariaBusy: "true" }, speaker("model"), canvas.element, text, facts);
+  const element = make("article", { className: "answer", ariaBusy: "true" }, speaker("model"), canvas.element, text, calls.element, facts);
+  text.classList.toggle("json", "response_format" in options);
   const log = byId("log");
-  log.append(
-    make(
-      "article",
-      { className: "question" },
-      speaker("you"),
-      make("p", { className: "text", textContent: question, attributes: { translate: "no" } }),
-    ),
-    answer,
-  );
+  log.append(...(shown ? [shown] : []), element);
   byId("chat").classList.add("begun");
   log.scrollTop = log.scrollHeight;
+  write({ question, sent, shown, text: "", calls, canvas, element }, text, facts, options);
+  return true;
+}
 
+async function write(turn, text, facts, options) {
+  const { calls, canvas, element, question } = turn;
+  const log = byId("log");
   const measure = new Measure();
-  const turn = { question, answer: "" };
   const controller = new AbortController();
   running = controller;
   setBusy(true);
   tell(facts, measure);
   turns.push(turn);
   try {
-    const body = { messages: conversation(), ...sampling(), ...canvasOptions() };
+    const body = { messages: conversation(), ...sampling(), ...canvasOptions(), ...options };
     const queued = (id) => claim(id, "chat", question);
     for await (const event of stream("v1/chat/completions", body, measure, controller.signal, queued)) {
       const choice = event.choices[0];
-      const piece = choice?.delta.content ?? "";
-      turn.answer += piece;
+      const { content, tool_calls } = choice?.delta ?? {};
+      turn.text += content ?? "";
       follow(log, () => {
-        text.append(piece);
+        text.append(content ?? "");
+        calls.add(tool_calls ?? []);
         if (choice?.canvas) canvas.add(choice.canvas);
         tell(facts, measure);
       });
     }
     if (measure.finishReason === null) throw new TypeError("the stream ended early");
     tell(facts, measure);
+    if (text.classList.contains("json")) text.textContent = laidOut(turn.text);
+    if (measure.finishReason === "tool_calls") {
+      follow(log, () => calls.askForResults((results) => !running && answer(question, results)));
+    }
   } catch (error) {
     if (controller.signal.aborted) {
       measure.finishReason = "stopped";
       tell(facts, measure);
     } else {
       if (measure.tokens === 0) facts.replaceChildren();
-      fail(answer, error, turn);
+      fail(turn, error);
     }
-    if (!turn.answer) forget(turn);
+    if (!turn.text) forget(turn);
   } finally {
-    answer.ariaBusy = "false";
+    element.ariaBusy = "false";
     if (running === controller) {
       running = null;
       setBusy(false);
@@ -113,11 +134,13 @@ function forget(turn) {
   if (turns.includes(turn)) turns.splice(turns.indexOf(turn), 1);
 }
 
+/** Everything said, as messages. Calls are among it if their results are; otherwise it is as if they were not made. */
 function conversation() {
-  const said = turns.flatMap(({ question, answer }) => [
-    { role: "user", content: question },
-    ...(answer ? [{ role: "assistant", content: answer }] : []),
-  ]);
+  const said = turns.flatMap(({ sent, text, calls }, i) => {
+    const wereAnswered = turns[i + 1]?.sent[0].role === "tool";
+    if (!text && !wereAnswered) return sent;
+    return [...sent, { role: "assistant", content: text, ...(wereAnswered && { tool_calls: calls.made }) }];
+  });
   return [...systemMessages(), ...said];
 }
 
@@ -140,9 +163,9 @@ function tell(facts, measure) {
   while (facts.children.length > said.length) facts.lastChild.remove();
 }
 
-function fail(answer, error, turn) {
+function fail(turn, error) {
   const again = make("button", { type: "button", className: "small", say: ["try_again"] });
-  const began = turn.answer && !error.status;
+  const began = turn.text && !error.status;
   const note = make(
     "div",
     { className: "error", attributes: { role: "alert" } },
@@ -152,12 +175,11 @@ function fail(answer, error, turn) {
   again.addEventListener("click", () => {
     if (running) return;
     forget(turn);
-    answer.previousElementSibling.remove();
-    answer.remove();
+    turn.element.remove();
     byId("prompt").focus();
-    ask(turn.question);
+    answer(turn.question, turn.sent, turn.shown);
   });
-  follow(byId("log"), () => answer.append(note));
+  follow(byId("log"), () => turn.element.append(note));
 }
 
 /** Change a log, and stay at its end if that was in view. */

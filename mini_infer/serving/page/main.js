@@ -9,6 +9,7 @@ import { LANGUAGES, say, setLanguage } from "./i18n.js";
 import { drawLegend, Picture } from "./picture.js";
 import { Queues } from "./queues.js";
 import { setUpSettings } from "./settings.js";
+import { setUpTools } from "./tools.js";
 
 const picture = new Picture({
   canvas: byId("picture"),
@@ -19,6 +20,7 @@ const picture = new Picture({
 const queues = new Queues((requestId) => picture.highlight(requestId));
 
 setUpSettings();
+setUpTools();
 setUpChat();
 setUpDemo();
 setUpLanguage();

@@ -14,7 +14,7 @@ export class Measure {
   add({ choices, usage }) {
     const now = performance.now();
     for (const { delta, text, finish_reason } of choices) {
-      if (delta?.content || text) {
+      if (delta?.content || delta?.tool_calls || text) {
         this.first ??= now;
         this.last = now;
         this.tokens += 1; // about right; the server's own count replaces it

@@ -69,6 +69,21 @@ export const STRINGS = {
   },
   settings_reset: { en: "Back to the model's own", zh: "恢复模型默认" },
 
+  tools_settings: { en: "Tools and structured answers", zh: "工具与结构化回答" },
+  tools: { en: "Tools", zh: "工具" },
+  tools_example: { en: "Fill in an example", zh: "填入示例" },
+  tools_required: { en: "The answer must call a tool", zh: "回答必须调用工具" },
+  tools_wrong: { en: "The tools are not JSON: {message}", zh: "工具不是合法的 JSON：{message}" },
+  tools_note: {
+    en: "Tools are an array in the form of OpenAI's API. When the model calls one, you are the one who runs it: type its result.",
+    zh: "工具是一个数组，写法同 OpenAI 的接口。模型调用工具时由你来执行：把结果填进去即可。",
+  },
+  schema: { en: "JSON schema of the answers", zh: "回答要符合的 JSON Schema" },
+  schema_wrong: { en: "The schema is not JSON: {message}", zh: "Schema 不是合法的 JSON：{message}" },
+  call: { en: "Call of", zh: "调用" },
+  call_result: { en: "Its result", zh: "结果" },
+  call_give: { en: "Give the result", zh: "提交结果" },
+
   engine: { en: "Engine", zh: "引擎" },
   kv_cache: { en: "KV cache", zh: "KV 缓存" },
   kv_waiting: { en: "No news from the engine yet.", zh: "还没有收到引擎的状态。" },

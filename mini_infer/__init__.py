@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mini_infer.engine import LLM, AsyncLLMEngine, LLMEngine
     from mini_infer.outputs import GenerateOutput
     from mini_infer.sampling import SamplingParams
+    from mini_infer.sparse import SparseConfig
     from mini_infer.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "GenerateOutput",
     "LLMEngine",
     "SamplingParams",
+    "SparseConfig",
     "StructuredOutputsParams",
 ]
 
@@ -36,6 +38,7 @@ _HOME = {
     "EngineConfig": "mini_infer.config",
     "GenerateOutput": "mini_infer.outputs",
     "SamplingParams": "mini_infer.sampling",
+    "SparseConfig": "mini_infer.sparse",
     "StructuredOutputsParams": "mini_infer.structured",
 }
 

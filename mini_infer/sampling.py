@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mini_infer.compat.options import SAMPLING_ALIASES, SAMPLING_REFUSED
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.fields import check_bool, check_choice, check_int, check_number, named_options, option, plain, plain_ids
+from mini_infer.sparse import SparseConfig
 from mini_infer.structured import StructuredOutputsParams
 
 MAX_GEN_LENGTH = 8192
@@ -13,11 +14,11 @@ MAX_GEN_LENGTH = 8192
 
 REMASKINGS = ("low_confidence", "random")
 
-KV_REUSES = ("prefix",)
+KV_REUSES = ("prefix", "dual")
 
 DIFFUSION_OPTIONS = (
     *("gen_length", "steps", "block_length", "cfg_scale", "remasking"),
-    *("threshold", "factor", "kv_reuse", "refresh_interval"),
+    *("threshold", "factor", "kv_reuse", "refresh_interval", "sparse_config"),
 )
 """What means something to diffusion models alone."""
 
@@ -98,10 +99,14 @@ class SamplingParams:
         None, "Diffusion models: instead of steps, keep n tokens while (n + 1)(1 - p) is less for the n-th likeliest"
     )
     kv_reuse: str | None = option(
-        None, "Diffusion models: 'prefix' computes what stands before a block once for each block; approximate"
+        None,
+        "Diffusion models: compute what stands before a block ('prefix'), or around it ('dual'), once; approximate",
     )
     refresh_interval: int | None = option(
         None, "Diffusion models: and again every so many steps; None is once for each block"
+    )
+    sparse_config: SparseConfig | None = option(
+        None, "Diffusion models: keep only a share of what stands around a block; approximate"
     )
 
     def __post_init__(self) -> None:
@@ -137,6 +142,13 @@ class SamplingParams:
             check_choice(error, "kv_reuse", self.kv_reuse, KV_REUSES)
         if self.refresh_interval is not None:
             check_int(error, "refresh_interval", self.refresh_interval, 1)
+        if isinstance(self.sparse_config, Mapping):
+            object.__setattr__(self, "sparse_config", SparseConfig(**self.sparse_config))
+        elif self.sparse_config is not None and not isinstance(self.sparse_config, SparseConfig):
+            raise error(
+                f"sparse_config must be a SparseConfig, got {repr(self.sparse_config)[:80]}; "
+                "SparseConfig(retention_ratio=0.5), for example"
+            )
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise error(f"cache_salt must be a non-empty string, got {self.cache_salt!r}; leave it out for none")
         check_bool(error, "prompt_embedding", self.prompt_embedding)

@@ -147,6 +147,29 @@ class Pools:
 
 
 @dataclass(frozen=True, slots=True)
+class Keeps:
+    """What stays of sequences that a step computes whole, for later steps that compute some of their tokens anew.
+
+    Attributes:
+        sequences: int64 ``[K]``, which of the step's sequences.
+        starts, ends: int64 ``[K]``, the tokens that those steps will compute.
+        num_kept: int64 ``[K]``, how many of the others are kept: those that these tokens attend to most.
+        by_head: int64 ``[K]``; 1 where each KV head keeps its own, 0 where all keep the same.
+        slots: int64 ``[sum(num_kept)]``, where their keys and values go.
+    """
+
+    sequences: Ints = field(default_factory=lambda: NO_INTS)
+    starts: Ints = field(default_factory=lambda: NO_INTS)
+    ends: Ints = field(default_factory=lambda: NO_INTS)
+    num_kept: Ints = field(default_factory=lambda: NO_INTS)
+    by_head: Ints = field(default_factory=lambda: NO_INTS)
+    slots: Ints = field(default_factory=lambda: NO_INTS)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """What an executor computes: copies of blocks first, in the order of the fields, then one forward pass, then draws.
 
@@ -158,17 +181,20 @@ class StepInput:
         sampled_at, sampled_from: int64 ``[M]``; ``token_ids[sampled_at]`` are what was drawn last under the table rows
             ``sampled_from``, which the host may not know yet.
         positions: int64 ``[T]``, each token's index in its own sequence.
-        slot_mapping: int64 ``[T]``, where its key and value go: ``block_id * block_size + offset``.
+        slot_mapping: int64 ``[T]``, where its key and value go: ``block_id * block_size + offset``; -1 is nowhere.
         query_start_loc: int32 ``[S + 1]``; sequence ``s`` owns tokens ``query_start_loc[s]:query_start_loc[s + 1]``.
         context_lens: int32 ``[S]``, tokens of each sequence in the cache once this step's are written.
         table_rows: int64 ``[S]``, the row of each sequence in the executor's table of blocks.
         changed, changed_blocks: int64 and int32 ``[C]``; places in the flattened table, and the block ids that are to
             be written there before the step.
         width: blocks of the longest table in the step.
-        num_decodes: leading sequences that compute exactly one token.
+        num_decodes: sequences that compute exactly one token; the first behind those that are computed whole.
         draws: the tokens to draw.
         scores: the log probabilities to report.
         pools: the sums of hidden states to report.
+        num_whole: leading sequences all of whose tokens are computed, and read no keys but each other's. The executor
+            holds those for the time of one layer.
+        keeps: what stays of them all the same.
     """
 
     swap_out: Ints
@@ -189,6 +215,8 @@ class StepInput:
     draws: Draws
     scores: Scores
     pools: Pools = field(default_factory=Pools)
+    num_whole: int = 0
+    keeps: Keeps = field(default_factory=Keeps)
 
 
 class TokenScore(NamedTuple):

@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints, overload
 
 import typer
@@ -84,14 +84,18 @@ def hints(cls: type) -> dict[str, Any]:
 def parse(hint: Any, texts: Sequence[str]) -> Any:
     """A value as a person writes it, for a field of type ``hint``; several texts where it holds several values.
 
-    Numbers of a list may also share a text, as in ``3,5``; a mapping is written ``3=0.5,5=-1``. What cannot be read
-    stays text, so that the dataclass refuses it in its own words.
+    Numbers of a list may also share a text, as in ``3,5``; a mapping is written ``3=0.5,5=-1``, and so are the fields
+    of another dataclass. What cannot be read stays text, so that the dataclass refuses it in its own words.
     """
     kinds = _kinds(hint)
     try:
         if Mapping in kinds:
             pairs = [item.split("=") for text in texts for item in text.split(",")]
             return {int(key): float(value) for key, value in pairs}
+        if is_dataclass(kinds[0]):
+            inner = hints(kinds[0])  # type: ignore[arg-type]
+            pairs = [item.split("=") for text in texts for item in text.split(",")]
+            return {key: _parse_one(_kinds(inner.get(key, str)), value) for key, value in pairs}
         if list in kinds:
             return list(texts) if str in kinds else [int(item) for text in texts for item in text.split(",")]
     except ValueError:
@@ -144,7 +148,7 @@ def _flags(
             continue
         name = f"sampling_{field.name}" if field.name in prefixed else field.name
         kinds, aliases = _kinds(hint), aliases_of(field.name, table)
-        several = list in kinds or Mapping in kinds
+        several = list in kinds or Mapping in kinds or is_dataclass(kinds[0])
         help = field.metadata["help"] + "".join(f"; also {_spelled(alias)}" for alias in aliases)
         help += "; may be repeated." if several else "."
         if show_defaults and field.default not in (None, False):
@@ -183,6 +187,8 @@ def _kinds(hint: Any) -> list[Any]:
 def _metavar(kinds: Sequence[Any]) -> str:
     if Mapping in kinds:
         return "ID=VALUE"
+    if is_dataclass(kinds[0]):
+        return "NAME=VALUE"
     return "TEXT" if str in kinds else "NUMBER" if float in kinds else "INTEGER"
 
 

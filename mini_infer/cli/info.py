@@ -242,6 +242,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device, weight_byt
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         model_limit=shape.max_position_embeddings,
+        keeps_all=not shape.computes_whole,
     )
     return plan, Memory(
         dtype=_plain(model.dtype),

@@ -93,7 +93,15 @@ def build(config: EngineConfig) -> Parts:
     return Parts(
         tokenizer=tokenizer,
         defaults=defaults,
-        intake=Intake(tokenizer, defaults, model_config.vocab_size, max_model_len, config, model_config.diffusion),
+        intake=Intake(
+            tokenizer,
+            defaults,
+            model_config.vocab_size,
+            max_model_len,
+            config,
+            model_config.diffusion,
+            min(local.num_gpu_blocks for local in replicas) * config.block_size,
+        ),
         loop=loops[0] if len(loops) == 1 else Replicas(loops, make_router(config, replicas)),
         executor=replicas[0].executor,
         max_model_len=max_model_len,

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from mini_infer.engine.rules import Edits, Rule
 from mini_infer.sampling import SamplingParams
-from mini_infer.scheduler import BlockCopy, ScheduledSequence, SchedulerOutputs, SequenceStatus
+from mini_infer.scheduler import BlockCopy, Reuse, ScheduledSequence, SchedulerOutputs, SequenceStatus
 from mini_infer.scheduler import Sequence as TokenSequence
 from mini_infer.scheduler.sequence import PLACEHOLDER
-from mini_infer.step import NO_COPIES, Draws, Ints, Pools, Scores, StepInput, StepOutput, TokenScore
+from mini_infer.step import NO_COPIES, Draws, Ints, Keeps, Pools, Scores, StepInput, StepOutput, TokenScore
 from mini_infer.typing import BlockTable, TokenIds
 
 
@@ -47,6 +47,7 @@ class Wanted:
         self._edits = Edits()
         self._scores: list[tuple[int, int, int]] = []
         self._pools: list[tuple[int, int]] = []
+        self._keeps: list[tuple[TokenSequence, Reuse, bool]] = []
         self._ends: list[tuple[int, int, int]] = []
 
     def draw(
@@ -86,6 +87,14 @@ class Wanted:
     def pool(self, start: int, end: int) -> None:
         """Report the sum of the hidden states of some of the step's tokens, ``start`` to ``end`` without that."""
         self._pools.append((start, end))
+
+    def keep(self, sequence: TokenSequence, reuse: Reuse, by_head: bool) -> None:
+        """Keep of a sequence that is computed whole what a later step takes.
+
+        Args:
+            by_head: whether each KV head keeps the tokens that matter most to it.
+        """
+        self._keeps.append((sequence, reuse, by_head))
 
     def end_sequence(self) -> None:
         """All that the next sequence of the plan wants was said."""
@@ -132,6 +141,11 @@ class Wanted:
             return Pools()
         starts, ends = zip(*self._pools, strict=True)
         return Pools(np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64))
+
+    @property
+    def keeps(self) -> list[tuple[TokenSequence, Reuse, bool]]:
+        """What ``keep`` was told."""
+        return self._keeps
 
     def answers(self, output: StepOutput) -> Iterator[Answer]:
         """What the step gave, for each sequence of the plan."""
@@ -187,10 +201,14 @@ class Describer:
         )
         owners = np.repeat(np.arange(len(scheduled)), counts)
         positions = np.arange(plan.num_tokens) - query_start_loc[owners] + starts[owners]
+        cached = np.array([item.num_cached for item in scheduled], dtype=np.int32)
+        places = positions + (cached - starts)[owners]  # among those that the sequence keeps
+        num_whole = sum(item.is_whole for item in scheduled)
         table_rows = np.array([self._row_of(item.sequence) for item in scheduled], dtype=np.int64)
         changed = self._update(scheduled, table_rows)
         token_rows = table_rows[owners]
-        blocks = self._host[token_rows, positions // self._block_size].astype(np.int64)
+        slots = self._slots(token_rows, places)
+        slots[: query_start_loc[num_whole]] = -1
         sampled_at = np.flatnonzero(token_ids == PLACEHOLDER)
         token_ids[sampled_at] = 0
         return StepInput(
@@ -199,9 +217,9 @@ class Describer:
             sampled_at=sampled_at,
             sampled_from=token_rows[sampled_at],
             positions=positions,
-            slot_mapping=blocks * self._block_size + positions % self._block_size,
+            slot_mapping=slots,
             query_start_loc=query_start_loc,
-            context_lens=starts + counts,
+            context_lens=cached + counts,
             table_rows=table_rows,
             changed=changed,
             changed_blocks=self._host.ravel()[changed],
@@ -210,7 +228,30 @@ class Describer:
             draws=wanted.draws(draw_rows),
             scores=wanted.scores(),
             pools=wanted.pools(),
+            num_whole=num_whole,
+            keeps=self._keeps(wanted, scheduled),
         )
+
+    def _slots(self, table_rows: Ints, places: Ints) -> Ints:
+        """Where in the cache the tokens at some places of their sequences' blocks are."""
+        blocks = self._host[table_rows, places // self._block_size].astype(np.int64)
+        slots: Ints = blocks * self._block_size + places % self._block_size
+        return slots
+
+    def _keeps(self, wanted: Wanted, scheduled: Sequence[ScheduledSequence]) -> Keeps:
+        if not wanted.keeps:
+            return Keeps()
+        numbers = {item.sequence: number for number, item in enumerate(scheduled)}
+        rows = [
+            (numbers[sequence], reuse.start, reuse.end, reuse.num_kept, by_head)
+            for sequence, reuse, by_head in wanted.keeps
+        ]
+        slots = [
+            self._slots(np.array([self._row_of(sequence)]), np.arange(reuse.num_kept))
+            for sequence, reuse, _ in wanted.keeps
+        ]
+        columns = map(np.ascontiguousarray, np.array(rows, dtype=np.int64).T)
+        return Keeps(*columns, np.concatenate(slots))
 
     def forget(self) -> None:
         """A step failed, so that it is not known what the executor has: all tables are sent again."""

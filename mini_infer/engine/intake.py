@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from mini_infer.config import EngineConfig
 from mini_infer.engine.decoding.autoregressive import Autoregressive, Stream, make_forks
@@ -46,6 +46,7 @@ class Intake:
         max_model_len: most tokens of prompt and completion together.
         config: says how many sequences run at once, and the seed that those of requests without one follow from.
         diffusion: how the model fills in masks; None for one that writes one token after the other.
+        num_slots: tokens whose keys and values there is room for.
 
     Attributes:
         grammars: compiles those of structured outputs.
@@ -59,6 +60,7 @@ class Intake:
         max_model_len: int,
         config: EngineConfig,
         diffusion: "DiffusionConfig | None" = None,
+        num_slots: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._defaults = defaults
@@ -68,6 +70,7 @@ class Intake:
         self._seed = config.seed
         self._token_budget = config.token_budget
         self._diffusion = diffusion
+        self._num_slots = num_slots
         self._numbers = count()
         self.grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
 
@@ -109,7 +112,7 @@ class Intake:
             if params.gen_length is None and overrides.get("max_tokens") is not None:
                 params = replace(params, gen_length=params.max_tokens)
             canvas = Canvas.of(self._diffusion, token_ids, params, self._check_room(len(token_ids), least=1))
-            canvas.check_budget(self._token_budget, self._max_num_seqs)
+            canvas.check_budget(self._token_budget, self._max_num_seqs, self._num_slots)
 
             def masked() -> Sequence:
                 return canvas.sequence(request_id, priority, caller)
@@ -268,25 +271,27 @@ def list_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     return [prompts] if prompts and all(isinstance(item, int) for item in prompts) else prompts
 
 
-def list_params(
-    sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
-) -> Seq[SamplingParams | None]:
+_Kind = TypeVar("_Kind")
+
+
+def one_for_each(name: str, kind: type[_Kind], given: _Kind | Seq[_Kind] | None, num_prompts: int) -> Seq[_Kind | None]:
     """One set of parameters per prompt.
+
+    Args:
+        name: what these parameters are called.
+        kind: what they are.
+        given: one for all, or one for each; None is none for any.
 
     Raises:
         InvalidRequestError: a list of another length.
     """
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if not isinstance(sampling_params, list | tuple):
-        raise InvalidRequestError(
-            f"sampling_params must be a SamplingParams or a list of them, got {shown(sampling_params)}"
-        )
-    if len(sampling_params) != num_prompts:
-        raise InvalidRequestError(
-            f"{num_prompts} prompts but {len(sampling_params)} sampling_params; give one for all or one for each"
-        )
-    return sampling_params
+    if given is None or isinstance(given, kind):
+        return [given] * num_prompts
+    if not isinstance(given, list | tuple):
+        raise InvalidRequestError(f"{name} must be a {kind.__name__} or a list of them, got {shown(given)}")
+    if len(given) != num_prompts:
+        raise InvalidRequestError(f"{num_prompts} prompts but {len(given)} {name}; give one for all or one for each")
+    return given
 
 
 def shown(value: object) -> str:

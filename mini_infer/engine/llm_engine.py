@@ -13,7 +13,7 @@ from mini_infer.compat.step import SignedStep, signed_step
 from mini_infer.config import EngineConfig
 from mini_infer.engine.build import Parts, build
 from mini_infer.engine.fork import OwnLock
-from mini_infer.engine.intake import Prompt, list_params, list_prompts
+from mini_infer.engine.intake import Prompt, list_prompts, one_for_each
 from mini_infer.engine.loop import CLOSED, StepObserver, StepResult
 from mini_infer.engine.no_tokenizer import NoTokenizer
 from mini_infer.engine.progress import generation_progress
@@ -23,6 +23,7 @@ from mini_infer.exceptions import EngineError, InvalidConfigError, InvalidReques
 from mini_infer.fields import check_bool, check_int, check_number
 from mini_infer.outputs import EmbeddingOutput, GenerateOutput, Increment, as_embedding
 from mini_infer.sampling import EMBEDDING, SamplingParams
+from mini_infer.sparse import SparseConfig
 from mini_infer.typing import TokenIds
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class LLMEngine:
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        sparse_configs: SparseConfig | Seq[SparseConfig] | None = None,
     ) -> list[GenerateOutput]:
         """Complete every prompt.
 
@@ -137,6 +139,7 @@ class LLMEngine:
             sampling_params: one for all prompts, or one for each; None is the model's own default, 100 tokens at most.
             use_tqdm: show a progress bar when the output is a terminal or a notebook.
             max_tokens, temperature, top_p, top_k: override ``sampling_params``.
+            sparse_configs: the same for their ``sparse_config``; one for all prompts, or one for each.
 
         Returns:
             One output per prompt, in their order.
@@ -145,10 +148,14 @@ class LLMEngine:
             InvalidRequestError: a prompt or parameter is unusable; nothing has run then.
         """
         prompt_list = list_prompts(prompts)
-        params_list = list_params(sampling_params, len(prompt_list))
+        params_list = one_for_each("sampling_params", SamplingParams, sampling_params, len(prompt_list))
+        sparse_list = one_for_each("sparse_configs", SparseConfig, sparse_configs, len(prompt_list))
         overrides = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         requests = self._each(
-            prompt_list, lambda place, prompt: self._intake.make_request(prompt, params_list[place], overrides)
+            prompt_list,
+            lambda place, prompt: self._intake.make_request(
+                prompt, params_list[place], {**overrides, "sparse_config": sparse_list[place]}
+            ),
         )
         return self._run(requests, use_tqdm)
 

@@ -70,7 +70,7 @@ class EngineStats:
     def _of(cls, loop: EngineLoop) -> "EngineStats":
         scheduler, blocks = loop.scheduler, loop.scheduler.block_manager
         used_slots = blocks.num_used_blocks * blocks.block_size
-        unfilled = sum(len(s.block_table) * blocks.block_size - len(s) for s in scheduler.running)
+        unfilled = sum(len(s.block_table) * blocks.block_size - s.num_slots for s in scheduler.running)
         return cls(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),

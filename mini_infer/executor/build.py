@@ -15,6 +15,7 @@ from mini_infer.executor.device import expand_devices, on, resolve_cache_dtype, 
 from mini_infer.executor.graphs import DecodeGraphs, cuda_capture, graph_sizes
 from mini_infer.executor.queue import make_executor
 from mini_infer.executor.runner import ModelRunner
+from mini_infer.executor.whole import Scratch
 from mini_infer.kernels.large_memory import is_out_of_memory
 from mini_infer.kernels.registry import broken_backends
 from mini_infer.memory.kv_cache import KVCache
@@ -111,6 +112,7 @@ def load(
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         model_limit=model_config.max_position_embeddings,
+        keeps_all=not model_config.computes_whole,
     )
     # A GPU's plan is made again once the model is there; until then it is an upper bound, which rotary tables go by.
     on_gpu = device.type != "cpu"
@@ -171,6 +173,7 @@ def _runner(
             for spec in model.config.cache_specs(cache_dtype, model.share)
         ]
         kv_cache = KVCache(layers, num_cpu_blocks)
+        scratch = _scratch(config, model, device) if model.config.computes_whole else None
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -180,7 +183,15 @@ def _runner(
         ) from error
     tables = torch.zeros((config.max_num_seqs, width), dtype=torch.int32, device=device)
     sampled = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-    return ModelRunner(model, kv_cache, device, tables, sampled, graphs=None, link=link)
+    return ModelRunner(model, kv_cache, device, tables, sampled, graphs=None, link=link, scratch=scratch)
+
+
+def _scratch(config: EngineConfig, model: Decoder, device: torch.device) -> Scratch:
+    """Room for one layer's keys and values of the largest step; each sequence begins a block of its own."""
+    (spec,) = set(model.config.cache_specs(model.dtype, model.share))
+    num_blocks = config.token_budget // config.block_size + min(config.max_num_seqs, config.token_budget)
+    shape = num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim
+    return Scratch(model.kernels.allocate_kv_cache(*shape, spec.dtype, device), config.block_size)
 
 
 def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
@@ -208,14 +219,18 @@ def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRun
     return replace(runner, graphs=graphs)
 
 
-def _step(num_seqs: int, start: int, num_tokens: int, blocks: list[int], block_size: int) -> StepInput:
-    """A step that nobody asked for: each sequence computes some tokens, and draws one. All share the same blocks."""
+def _step(
+    num_seqs: int, start: int, num_tokens: int, blocks: list[int], block_size: int, is_whole: bool = False
+) -> StepInput:
+    """A step that nobody asked for: each sequence computes some tokens, and draws one, or where it is computed whole
+    as many. All share the same blocks."""
     positions = np.tile(np.arange(start, start + num_tokens), num_seqs)
     table = np.array(blocks, dtype=np.int32)
     slots = table[positions // block_size].astype(np.int64) * block_size + positions % block_size
     ends = np.arange(1, num_seqs + 1) * num_tokens
-    ones = np.ones(num_seqs)
-    rows = np.arange(num_seqs)
+    drawn = np.arange(ends[-1]) if is_whole else ends - 1
+    ones, zeros = np.ones(len(drawn)), np.zeros(len(drawn), dtype=np.int64)
+    owners = drawn // num_tokens
     return StepInput(
         swap_out=NO_COPIES,
         copy=NO_COPIES,
@@ -233,19 +248,20 @@ def _step(num_seqs: int, start: int, num_tokens: int, blocks: list[int], block_s
         width=len(table),
         num_decodes=num_seqs if num_tokens == 1 else 0,
         draws=Draws(
-            rows=ends - 1,
-            table_rows=rows,
-            seeds=rows.astype(np.uint64),
-            indices=rows,
-            positions=rows,
+            rows=drawn,
+            table_rows=owners,
+            seeds=owners.astype(np.uint64),
+            indices=owners,
+            positions=zeros,
             temperature=ones,
-            top_k=np.zeros(num_seqs, dtype=np.int64),
+            top_k=zeros,
             top_p=0.9 * ones,
             min_p=0 * ones,
-            num_logprobs=np.full(num_seqs, -1),
+            num_logprobs=zeros - 1,
             edits=LogitEdits(),
         ),
         scores=Scores(NO_INTS, NO_INTS, NO_INTS),
+        num_whole=num_seqs if is_whole else 0,
     )
 
 
@@ -257,6 +273,8 @@ def _warm_up(runner: ModelRunner, block_size: int, num_slots: int) -> None:
     """
     num_tokens = min(2, num_slots, runner.model.config.max_position_embeddings)
     blocks = list(range(-(-num_tokens // block_size)))
+    if runner.scratch is not None:
+        runner.run(_step(1, 0, num_tokens, blocks, block_size, is_whole=True))
     for num_computed in (0, num_tokens - 1, num_tokens - 1):  # all tokens at once, then the last one
         runner.run(_step(1, num_computed, num_tokens - num_computed, blocks, block_size))
 
@@ -273,7 +291,8 @@ def _free_gpu_bytes(config: EngineConfig, model: Decoder, device: torch.device, 
     try:
         runner = _runner(config, model, blocks_each, 0, blocks_each, device, link)
         # All share the same blocks: only the size of the step matters. What is drawn with top_p takes most.
-        computed = runner.run(_step(num_sequences, 0, each, list(range(blocks_each)), config.block_size))
+        is_whole = runner.scratch is not None
+        computed = runner.run(_step(num_sequences, 0, each, list(range(blocks_each)), config.block_size, is_whole))
         torch.cuda.synchronize(device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(

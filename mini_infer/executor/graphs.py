@@ -79,7 +79,7 @@ class DecodeGraphs:
     def fits(self, batch: Batch) -> bool:
         """Whether ``run`` takes the batch: decodes alone, of a graph's size."""
         num_rows = len(batch.token_ids)
-        return batch.attention.num_decodes == num_rows and self.size_for(num_rows) == num_rows
+        return batch.whole is None and batch.attention.num_decodes == num_rows and self.size_for(num_rows) == num_rows
 
     def run(self, batch: Batch) -> Tensor:
         """What ``forward`` gives for a batch of decodes, padded to a graph's size.

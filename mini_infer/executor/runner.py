@@ -11,6 +11,7 @@ from mini_infer.executor.device import send_arrays
 from mini_infer.executor.graphs import DecodeGraphs
 from mini_infer.executor.logprobs import ScoreTensors, score_tokens, stacked
 from mini_infer.executor.sampler import sample
+from mini_infer.executor.whole import Scratch
 from mini_infer.kernels import AttentionMetadata
 from mini_infer.kernels.host import send
 from mini_infer.memory.kv_cache import KVCache
@@ -85,6 +86,7 @@ class ModelRunner:
         sampled: int64 ``[num_rows]``, the token that was drawn last for each of them.
         graphs: how to run decodes; None runs them like everything else.
         link: the way to the stages before and after.
+        scratch: where sequences have their keys and values that are computed whole; None if the model has no such.
     """
 
     model: Decoder
@@ -94,6 +96,7 @@ class ModelRunner:
     sampled: Tensor
     graphs: DecodeGraphs | None
     link: Link = field(default_factory=Link)
+    scratch: Scratch | None = None
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Computed:
@@ -198,10 +201,17 @@ class ModelRunner:
 
         A row of padding has slot -1, which writes nowhere, and a context of 0 tokens, which reads nothing.
         """
-        num_seqs, num_decodes = len(step.context_lens), step.num_decodes
+        span, whole, n = self.model.config.attention_span, None, step.num_whole
+        if n:
+            assert self.scratch is not None
+            whole = self.scratch.lay_out(step, span, self.device)
+        num_seqs, num_decodes = len(step.context_lens) - n, step.num_decodes
         token_ids, positions, slot_mapping = step.token_ids, step.positions, step.slot_mapping
         query_start_loc, context_lens, table_rows = step.query_start_loc, step.context_lens, step.table_rows
-        if self.graphs is not None and num_decodes == num_seqs:
+        if n:  # what follows is about the others
+            slot_mapping, query_start_loc = slot_mapping[query_start_loc[n] :], query_start_loc[n:] - query_start_loc[n]
+            context_lens, table_rows = context_lens[n:], table_rows[n:]
+        elif self.graphs is not None and num_decodes == num_seqs:
             num_rows = self.graphs.size_for(num_seqs)
             if num_rows is not None and num_rows > num_seqs:
                 spare = num_rows - num_seqs
@@ -246,6 +256,7 @@ class ModelRunner:
                 context_lens=sent[5],
                 block_tables=self.tables[:, : step.width].index_select(0, sent[6]),
                 num_decodes=num_decodes,
-                span=self.model.config.attention_span,
+                span=span,
             ),
+            whole=whole,
         )

@@ -65,6 +65,7 @@ def plan_memory(
     max_num_seqs: int,
     max_model_len: int | None,
     model_limit: int,
+    keeps_all: bool = True,
 ) -> MemoryPlan:
     """Share out the memory that weights, rotary tables and the largest step leave.
 
@@ -74,6 +75,7 @@ def plan_memory(
             than ``max_num_seqs`` of the longest sequences could fill.
         block_size, num_blocks, num_cpu_blocks, max_num_seqs, max_model_len: as in ``EngineConfig``.
         model_limit: the longest context of the model.
+        keeps_all: a sequence needs room for all its tokens; not if the model computes it whole in every step.
 
     Raises:
         OutOfMemoryError: ``max_model_len`` was asked for, and the KV memory cannot hold as much.
@@ -82,7 +84,7 @@ def plan_memory(
     wanted = min(max_model_len or model_limit, model_limit)
     if num_blocks is None:
         num_blocks = max(0, min(max_num_seqs * -(-wanted // block_size), memory // bytes_per_block))
-    capacity = num_blocks * block_size
+    capacity = num_blocks * block_size if keeps_all or not num_blocks else wanted
     what_it_holds = f"{capacity} tokens ({num_blocks} blocks of {block_size})"
     warning = None
     if num_blocks and wanted > capacity:

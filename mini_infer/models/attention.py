@@ -4,13 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from mini_infer.kernels import AttentionMetadata, Kernels
+from mini_infer.models.batch import Batch, KVCache, Whole
 from mini_infer.models.config import AttentionConfig
+from mini_infer.models.keeping import select
 from mini_infer.models.linear import Linear, Norm
 from mini_infer.parallel.share import WHOLE, Share
 from mini_infer.parallel.slices import whole
-
-KVCache = tuple[Tensor, ...]
-"""One layer's key and value cache, and scales of codes, as `allocate_kv_cache` made them; only kernels look inside."""
 
 RotaryTables = tuple[Tensor, Tensor]
 """(cos, sin) of every angle, each ``[max_positions, head_dim // 2]``."""
@@ -53,17 +52,39 @@ class Attention(nn.Module):
         # What every rank would add is added once.
         self.o_proj = Linear(widths[0], [hidden_size], config.output_bias and share.group.rank == 0, dtype, kernels)
 
-    def forward(self, hidden: Tensor, positions: Tensor, metadata: AttentionMetadata, kv_cache: KVCache) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         """``[T, hidden_size]`` to ``[T, hidden_size]``."""
         heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
         query, key, value = heads.split(self.head_counts, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
-        query, key = self._normed_and_turned(query, key, positions)
+        query, key = self._normed_and_turned(query, key, batch.positions)
+        if batch.whole is None:
+            attended = self._attend(query, key, value, batch.attention, kv_cache)
+        else:
+            attended = self._attend_whole(query, key, value, batch, batch.whole, kv_cache)
+        return self.group.sum(self.o_proj(attended.flatten(1)))
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata, kv_cache: KVCache
+    ) -> Tensor:
         key_cache, value_cache, *scales = kv_cache
-        attended = self.kernels.attention(
+        return self.kernels.attention(
             query, key, value, key_cache, value_cache, metadata, sliding_window=self.config.sliding_window,
             kv_scales=scales[0] if scales else None,
         )  # fmt: skip
-        return self.group.sum(self.o_proj(attended.flatten(1)))
+
+    def _attend_whole(
+        self, query: Tensor, key: Tensor, value: Tensor, batch: Batch, whole: Whole, kv_cache: KVCache
+    ) -> Tensor:
+        """Whole sequences first, over a cache that the next layer uses again; then those that take what was kept."""
+        n = whole.num_tokens
+        attended = self._attend(query[:n], key[:n], value[:n], whole.attention, whole.cache)
+        for keep in whole.keeps:
+            key_cache, value_cache, *scales = kv_cache
+            kept = select(query, key, value, keep, self.group)
+            self.kernels.write_kv(*kept, key_cache, value_cache, keep.slots, kv_scales=scales[0] if scales else None)
+        if n == len(query):
+            return attended
+        return torch.cat((attended, self._attend(query[n:], key[n:], value[n:], batch.attention, kv_cache)))
 
     def _normed_and_turned(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after whatever this layer does to them before they meet."""

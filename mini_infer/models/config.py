@@ -147,6 +147,11 @@ class ModelConfig:
         return 1 if self.diffusion is None else self.diffusion.span or LARGEST_SIZE
 
     @property
+    def computes_whole(self) -> bool:
+        """Whether every token sees all others, so that a step computes all of a sequence and needs no cache."""
+        return self.diffusion is not None and self.diffusion.span is None
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mini_infer.kernels import Kernels
-from mini_infer.models.attention import Attention, KVCache, RotaryTables
-from mini_infer.models.batch import Batch
+from mini_infer.models.attention import Attention, RotaryTables
+from mini_infer.models.batch import Batch, KVCache
 from mini_infer.models.config import FeedForwardConfig, LayerConfig, ModelConfig
 from mini_infer.models.linear import Embedding, Linear, Norm
 from mini_infer.models.rope import Rope, rotary_tables
@@ -146,7 +146,7 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
         """Take and give ``[T, hidden_size]`` twice: the last result, and the stream that it is still to be added to."""
         hidden, residual = _read(hidden, residual, self.attention_norm)
-        hidden = self.attention(hidden, batch.positions, batch.attention, kv_cache)
+        hidden = self.attention(hidden, batch, kv_cache)
         if self.attention_post_norm is not None:
             hidden = self.attention_post_norm(hidden)
         hidden, residual = _read(hidden, residual, self.feed_forward_norm)

@@ -5,7 +5,7 @@ from mini_infer.scheduler.policy import POLICIES, FirstComeFirstServed, Policy, 
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.roster import SchedulerCounts
 from mini_infer.scheduler.scheduler import Scheduler
-from mini_infer.scheduler.sequence import Sequence, SequenceStatus
+from mini_infer.scheduler.sequence import Reuse, Sequence, SequenceStatus
 from mini_infer.scheduler.shares import seats_for_one
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Policy",
     "PreemptionCosts",
     "PriorityFirst",
+    "Reuse",
     "ScheduledSequence",
     "Scheduler",
     "SchedulerCounts",

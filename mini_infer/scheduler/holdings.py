@@ -28,7 +28,7 @@ class Holdings:
         """
         manager, size = self._manager, self._manager.block_size
         if sequence.twin is not None:
-            num_blocks = manager.blocks_for(len(sequence))
+            num_blocks = manager.blocks_for(sequence.num_slots)
             if manager.num_available_blocks < 2 * num_blocks + spare:
                 return None
             sequence.twin.block_table = manager.allocate(num_blocks)
@@ -36,7 +36,7 @@ class Holdings:
         # The last token is always computed: its logits are wanted.
         most = (len(sequence) - 1) // size if reads_prefix else 0
         match = manager.match_prefix(sequence.token_ids, sequence.cache_salt, most)
-        num_new_blocks = manager.blocks_for(len(sequence)) - len(match.blocks)
+        num_new_blocks = manager.blocks_for(sequence.num_slots) - len(match.blocks)
         if manager.num_available_blocks < num_new_blocks + match.num_unused + spare:
             return None
         manager.share(match.blocks)
@@ -85,7 +85,7 @@ class Holdings:
         its table, and so many more blocks."""
         manager, table = self._manager, sequence.block_table
         first = sequence.num_computed_tokens // manager.block_size
-        needed = manager.blocks_for(len(sequence))
+        needed = manager.blocks_for(sequence.num_slots)
         shared = [place for place in range(first, min(needed, len(table))) if manager.is_shared(table[place])]
         return shared, max(0, needed - len(table))
 
@@ -148,6 +148,7 @@ class Holdings:
         sequence.block_table = []
         sequence.content_ids = []
         sequence.num_computed_tokens = 0
+        sequence.reuse = None
 
     def drop_swapped(self, sequence: Sequence) -> None:
         """Free a sequence's CPU blocks. A copy from them that is planned comes before any to them can be."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mini_infer.outputs import FinishReason
-from mini_infer.scheduler.sequence import Sequence
+from mini_infer.scheduler.sequence import Reuse, Sequence
 
 
 class BlockCopy(NamedTuple):
@@ -27,6 +27,7 @@ class ScheduledSequence(NamedTuple):
             draft, 0 for a chunk that does not reach the end.
         is_decode: it computes the token that was sampled last, and drafts behind it, and nothing else.
         forks: sequences that start with this step, drawing from the same logits.
+        reuse: what it takes from the cache instead of all that stands before its tokens.
     """
 
     sequence: Sequence
@@ -35,10 +36,21 @@ class ScheduledSequence(NamedTuple):
     num_logits: int
     is_decode: bool
     forks: tuple[Sequence, ...] = ()
+    reuse: Reuse | None = None
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it computes all of a sequence whose every token sees all others, and needs nothing of the cache."""
+        return self.sequence.is_whole and self.reuse is None
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens before its own whose keys and values the step finds in the sequence's blocks."""
+        return self.start if self.reuse is None else self.reuse.num_kept
 
     @property
     def num_rows(self) -> int:
@@ -51,7 +63,7 @@ class SchedulerOutputs:
     """The plan of one step. The copies come first, in the order of the fields; then the forward pass.
 
     Attributes:
-        scheduled: who runs; sequences with one token first, those with several after them.
+        scheduled: who runs: canvases that are computed whole, then sequences with one token, then those with several.
         num_tokens: how many tokens are computed in all.
         preempted: sequences whose blocks were taken away to make room.
         swap_out: from GPU blocks to CPU blocks.
@@ -119,6 +131,7 @@ class PlanDraft:
         single = [item for item in self.scheduled if item.num_tokens == 1]
         if len(single) < len(self.scheduled):
             single += [item for item in self.scheduled if item.num_tokens > 1]
+            single.sort(key=lambda item: not item.is_whole)
         return SchedulerOutputs(
             scheduled=tuple(single),
             num_tokens=num_tokens,
@@ -139,6 +152,7 @@ class Outcome(NamedTuple):
         num_valid: positions, from the first token on, whose keys and values are valid; those before the step stay so.
         finish_reason: why it ends with them; None if it goes on, or ends by its length, which the scheduler sees.
         canvas: what stands behind them, where the provisional tokens are a canvas of masks.
+        reuse: what the next step computes of that; None is all.
     """
 
     sequence: Sequence
@@ -146,3 +160,4 @@ class Outcome(NamedTuple):
     num_valid: int
     finish_reason: FinishReason | None = None
     canvas: tuple[int, ...] = ()
+    reuse: Reuse | None = None

@@ -22,7 +22,7 @@ from mini_infer.scheduler.plan import Outcome, PlanDraft, ScheduledSequence, Sch
 from mini_infer.scheduler.policy import FirstComeFirstServed, Policy
 from mini_infer.scheduler.preemption import PreemptionCosts
 from mini_infer.scheduler.roster import FINISHED, RESTING, RUNNING, Roster
-from mini_infer.scheduler.sequence import PLACEHOLDER, Sequence
+from mini_infer.scheduler.sequence import PLACEHOLDER, Reuse, Sequence
 from mini_infer.scheduler.shares import StepShares, crowding_callers, overdrawn_callers
 
 
@@ -92,8 +92,10 @@ class Scheduler(Roster):
             InvalidConfigError: it could never run to its ``max_length`` here, so that it would block the queue.
         """
         num_blocks = self.block_manager.num_gpu_blocks // (1 if sequence.twin is None else 2)
-        limit = min(self.max_model_len, num_blocks * self.block_manager.block_size)
+        num_slots = num_blocks * self.block_manager.block_size
+        limit = self.max_model_len if sequence.is_whole else min(self.max_model_len, num_slots)
         check_int(InvalidConfigError, "the sequence's max_length", sequence.max_length, len(sequence), limit)
+        check_int(InvalidConfigError, "tokens whose keys the sequence keeps", sequence.num_slots, 0, num_slots)
         check_int(
             InvalidConfigError,
             "what a step must compute at once",
@@ -151,7 +153,7 @@ class Scheduler(Roster):
             return None
         if newcomer.swapped_blocks:
             return None  # a plan copies out before it copies in, and others may still have to be copied out
-        num_wanted = self.block_manager.blocks_for(len(newcomer)) + self._num_spare_blocks
+        num_wanted = self.block_manager.blocks_for(newcomer.num_slots) + self._num_spare_blocks
         is_modest = num_wanted <= self.block_manager.num_gpu_blocks // (len(callers) + 1)
         while not self._admit(newcomer, draft):
             last = self._last(self._overdrawn(num_more=1))
@@ -238,10 +240,10 @@ class Scheduler(Roster):
 
     def _schedule(self, sequence: Sequence, num_tokens: int, draft: PlanDraft) -> None:
         """Put so many of a sequence's tokens into the plan, if the budget allows."""
-        start, length, num_drafts = sequence.num_computed_tokens, len(sequence.token_ids), sequence.num_drafts
+        (start, end), num_drafts = sequence.uncomputed, sequence.num_drafts
         num_tokens = min(num_tokens, draft.budget)
-        reaches_end = start + num_tokens == length
-        samples = reaches_end and length - num_drafts - sequence.num_masks < sequence.max_length
+        reaches_end = start + num_tokens == end
+        samples = reaches_end and sequence.num_known_tokens + sequence.num_placeholders < sequence.max_length
         item = ScheduledSequence(
             sequence,
             start,
@@ -249,6 +251,7 @@ class Scheduler(Roster):
             1 + num_drafts if samples else 0,
             reaches_end and start >= sequence.num_prompt_tokens and num_tokens == 1 + num_drafts,
             sequence.forks if samples else (),
+            sequence.reuse,
         )
         draft.budget -= item.num_rows
         draft.scheduled.append(item)
@@ -261,7 +264,7 @@ class Scheduler(Roster):
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""
-        sequence, start, num_tokens, num_logits, _, forks = item
+        sequence, start, num_tokens, num_logits, _, forks, _ = item
         sequence.num_computed_tokens = start + num_tokens
         if not num_logits:
             return
@@ -326,7 +329,7 @@ class Scheduler(Roster):
         """
         wanted = []
         for outcome in outcomes:
-            sequence, token_ids, num_valid, finish_reason, canvas = outcome
+            sequence, token_ids, num_valid, finish_reason, canvas, reuse = outcome
             if sequence.status is FINISHED:
                 continue
             known = sequence.num_known_tokens
@@ -347,7 +350,7 @@ class Scheduler(Roster):
                     f"positions valid; it has {known} known tokens of at most {sequence.max_length}, and under way are "
                     f"{sequence.num_placeholders} to sample and {sequence.num_drafts} drafts"
                 )
-            wanted.append((sequence, known, token_ids, num_valid, finish_reason, canvas))
+            wanted.append((sequence, known, token_ids, num_valid, finish_reason, canvas, reuse))
         if len(set(map(itemgetter(0), wanted))) < len(wanted):
             raise ValueError("a sequence cannot go on in two ways; give each one outcome")
         for settled in wanted:
@@ -361,6 +364,7 @@ class Scheduler(Roster):
         num_valid: int,
         finish_reason: FinishReason | None,
         canvas: tuple[int, ...],
+        reuse: Reuse | None,
     ) -> None:
         length = known + len(token_ids)
         if sequence.num_placeholders:
@@ -373,6 +377,7 @@ class Scheduler(Roster):
             if sequence.twin is not None:
                 sequence.twin.token_ids[known:] = sequence.token_ids[known:]
             sequence.is_undecided = False
+            sequence.reuse = reuse if sequence.status is RUNNING else None  # whose blocks it still has
             self._invalidate(sequence, num_valid)
         if finish_reason is None and length >= sequence.max_length:
             # The last token is not computed; a prompt that nothing is to follow is.

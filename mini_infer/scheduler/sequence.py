@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from mini_infer.outputs import FinishReason
 from mini_infer.typing import BlockTable, TokenIds
@@ -17,6 +18,19 @@ class SequenceStatus(Enum):
     RUNNING = auto()  # holds blocks and a seat
     RESTING = auto()  # without blocks, and nothing to compute until it is committed
     FINISHED = auto()
+
+
+class Reuse(NamedTuple):
+    """What a step computes of a canvas, and what it takes as an earlier step left it.
+
+    Attributes:
+        start, end: the tokens that it computes.
+        num_kept: keys and values of so many others are in the sequence's blocks; those of these tokens follow there.
+    """
+
+    start: int
+    end: int
+    num_kept: int
 
 
 @dataclass(eq=False, slots=True)
@@ -38,7 +52,9 @@ class Sequence:
         decides_late: how it goes on is not one sampled token for each step, so that the next step can be planned only
             when the last one was committed; a beam, for example.
         mask_token_id: what stands for a gap in its tokens, if it has any.
-        is_whole: every token sees all others, so that a step computes all that is to be computed of it, or nothing.
+        is_whole: every token sees all others, so that a step computes all of it, and keeps no keys and values but those
+            for a ``reuse``.
+        num_kept_slots: of how many tokens it keeps keys and values; None is all that it has.
         twin: computed with it, step by step, from a prompt of masks; nothing is drawn from it, but its logits guide.
         forks: sequences that start from it once its prompt is computed, and draw their first token beside it.
         num_seats: seats that are kept for it and for what will fork from it.
@@ -50,6 +66,7 @@ class Sequence:
             diffusion model's canvas, from its first mask on, count as masks even where they are written already: a
             step rewrites them in place.
         is_undecided: a step under way says how many tokens it goes on by; until then it is not planned again.
+        reuse: what the next step computes of a canvas of which it need not compute all.
         block_table: the blocks that hold its keys and values.
         content_ids: places in the prefix cache of its first full blocks.
         swapped_blocks: after a preemption by swapping, the CPU block that holds each of its blocks; None for one that
@@ -69,6 +86,7 @@ class Sequence:
     num_masks: int = 0
     mask_token_id: int | None = None
     is_whole: bool = False
+    num_kept_slots: int | None = None
     twin: "Sequence | None" = None
     forks: "tuple[Sequence, ...]" = ()
     num_seats: int = 1
@@ -80,6 +98,7 @@ class Sequence:
     num_placeholders: int = 0
     num_drafts: int = 0
     is_undecided: bool = False
+    reuse: Reuse | None = None
     num_preemptions: int = 0
     block_table: BlockTable = field(default_factory=list)
     content_ids: list[int] = field(default_factory=list)
@@ -109,9 +128,22 @@ class Sequence:
         return tuple(None if i == self.mask_token_id else i for i in self.token_ids[self.num_prompt_tokens :])
 
     @property
+    def num_slots(self) -> int:
+        """Places for keys and values that it needs."""
+        return len(self.token_ids) if self.num_kept_slots is None else self.num_kept_slots
+
+    @property
+    def uncomputed(self) -> tuple[int, int]:
+        """Where that begins and ends which the next step may compute; more than one token and its drafts for a prompt,
+        or after a preemption."""
+        if self.reuse is not None:
+            return self.reuse.start, self.reuse.end
+        return self.num_computed_tokens, len(self.token_ids)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that the next step may compute; more than one and its drafts for a prompt, or after a preemption."""
-        return len(self.token_ids) - self.num_computed_tokens
+        start, end = self.uncomputed
+        return end - start
 
     @property
     def least_tokens(self) -> int:

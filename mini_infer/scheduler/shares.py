@@ -43,7 +43,7 @@ def overdrawn_callers(running: Seq[Sequence], num_blocks: int, block_size: int, 
         return set()
     needs: defaultdict[Hashable, list[int]] = defaultdict(list)
     for sequence in running:
-        needs[sequence.caller].append(-(-len(sequence.token_ids) // block_size))
+        needs[sequence.caller].append(-(-sequence.num_slots // block_size))
     share = num_blocks // (len(needs) + num_more)
     return {caller for caller, blocks in needs.items() if len(blocks) > 1 and sum(blocks) > share}
 

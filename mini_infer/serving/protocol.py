@@ -133,6 +133,7 @@ class SamplingBody(Body):
     factor: float | None = Field(None, description=f"Extension. {_HELP['factor']}")
     kv_reuse: str | None = Field(None, description=f"Extension. {_HELP['kv_reuse']}")
     refresh_interval: int | None = Field(None, description=f"Extension. {_HELP['refresh_interval']}")
+    sparse_config: dict[str, Any] | None = Field(None, description=f"Extension. {_HELP['sparse_config']}")
 
     _SAMPLING: ClassVar = (
         *("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p"),

@@ -85,8 +85,13 @@ SAMPLING_VALUES: dict[str, Any] = {
     "remasking": lambda r: r.choice(["low_confidence", "random"]),
     "threshold": lambda r: r.choice([None, r.uniform(0, 1)]),
     "factor": lambda r: r.choice([None, r.uniform(0.1, 3)]),
-    "kv_reuse": lambda r: "prefix",
+    "kv_reuse": lambda r: r.choice(["prefix", "dual"]),
     "refresh_interval": lambda r: r.choice([None, 8]),
+    "sparse_config": lambda r: {
+        "enabled": r.random() < 0.5,
+        "retention_ratio": r.uniform(0.1, 1),
+        "delay_step": r.randrange(4),
+    },
 }
 
 

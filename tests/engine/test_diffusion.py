@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mini_infer import LLM, GenerateOutput, SamplingParams
+from mini_infer import LLM, GenerateOutput, SamplingParams, SparseConfig
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError, UnsupportedModelError
 from mini_infer.random import uniforms
+from mini_infer.scheduler.plan import PlanDraft
 from tests.models.llada import MASK, Cache, PlainLLaDA, make_llada_checkpoint
 from tests.models.test_decoder import reference_model
 
@@ -54,15 +55,17 @@ def published(
     index: int = 0,
     threshold: float | None = None,
     factor: float | None = None,
-    reuse: bool = False,
+    reuse: str | None = None,
     refresh_interval: int | None = None,
+    share: float = 1.0,
+    by_head: bool = True,
+    delay: int = 0,
     mask: int = MASK,
 ) -> list[int]:
     """LLaDA's ``generate``; steps that would write nothing are not counted, and a mask is never an answer.
 
-    With a threshold, a factor or reuse of the prefix, it is Fast-dLLM's.
+    With a threshold, a factor or reuse of keys and values, it is Fast-dLLM's; with a share of those, Sparse-dLLM's.
     """
-    caches: tuple[Cache, Cache] = {}, {}
     x = [*prompt, *[mask] * gen_length]
     num_blocks = -(-gen_length // block_length)
     round_ = 0
@@ -70,6 +73,7 @@ def published(
         start = len(prompt) + block * block_length
         end = min(start + block_length, len(x))
         num_masks = end - start
+        caches = [Cache(start, end if reuse == "dual" else len(x), share, by_head) for _ in range(2)]
         num_steps = max(1, steps // num_blocks + (block < steps % num_blocks))
         if threshold is not None or factor is not None:
             num_steps = num_masks
@@ -77,12 +81,15 @@ def published(
             num_transfer = num_masks // num_steps + (step < num_masks % num_steps)
             if num_transfer == 0 or mask not in x[start:end]:
                 continue
-            is_reused = reuse and step % (refresh_interval or num_masks) != 0
-            first = start if is_reused else 0
-            logits = torch.cat((torch.zeros(first, 262), plain(x, first, caches[0])))
+            is_reused = reuse is not None and step > delay and (step - delay) % (refresh_interval or len(x)) != 0
+
+            def logits_of(token_ids: list[int], cache: Cache, is_reused: bool = is_reused) -> torch.Tensor:
+                computed = plain(token_ids, cache if reuse else None, is_reused)
+                return torch.cat((torch.zeros(cache.start, 262), computed)) if is_reused else computed.clone()
+
+            logits = logits_of(x, caches[0])
             if cfg_scale:
-                without = plain([*[mask] * len(prompt), *x[len(prompt) :]], first, caches[1])
-                without = torch.cat((torch.zeros(first, 262), without))
+                without = logits_of([*[mask] * len(prompt), *x[len(prompt) :]], caches[1])
                 logits = without + (cfg_scale + 1) * (logits - without)
             logits[:, mask] = -torch.inf
             probabilities = logits.softmax(dim=-1)
@@ -134,11 +141,35 @@ FASTER = [
     {"gen_length": 15, "steps": 9, "block_length": 6, "kv_reuse": "prefix", "refresh_interval": 2},
     {"gen_length": 12, "steps": 12, "block_length": 6, "kv_reuse": "prefix", "cfg_scale": 1.0, "temperature": 0.6},
     {"gen_length": 18, "block_length": 6, "kv_reuse": "prefix", "threshold": 0.2},
+    {"gen_length": 16, "steps": 16, "block_length": 8, "kv_reuse": "dual"},
+    {"gen_length": 15, "steps": 15, "block_length": 6, "kv_reuse": "dual", "refresh_interval": 3},
+    {"gen_length": 12, "steps": 12, "block_length": 6, "kv_reuse": "dual", "cfg_scale": 1.0, "temperature": 0.6},
+    {"gen_length": 16, "steps": 16, "block_length": 8, "sparse": {"retention_ratio": 0.5}},
+    {"gen_length": 21, "steps": 21, "sparse": {"retention_ratio": 0.3, "default_block_len": 7, "head_select": False}},
+    {"gen_length": 12, "steps": 9, "block_length": 6, "sparse": {"retention_ratio": 0.6, "delay_step": 0}},
+    {"gen_length": 16, "steps": 16, "block_length": 8, "sparse": {"retention_ratio": 1.0, "delay_step": 2}},
+    {"gen_length": 14, "block_length": 7, "threshold": 0.2, "refresh_interval": 2, "sparse": {"retention_ratio": 0.4}},
+    {"gen_length": 12, "steps": 12, "cfg_scale": 0.5, "sparse": {"retention_ratio": 0.25, "default_block_len": 4}},
 ]
 
 
 def sampling(case: dict[str, object], **more: object) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **case, **more})  # type: ignore[arg-type]
+    given = {"temperature": 0.0, "ignore_eos": True, **case, **more}
+    if "sparse" in given:
+        given["sparse_config"] = SparseConfig(**given.pop("sparse"))  # type: ignore[arg-type]
+    return SamplingParams(**given)  # type: ignore[arg-type]
+
+
+def as_published(case: dict[str, object]) -> dict[str, object]:
+    """The same case in the words of the loop."""
+    own = {"steps": 1, **case, "reuse": case.get("kv_reuse")}
+    own.pop("kv_reuse", None)
+    sparse = own.pop("sparse", None)
+    if isinstance(sparse, dict):
+        own["share"], own["delay"], own["reuse"] = sparse["retention_ratio"], sparse.get("delay_step", 1), "dual"
+        own["by_head"] = sparse.get("head_select", True)
+        own.setdefault("block_length", sparse.get("default_block_len", 32))
+    return {"block_length": case["gen_length"], **own}
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
@@ -166,21 +197,90 @@ def test_tokens_are_those_of_the_published_loop_alone_and_in_a_batch(tmp_path: P
     assert tokens(twice) == [*expected, *expected]
 
 
-@pytest.mark.parametrize("seed", [2, 5])
+@pytest.mark.parametrize("seed", [5, 6])
 def test_what_is_faster_is_what_its_paper_says(tmp_path: Path, seed: int) -> None:
     model = load(tmp_path, seed)
     given = prompts(len(FASTER), 6)
     expected = []
     for place, (prompt, case) in enumerate(zip(given, FASTER, strict=True)):
-        own = {"steps": 1, "block_length": case["gen_length"], **case, "reuse": "kv_reuse" in case, "seed": place}
-        own.pop("kv_reuse", None)
-        expected.append(published(model.plain, prompt, **own))  # type: ignore[arg-type]
+        expected.append(published(model.plain, prompt, **as_published(case), seed=place))  # type: ignore[arg-type]
     params = [sampling(case, seed=place) for place, case in enumerate(FASTER)]
     assert tokens(model.llm.generate(given, params)) == expected
-    always = [sampling({**case, "kv_reuse": "prefix", "refresh_interval": 1}, seed=1) for case in CASES]
-    others = prompts(len(CASES), 7)
-    exact = [sampling(case, seed=1) for case in CASES]
-    assert tokens(model.llm.generate(others, always)) == tokens(model.llm.generate(others, exact))
+    some = list(zip(given, params, expected, strict=True))[seed % 3 :: 3]
+    assert [model.llm.generate([prompt], one)[0].token_ids for prompt, one, _ in some] == [alone for *_, alone in some]
+
+
+@pytest.mark.parametrize("seed", [6])
+def test_what_is_always_computed_again_is_exact(tmp_path: Path, seed: int) -> None:
+    model = load(tmp_path, seed)
+    given = prompts(len(CASES), 7)
+    exact = tokens(model.llm.generate(given, [sampling(case, seed=1) for case in CASES]))
+    for more in ({"kv_reuse": "prefix"}, {"kv_reuse": "dual"}, {"sparse_config": SparseConfig(delay_step=0)}):
+        always = [sampling(case, seed=1, refresh_interval=1, **more) for case in CASES]
+        assert tokens(model.llm.generate(given, always)) == exact
+
+
+@pytest.mark.parametrize("seed", [5])
+def test_keeping_everything_is_dual_reuse(tmp_path: Path, seed: int) -> None:
+    model = load(tmp_path, seed)
+    given = prompts(len(CASES), seed)
+    dual = [sampling(case, seed=1, kv_reuse="dual") for case in CASES]
+    expected = tokens(model.llm.generate(given, dual))
+    plain = [sampling(case, seed=1) for case in CASES]
+    assert expected != tokens(model.llm.generate(given, plain)), "dual reuse changed nothing, so that nothing is tested"
+    for head_select in (True, False):
+        everything = SparseConfig(retention_ratio=1.0, delay_step=0, head_select=head_select)
+        assert tokens(model.llm.generate(given, plain, sparse_configs=everything)) == expected
+    disabled = [SparseConfig(enabled=False)] * len(given)
+    assert tokens(model.llm.generate(given, plain, sparse_configs=disabled)) == tokens(model.llm.generate(given, plain))
+
+
+def test_exact_sequences_hold_no_blocks_and_sparse_ones_few(model: Model) -> None:
+    fields = {"gen_length": 64, "steps": 64, "block_length": 16}
+    held = {}
+    for name, more in {
+        "exact": {},
+        "prefix": {"kv_reuse": "prefix"},
+        "dual": {"kv_reuse": "dual"},
+        "sparse": {"sparse_config": SparseConfig(retention_ratio=0.25)},
+        "guided": {"sparse_config": SparseConfig(retention_ratio=0.25), "cfg_scale": 1.0},
+    }.items():
+        request_id = model.llm.add_request([7] * 100, sampling(fields, **more))
+        model.llm.step()
+        stats = model.llm.stats()
+        held[name] = (stats.num_blocks - stats.num_free_blocks) * model.llm.config.block_size
+        model.llm.abort(request_id)
+    # of 164 tokens, 16 are the block, and 148 outside of it
+    assert held == {"exact": 0, "prefix": 176, "dual": 176, "sparse": 64, "guided": 128}
+    with LLM(model.path, dtype="float64", device="cpu", num_gpu_blocks=5) as small:
+        assert small.max_model_len == 256, "what is computed whole needs no cache"
+        assert len(small.generate([[7] * 100], sampling(fields))[0].token_ids) == 64
+        small.generate([[7] * 100], sampling(fields, sparse_config=SparseConfig(retention_ratio=0.25)))
+        with pytest.raises(
+            InvalidRequestError, match=r"of 164 tokens are to be reused, and there is room for 80; leave"
+        ):
+            small.generate([[7] * 100], sampling(fields, kv_reuse="dual"))
+
+
+def test_a_preempted_sequence_computes_all_again(model: Model) -> None:
+    """Whatever it reused is gone; the rest is written as if it had not been there, and everybody else's as before."""
+    fields = {"gen_length": 24, "steps": 24, "block_length": 12, "kv_reuse": "dual"}
+    given = prompts(3, 12)
+    expected = tokens(model.llm.generate(given, sampling(fields)))
+    ids = [model.llm.add_request(prompt, sampling(fields)) for prompt in given]
+    for _ in range(5):
+        model.llm.step()
+    scheduler = model.llm._loop.scheduler  # type: ignore[union-attr]
+    first = scheduler.running[0]
+    assert first.reuse is not None
+    scheduler._preempt(first, PlanDraft(0, 0, 0))
+    while not model.llm.is_finished():
+        model.llm.step()
+    outputs = [model.llm.get_output(one) for one in ids]
+    assert [o.token_ids for o in outputs[1:] if o is not None] == expected[1:]
+    assert outputs[0] is not None
+    assert len(outputs[0].token_ids) == 24
+    assert model.llm.stats().num_free_blocks == model.llm.stats().num_blocks
 
 
 class Bidirectional:
@@ -189,7 +289,7 @@ class Bidirectional:
     def __init__(self, path: Path, shift: int) -> None:
         self.model, self.shift = reference_model(path, torch.float64), shift
 
-    def __call__(self, token_ids: list[int], start: int = 0, cache: Cache | None = None) -> torch.Tensor:
+    def __call__(self, token_ids: list[int], cache: Cache | None = None, reuse: bool = False) -> torch.Tensor:
         seen = torch.zeros(1, 1, len(token_ids), len(token_ids), dtype=torch.float64)  # what is added to the scores
         with torch.inference_mode():
             logits = self.model(torch.tensor([token_ids]), attention_mask=seen, use_cache=False).logits[0].clone()
@@ -340,7 +440,18 @@ def test_a_small_budget_and_few_blocks_change_nothing(model: Model) -> None:
         ({"cfg_scale": -1.0}, "cfg_scale must be a finite number of at least 0, got -1.0"),
         ({"threshold": 1.5}, "threshold must be a finite number of at least 0 and at most 1, got 1.5"),
         ({"factor": 0.0}, "factor must be a finite number of more than 0, got 0.0"),
-        ({"kv_reuse": "suffix"}, "kv_reuse must be one of 'prefix', got 'suffix'"),
+        ({"kv_reuse": "suffix"}, "kv_reuse must be one of 'prefix', 'dual', got 'suffix'"),
+        ({"sparse_config": 0.5}, r"sparse_config must be a SparseConfig, got 0.5; SparseConfig\(retention_ratio=0.5\)"),
+        ({"sparse_config": {"ratio": 0.5}}, "SparseConfig has no option 'ratio'"),
+        (
+            {"sparse_config": {"retention_ratio": 0}},
+            "retention_ratio must be a finite number of more than 0 and at most",
+        ),
+        ({"sparse_config": {"retention_ratio": 1.1}}, "retention_ratio must be .* at most 1, got 1.1"),
+        ({"sparse_config": {"delay_step": -1}}, "delay_step must be an integer of at least 0, got -1"),
+        ({"sparse_config": {"default_block_len": 0}}, "default_block_len must be an integer of at least 1, got 0"),
+        ({"sparse_config": {"head_select": 1}}, "head_select must be True or False, got 1"),
+        ({"sparse_config": {"enabled": "yes"}}, "enabled must be True or False, got 'yes'"),
         ({"refresh_interval": 0}, "refresh_interval must be an integer of at least 1, got 0"),
         ({"remasking": "x"}, "remasking must be one of 'low_confidence', 'random', got 'x'"),
     ],
@@ -358,6 +469,7 @@ def test_bad_values_are_refused_at_once(option: dict[str, object], message: str)
         ({"threshold": 0.9, "factor": 1.0}, "factor=1.0 beside threshold"),
         ({"factor": 1.0, "remasking": "random"}, "remasking='random' beside factor"),
         ({"refresh_interval": 4}, "refresh_interval without kv_reuse"),
+        ({"kv_reuse": "dual", "sparse_config": {}}, "kv_reuse='dual' beside sparse_config"),
         ({"min_tokens": 1}, "min_tokens=1: a diffusion model writes in any order"),
         ({"presence_penalty": 1.0}, "presence_penalty=1.0: a diffusion model"),
         ({"prompt_logprobs": 1}, "prompt_logprobs=1: a diffusion model"),
@@ -392,6 +504,13 @@ def test_lengths_that_are_not_given(model: Model) -> None:
 
 def test_an_autoregressive_model_refuses_them(tmp_path: Path) -> None:
     with LLM(make_engine_checkpoint(tmp_path), device="cpu") as llm:
+        sparse = SparseConfig(enabled=False)
+        with pytest.raises(InvalidRequestError, match=r"sparse_config=SparseConfig\(.*\) steers a diffusion"):
+            llm.generate(["x", "y"], SamplingParams(), sparse_configs=[sparse, sparse])
+        with pytest.raises(InvalidRequestError, match="2 prompts but 1 sparse_configs; give one for all"):
+            llm.generate(["x", "y"], SamplingParams(), sparse_configs=[sparse])
+        with pytest.raises(InvalidRequestError, match="sparse_configs must be a SparseConfig or a list of them, got 5"):
+            llm.generate(["x", "y"], SamplingParams(), sparse_configs=5)  # type: ignore[arg-type]
         for name, value in {"gen_length": 64, "steps": 8, "cfg_scale": 0.0, "remasking": "random"}.items():
             with pytest.raises(InvalidRequestError, match=f"{name}={value!r} steers a diffusion .* use max_tokens"):
                 llm.generate("x", SamplingParams(**{name: value}))  # type: ignore[arg-type]

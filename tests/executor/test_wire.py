@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mini_infer.executor.wire import output_from_json, output_to_json, pack_step, unpack_step
-from mini_infer.step import Draws, LogitEdits, Pools, Scores, StepInput, StepOutput, TokenScore
+from mini_infer.step import Draws, Keeps, LogitEdits, Pools, Scores, StepInput, StepOutput, TokenScore
 
 
 def draw_array(draw: random.Random, hint: Any, length: int) -> np.ndarray:
@@ -27,7 +27,7 @@ def draw_array(draw: random.Random, hint: Any, length: int) -> np.ndarray:
 def draw_value(draw: random.Random, cls: type) -> Any:
     parts = {}
     for field in fields(cls):
-        if field.type in (Draws, Scores, LogitEdits, Pools):
+        if field.type in (Draws, Scores, LogitEdits, Pools, Keeps):
             parts[field.name] = draw_value(draw, field.type)
         elif field.type is int:
             parts[field.name] = draw.randrange(2**40)

@@ -1,7 +1,9 @@
 """Random checkpoints in LLaDA's format, and a plain model of them: the paper's, on one sequence, in float64."""
 
 import json
+import math
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,39 @@ from torch.nn import functional
 
 MASK = 259
 
-Cache = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of each layer."""
+
+@dataclass
+class Cache:
+    """What each pass over a whole sequence leaves to those over a part of it.
+
+    Attributes:
+        start, end: that part.
+        share: of the tokens outside of it, how many stay: those that the mean of its queries scores highest, once each
+            score is the largest of three neighbours.
+        by_head: KV heads choose for themselves, by the highest score of their query heads; else all by the sum.
+        layers: keys and values of each layer, ``[num_heads, num_kept, head_dim]``.
+    """
+
+    start: int
+    end: int
+    share: float = 1.0
+    by_head: bool = True
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def fill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, group: int) -> None:
+        outside = [i for i in range(q.shape[1]) if not self.start <= i < self.end]
+        count = math.floor(self.share * len(outside))
+        mean = q[:, self.start : self.end].mean(dim=1)
+        scores = [[float(mean[h] @ k[h, i]) for i in outside] for h in range(len(q))]
+        kept = []
+        for h in range(len(q)):
+            first = h // group * group
+            heads = scores[first : first + group] if self.by_head else scores
+            raw = [(max if self.by_head else sum)(column) for column in zip(*heads, strict=True)]
+            pooled = [max(raw[max(i - 1, 0) : i + 2]) for i in range(len(raw))]
+            best = sorted(range(len(raw)), key=lambda i: (-pooled[i], i))[:count]
+            kept.append([outside[i] for i in best])
+        self.layers[layer] = tuple(torch.stack([x[h, kept[h]] for h in range(len(x))]) for x in (k, v))  # type: ignore[assignment]
 
 
 def make_llada_checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.float64, **overrides: Any) -> Path:
@@ -80,22 +113,22 @@ def make_llada_checkpoint(path: Path, seed: int, dtype: torch.dtype = torch.floa
 class PlainLLaDA:
     """Logits of every token of one sequence, each of which sees all others.
 
-    With a cache, which a call without a start fills, only the tokens from ``start`` on are computed, and see what it
-    holds of those before.
+    With a cache and ``reuse`` only its part is computed, and sees what an earlier call without left there.
     """
 
     def __init__(self, path: Path) -> None:
         self.config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         self.weights = {name: w.double() for name, w in load_file(path / "model.safetensors").items()}
 
-    def __call__(self, token_ids: list[int], start: int = 0, cache: Cache | None = None) -> Tensor:
+    def __call__(self, token_ids: list[int], cache: Cache | None = None, reuse: bool = False) -> Tensor:
         config = self.config
         num_heads, num_kv_heads = config["n_heads"], config["n_kv_heads"]
         head_dim = config["d_model"] // num_heads
+        start, end = (cache.start, cache.end) if cache is not None and reuse else (0, len(token_ids))
         frequencies = config["rope_theta"] ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         turns = torch.polar(
-            torch.ones(len(token_ids) - start, head_dim // 2, dtype=torch.float64),
-            torch.outer(torch.arange(start, len(token_ids), dtype=torch.float64), frequencies),
+            torch.ones(end - start, head_dim // 2, dtype=torch.float64),
+            torch.outer(torch.arange(start, end, dtype=torch.float64), frequencies),
         )
 
         def weight(name: str) -> Tensor:
@@ -111,18 +144,17 @@ class PlainLLaDA:
                 x = torch.cat((pairs.real, pairs.imag), dim=-1)
             return x.repeat_interleave(num_heads // count, dim=0)
 
-        x = weight("wte")[token_ids[start:]]
+        x = weight("wte")[token_ids[start:end]]
         for layer in range(config["n_layers"]):
             at = f"blocks.{layer}"
             normed = norm(x, f"{at}.attn_norm")
             q = heads(normed @ weight(f"{at}.q_proj").T, num_heads, True)
             k = heads(normed @ weight(f"{at}.k_proj").T, num_kv_heads, True)
             v = heads(normed @ weight(f"{at}.v_proj").T, num_kv_heads, False)
-            if start:
-                assert cache is not None
-                k, v = (torch.cat((old[:, :start], new), dim=1) for old, new in zip(cache[layer], (k, v), strict=True))
+            if cache is not None and reuse:
+                k, v = (torch.cat((old, new), dim=1) for old, new in zip(cache.layers[layer], (k, v), strict=True))
             elif cache is not None:
-                cache[layer] = k, v
+                cache.fill(layer, q, k, v, num_heads // num_kv_heads)
             scores = (q @ k.transpose(1, 2) / head_dim**0.5).softmax(dim=-1)
             x = x + (scores @ v).transpose(0, 1).flatten(1) @ weight(f"{at}.attn_out").T
             normed = norm(x, f"{at}.ff_norm")

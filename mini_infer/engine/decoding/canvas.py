@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mini_infer.engine.decoding.diffusion import DiffusionOptions, counts
+from mini_infer.engine.decoding.diffusion import DiffusionOptions, Keeping, counts
 from mini_infer.engine.rules import Rule
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import SamplingParams
@@ -72,7 +72,12 @@ class Canvas:
                     )
             if params.remasking == "random":
                 raise InvalidRequestError(f"remasking='random' beside {name}, which goes by confidence; give one")
-        if params.refresh_interval is not None and params.kv_reuse is None:
+        is_sparse = params.sparse_config is not None and params.sparse_config.enabled
+        if is_sparse and params.kv_reuse is not None:
+            raise InvalidRequestError(
+                f"kv_reuse={params.kv_reuse!r} beside sparse_config, which says what is computed again; give one"
+            )
+        if params.refresh_interval is not None and params.kv_reuse is None and not is_sparse:
             raise InvalidRequestError("refresh_interval without kv_reuse, where every step computes all; give both")
         if gen_length > room:
             raise InvalidRequestError(
@@ -85,13 +90,50 @@ class Canvas:
     def is_guided(self) -> bool:
         return bool(self.params.cfg_scale)
 
-    def check_budget(self, token_budget: int, max_num_seqs: int) -> None:
+    @property
+    def block_length(self) -> int:
+        sparse = self.params.sparse_config
+        default = self.gen_length if sparse is None or not sparse.enabled else sparse.default_block_len
+        return min(self.params.block_length or default, self.gen_length)
+
+    @property
+    def keeping(self) -> Keeping | None:
+        """What is not computed in every step."""
+        interval, sparse = self.params.refresh_interval, self.params.sparse_config
+        if sparse is not None and sparse.enabled:
+            return Keeping(True, sparse.retention_ratio, sparse.head_select, sparse.delay_step, interval)
+        if self.params.kv_reuse is None:
+            return None
+        return Keeping(suffix=self.params.kv_reuse == "dual", interval=interval)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens whose keys and values are kept, beside those that a step of a block computes: most in the first one,
+        for no other is longer."""
+        if self.keeping is None:
+            return 0
+        start = len(self.prompt_token_ids) - self.model.shift
+        length = len(self.prompt_token_ids) + self.gen_length
+        first = self.keeping.reuse(start, len(self.prompt_token_ids) + self.block_length, length)
+        return first.num_kept + first.end - first.start
+
+    def check_budget(self, token_budget: int, max_num_seqs: int, num_slots: int) -> None:
         """Refuse what could never run: a step computes prompt and canvas at once.
 
+        Args:
+            num_slots: tokens whose keys and values there is room for.
+
         Raises:
-            InvalidRequestError: that is more than a step may compute, or more sequences than may run.
+            InvalidRequestError: that is more than a step may compute, more sequences than may run, or more is to be
+                kept than there is room for.
         """
-        length = (len(self.prompt_token_ids) + self.gen_length) * (2 if self.is_guided else 1)
+        num_sequences = 2 if self.is_guided else 1
+        length = (len(self.prompt_token_ids) + self.gen_length) * num_sequences
+        if self.num_slots * num_sequences > num_slots:
+            raise InvalidRequestError(
+                f"the keys and values of {self.num_slots * num_sequences} tokens are to be reused, and there is room "
+                f"for {num_slots}; leave out kv_reuse or sparse_config, keep less, or raise num_gpu_blocks"
+            )
         if length > token_budget:
             raise InvalidRequestError(
                 f"prompt and gen_length are {length} tokens{' with cfg_scale' if self.is_guided else ''}, all of which "
@@ -116,6 +158,7 @@ class Canvas:
                 num_masks=self.gen_length,
                 mask_token_id=self.model.mask_token_id,
                 is_whole=True,
+                num_kept_slots=self.num_slots,
                 twin=twin,
                 num_seats=1 if twin is None else 2,
             )
@@ -126,17 +169,15 @@ class Canvas:
     def options(self, rules: tuple[Rule, ...], stop_token_ids: frozenset[int], seed: int) -> DiffusionOptions:
         params = self.params
         steps = params.steps or min(DEFAULT_STEPS, self.gen_length)
-        block_length = min(params.block_length or self.gen_length, self.gen_length)
         return DiffusionOptions(
             mask_token_id=self.model.mask_token_id,
             shift=self.model.shift,
             gen_length=self.gen_length,
-            block_length=block_length,
-            counts=counts(self.gen_length, steps, block_length),
+            block_length=self.block_length,
+            counts=counts(self.gen_length, steps, self.block_length),
             threshold=params.threshold,
             factor=params.factor,
-            reuses_prefix=params.kv_reuse == "prefix",
-            refresh_interval=params.refresh_interval,
+            keeping=self.keeping,
             cfg_scale=params.cfg_scale or 0.0,
             in_random_order=params.remasking == "random",
             stop_token_ids=stop_token_ids,

@@ -11,12 +11,14 @@ each with its share of the steps. These are the rules of LLaDA's sampler, with w
 - the answer ends as soon as all before its first end-of-sequence token is written. As what is written never changes,
   the text is the same as if the rest had been written, too.
 
-Two options are faster and another algorithm: to keep as many tokens as are sure enough, instead of equally many each
-step; and, within a block, not to compute again what stands before it.
+Some options are faster and another algorithm: to keep as many tokens as are sure enough, instead of equally many each
+step; and, within a block, not to compute again what stands before it, or around it, or to forget most of that.
 
 Nie et al., Large Language Diffusion Models, 2025, https://arxiv.org/abs/2502.09992
 Wu et al., Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding, 2025,
 https://arxiv.org/abs/2505.22618
+Song et al., Sparse-dLLM: Accelerating Diffusion LLMs with Dynamic Cache Eviction, 2025,
+https://arxiv.org/abs/2508.02558
 """
 
 import logging
@@ -33,7 +35,7 @@ from mini_infer.engine.token_logprobs import PlaceLogprobs
 from mini_infer.exceptions import NotFiniteError
 from mini_infer.outputs import FinishReason
 from mini_infer.random import uniforms
-from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler
+from mini_infer.scheduler import Outcome, Reuse, ScheduledSequence, Scheduler
 from mini_infer.scheduler import Sequence as TokenSequence
 from mini_infer.step import TokenScore
 
@@ -63,6 +65,35 @@ def counts(gen_length: int, steps: int, block_length: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Keeping:
+    """What of a sequence is not computed again within a block.
+
+    Attributes:
+        suffix: what stands behind the block, too, and not only what stands before it.
+        share: how much of it later steps look at, by what matters most to the block.
+        by_head: each KV head chooses for itself.
+        delay: full steps at the beginning of a block before the one whose keys and values are kept.
+        interval: a full step every so many from there on; None is one for each block.
+    """
+
+    suffix: bool
+    share: float = 1.0
+    by_head: bool = True
+    delay: int = 0
+    interval: int | None = None
+
+    def reuse(self, start: int, end: int, length: int) -> Reuse:
+        """What a step computes where the block's tokens are from ``start`` to ``end`` of so many."""
+        end = end if self.suffix else length
+        return Reuse(start, end, math.floor(self.share * (length - (end - start))))
+
+    def is_full(self, step: int) -> bool:
+        """Whether a block's step computes the whole sequence."""
+        beyond = step - self.delay
+        return beyond <= 0 or (self.interval is not None and beyond % self.interval == 0)
+
+
+@dataclass(frozen=True, slots=True)
 class DiffusionOptions:
     """How a request's canvases are written.
 
@@ -73,8 +104,7 @@ class DiffusionOptions:
         counts: how many tokens each step writes, unless one of the next two says so.
         threshold: a step keeps every token that is at least so likely, and the likeliest in any case.
         factor: a step keeps the n likeliest, as many as (n + 1) (1 - p) is less for the n-th of them; one in any case.
-        reuses_prefix: only the first step of a block computes what stands before it, and the others take it as it was.
-        refresh_interval: it is computed again every so many steps; None is never.
+        keeping: what most steps of a block take as it was; None computes everything in every step.
         cfg_scale: how far to go away from what would be said without the prompt; 0 asks nobody.
         in_random_order: keep tokens wherever, and not where they are likeliest.
         stop_token_ids: tokens that end an answer.
@@ -89,8 +119,7 @@ class DiffusionOptions:
     counts: tuple[int, ...]
     threshold: float | None
     factor: float | None
-    reuses_prefix: bool
-    refresh_interval: int | None
+    keeping: Keeping | None
     cfg_scale: float
     in_random_order: bool
     stop_token_ids: frozenset[int]
@@ -114,7 +143,7 @@ class _Canvas:
     Attributes:
         completion: where the tokens go that nothing unwritten stands before.
         step: how many steps are done.
-        block_step: and how many since everything before the block was computed.
+        block_step: how many of them are the block's that is being written.
         written: what stands behind those tokens, by position.
     """
 
@@ -156,12 +185,17 @@ class Diffusion:
             wanted.draw(row, item.sequence, key, request.params, options.rules, [])
             if item.sequence.twin is not None:
                 wanted.guide(row + item.num_tokens, options.cfg_scale)
+        reuse = self._reuse(item.sequence, canvas.block_step + 1)
+        if reuse is not None and item.is_whole:
+            for sequence in filter(None, (item.sequence, item.sequence.twin)):
+                wanted.keep(sequence, reuse, options.keeping is not None and options.keeping.by_head)
 
     def decide(self, request: Request, item: ScheduledSequence, answer: Answer) -> list[Outcome]:
-        sequence, kept = item.sequence, self._kept(item.sequence, answer)
-        if kept is None:
+        sequence, drawn = item.sequence, self._drawn(item.sequence, answer)
+        if any(math.isnan(one.logprob) for one in drawn):
             return [Outcome(sequence, (), 0, "error")]
-        known, num_valid = sequence.num_known_tokens, self._num_valid(sequence, kept)
+        kept = self._kept(sequence, drawn)
+        known = sequence.num_known_tokens
         canvas = sequence.token_ids[known:]
         for written in kept:
             canvas[written.position - known] = written.token_id
@@ -170,21 +204,25 @@ class Diffusion:
         for place in range(num_settled):
             if canvas[place] in self._options.stop_token_ids:
                 return [Outcome(sequence, tuple(canvas[: place + 1]), 0, "stop")]
-        return [Outcome(sequence, tuple(canvas[:num_settled]), num_valid, None, tuple(canvas[num_settled:]))]
+        fills_block = len(kept) == len(drawn)
+        reuse = None if fills_block else self._reuse(sequence, self._canvases[sequence].block_step + 1)
+        return [Outcome(sequence, tuple(canvas[:num_settled]), 0, None, tuple(canvas[num_settled:]), reuse)]
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
         sequence, canvas = item.sequence, self._canvases[item.sequence]
         completion = canvas.completion
-        kept = self._kept(sequence, answer)
-        if kept is None:
+        drawn = self._drawn(sequence, answer)
+        if any(math.isnan(one.logprob) for one in drawn):
             request.error = NotFiniteError(
                 f"request {request.request_id!r}: its logits are not finite; a wider dtype may help"
             )
             logger.error("%s", request.error)
             close_completion(request, sequence, completion, "error", "", 0)
             return 0
+        on_canvas = sequence.token_ids
+        kept = [one for one in drawn if on_canvas[one.position : one.position + 1] == [one.token_id]]
         canvas.step += 1
-        canvas.block_step = canvas.block_step + 1 if self._num_valid(sequence, kept) else 0
+        canvas.block_step = canvas.block_step + 1 if len(kept) < len(drawn) else 0
         canvas.written |= {written.position: written for written in kept}
         text, num_new = "", 0
         first = sequence.num_prompt_tokens + len(completion.token_ids)
@@ -222,33 +260,33 @@ class Diffusion:
         start = num_settled - num_settled % options.block_length
         return first + start, first + min(start + options.block_length, options.gen_length)
 
-    def _num_valid(self, sequence: TokenSequence, kept: list[_Written]) -> int:
-        """How many of the sequence's keys and values the next step shall not compute again. Right they are never, for
-        they depend on what was written just now."""
-        options, canvas = self._options, self._canvases[sequence]
-        ends = len(kept) == len(self._gaps(sequence))
-        if not options.reuses_prefix or ends or canvas.block_step + 1 == options.refresh_interval:
-            return 0
-        return self._block(sequence)[0] - options.shift
+    def _reuse(self, sequence: TokenSequence, step: int) -> Reuse | None:
+        """What a step of the block, if it is not full by then, is to compute alone. The rest is not right, for it
+        depends on what was written meanwhile."""
+        options = self._options
+        if options.keeping is None or options.keeping.is_full(step):
+            return None
+        start, end = self._block(sequence)
+        return options.keeping.reuse(start - options.shift, end, len(sequence))
 
-    def _kept(self, sequence: TokenSequence, answer: Answer) -> list[_Written] | None:
-        """What a step writes: the likeliest tokens, of equals the leftmost. None if the logits are not finite."""
-        options, canvas = self._options, self._canvases[sequence]
-        gaps = self._gaps(sequence)
-        written = [
+    def _drawn(self, sequence: TokenSequence, answer: Answer) -> list[_Written]:
+        """A token for every gap."""
+        return [
             _Written(position, token_id, logprob, scores[0] if scores else None)
             for position, (token_id,), (logprob,), scores in zip(
-                gaps, answer.token_ids, answer.logprobs, answer.token_scores, strict=True
+                self._gaps(sequence), answer.token_ids, answer.logprobs, answer.token_scores, strict=True
             )
         ]
-        if any(math.isnan(one.logprob) for one in written):
-            return None
+
+    def _kept(self, sequence: TokenSequence, drawn: list[_Written]) -> list[_Written]:
+        """What a step writes: the likeliest tokens, of equals the leftmost."""
+        options, canvas = self._options, self._canvases[sequence]
         if options.in_random_order:
-            keys = [position + _ROUND * canvas.step + _ORDERS for position in gaps]
-            order = uniforms([options.seed] * len(gaps), [canvas.completion.index] * len(gaps), keys).tolist()
+            keys = [one.position + _ROUND * canvas.step + _ORDERS for one in drawn]
+            order = uniforms([options.seed] * len(keys), [canvas.completion.index] * len(keys), keys).tolist()
         else:
-            order = [one.logprob for one in written]
-        best = [written[i] for i in sorted(range(len(gaps)), key=lambda i: (-order[i], i))]
+            order = [one.logprob for one in drawn]
+        best = [drawn[i] for i in sorted(range(len(drawn)), key=lambda i: (-order[i], i))]
         return best[: self._count(canvas, [math.exp(one.logprob) for one in best])]
 
     def _count(self, canvas: _Canvas, likely: list[float]) -> int:

@@ -41,6 +41,7 @@ def runner(checkpoint: Path) -> Run:
         namespace = namespaces.setdefault(document, {"__name__": "example"})
         for theirs in ("nanovllm", "dllmserve", "atom"):
             code = code.replace(f"from {theirs} ", "from mini_infer ")
+        code = code.replace("from dllmserve.sparse.state ", "from mini_infer ")
         for theirs in MODELS:
             code = code.replace(f'"{theirs}"', repr(str(checkpoint)))
         exec(compile(code, document, "exec"), namespace)
@@ -765,6 +766,28 @@ outputs = llm.generate(prompts, params_list)
 """
         )
         assert len(names["outputs"]) == 2
+        names = run(
+            """002
+from dllmserve.sparse.state import SparseConfig
+
+sparse_config = SparseConfig(enabled=True, retention_ratio=0.5)
+outputs = llm.generate(prompts, params, sparse_configs=sparse_config)
+"""
+        )
+        assert all(0 < len(output.token_ids) <= 32 for output in names["outputs"])
+        run(
+            """002
+from dllmserve.sparse.state import SparseConfig
+
+sparse_config = SparseConfig(
+    enabled=True,
+    retention_ratio=0.5,  # Use 50% of heads
+    delay_step=1,
+    default_block_len=32,
+    head_select=True,
+)
+"""
+        )
 
     def test_parameters(self, run: Run) -> None:
         run("002\nfrom dllmserve import LLM, SamplingParams\n")

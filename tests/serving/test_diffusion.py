@@ -39,6 +39,7 @@ def server(path: Path) -> Iterator[Running]:
 
 def test_the_fields_of_the_plain_routes(http: httpx.Client, offline: LLM) -> None:
     fields = {"temperature": 0.7, "gen_length": 20, "steps": 10, "cfg_scale": 0.5, "remasking": "random", "seed": 5}
+    fields["sparse_config"] = {"retention_ratio": 0.3, "default_block_len": 5}
     (number,) = http.post("/v1/generate", json={"prompt": "Tell me about AI", **fields}).json()["request_ids"]
     expected = offline.generate("Tell me about AI", SamplingParams(**fields))[0]  # type: ignore[arg-type]
     assert fetch(http, number)["text"] == expected.text
@@ -73,7 +74,16 @@ def test_the_written_prefix_streams(client: openai.OpenAI, offline: LLM, path: P
 
 @pytest.mark.parametrize(
     "fields",
-    [{"gen_length": 10_000}, {"steps": 0}, {"remasking": "x"}, {"cfg_scale": -1.0}, {"gen_length": 300}],
+    [
+        {"gen_length": 10_000},
+        {"steps": 0},
+        {"remasking": "x"},
+        {"cfg_scale": -1.0},
+        {"gen_length": 300},
+        {"sparse_config": 0.5},
+        {"sparse_config": {"retention_ratio": 2}},
+        {"sparse_config": {"ratio": 0.5}},
+    ],
     ids=str,
 )
 def test_bad_values_are_refused(http: httpx.Client, fields: dict[str, object]) -> None:

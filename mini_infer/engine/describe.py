@@ -250,8 +250,8 @@ class Describer:
             self._slots(np.array([self._row_of(sequence)]), np.arange(reuse.num_kept))
             for sequence, reuse, _ in wanted.keeps
         ]
-        columns = map(np.ascontiguousarray, np.array(rows, dtype=np.int64).T)
-        return Keeps(*columns, np.concatenate(slots))
+        columns = [*np.array(rows, dtype=np.int64).T, np.concatenate(slots)]
+        return Keeps(*(np.ascontiguousarray(column) for column in columns))
 
     def forget(self) -> None:
         """A step failed, so that it is not known what the executor has: all tables are sent again."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from mini_infer.models.gguf.blocks import read_blocks
 from mini_infer.models.gguf.model import Blocks, GgufModel
 from mini_infer.models.hub import resolve_model
 
@@ -55,7 +56,7 @@ def _make_smollm2(path: Path) -> Path:
     for name in model.tensors:
         kind = model.format(name.removesuffix(".weight"))
         read = model.read(name)
-        dense = kind.matrix({"weight": read}).dequantize() if isinstance(kind, Blocks) else read
+        dense = read_blocks(kind.type, read).dequantize() if isinstance(kind, Blocks) else read
         tensors[name] = dense.bfloat16().contiguous()
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})

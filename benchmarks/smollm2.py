@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mini_infer.models import resolve_model
 from mini_infer.models.gguf import GgufModel
+from mini_infer.models.gguf.blocks import read_blocks
 
 
 def dequantized(directory: Path) -> Path:
@@ -20,7 +21,7 @@ def dequantized(directory: Path) -> Path:
     for name in model.tensors:
         tensor = model.read(name)
         if tensor.dtype is torch.uint8:
-            tensor = model.format(name.removesuffix(".weight")).matrix({"weight": tensor}).dequantize(torch.bfloat16)
+            tensor = read_blocks(model.stored[name].dtype, tensor).dequantize(torch.bfloat16)
         weights[name] = tensor.bfloat16().contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     save_file(weights, directory / "model.safetensors", {"format": "pt"})

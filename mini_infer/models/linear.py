@@ -4,11 +4,14 @@
 tensors of the checkpoint that it is made of; gets memory; is filled part by part; and is finished. So nobody but the
 module knows that queries, keys and values lie in one matrix, or that a kernel wants its weight in another order.
 
-A `Format` is how one matrix is written down: which tensors it takes, along which of their dimensions it may be cut, and
-what matrix they are: plain numbers, or a `QuantizedMatrix`. What is done to all matrices of a model (quantise, cut into
-shards, add adapters) is a plain function that walks `model.modules()` in the same way, before or after they are filled.
+A `Format` is how one matrix is written down: which tensors it takes, along which of their dimensions they may be cut
+and at which places, and what matrix they are: plain numbers, or a `QuantizedMatrix`. Of a matrix that is cut, a rank
+reads what lies between the nearest such places around its share. What is done to all matrices of a model (quantise, cut
+into shards, add adapters) is a plain function that walks `model.modules()` in the same way, before or after they are
+filled.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +42,7 @@ class TensorSpec:
         inputs: the dimension that runs along the inputs, likewise.
         dtypes: what it may be stored as, in safetensors' words or GGUF's.
         optional: a checkpoint may lack it.
+        step: for how many outputs, and how many inputs, one place of it is: those of a word of codes, or of a scale.
     """
 
     name: str
@@ -47,15 +51,21 @@ class TensorSpec:
     inputs: int | None
     dtypes: frozenset[str] = FLOATS
     optional: bool = False
+    step: tuple[int, int] = (1, 1)
 
     def cut(self, outputs: Span, inputs: Span) -> tuple[slice, ...]:
-        """The index of what belongs to some of the outputs, and of the inputs.
+        """The index of what some of the outputs need, and of the inputs; places that others need, too, included."""
+        slices = {self.outputs: outputs.steps(self.step[0]), self.inputs: inputs.steps(self.step[1])}
+        return tuple(slices.get(dim, slice(0, length)) for dim, length in enumerate(self.shape))
 
-        Raises:
-            ValueError: the tensor cannot be cut there.
-        """
-        spans = {self.outputs: outputs, self.inputs: inputs}
-        return tuple(spans.get(dim, whole(length)).of(length) for dim, length in enumerate(self.shape))
+
+def cover(specs: Sequence[TensorSpec], outputs: Span, inputs: Span) -> tuple[Span, Span]:
+    """What to read of a matrix, given which part of it is wanted: no more than that, up to where no word of codes and
+    no scale is cut apart."""
+    return (
+        outputs.cover(math.lcm(*(spec.step[0] for spec in specs if spec.outputs is not None))),
+        inputs.cover(math.lcm(*(spec.step[1] for spec in specs if spec.inputs is not None))),
+    )
 
 
 class Format(Protocol):
@@ -64,8 +74,9 @@ class Format(Protocol):
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
         """The tensors of one matrix."""
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Matrix:
-        """The matrix that these tensors are."""
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> Matrix:
+        """The matrix that these tensors are, or these outputs and inputs of it; the tensors are cut there, and the
+        spans as `cover` gives them."""
 
 
 class Dense:
@@ -74,7 +85,7 @@ class Dense:
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
         return (TensorSpec("weight", (outputs, inputs), outputs=0, inputs=1), *bias_spec(outputs, bias))
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> Tensor:
         return tensors["weight"]
 
 
@@ -186,6 +197,7 @@ class Linear(Weighted):
     Attributes:
         formats: how each of the matrices is written down; set by whoever knows the checkpoint, before it is filled.
         scheme: makes few bits of the matrix if it has plain numbers; None leaves them as they are.
+        scheme_step: how many inputs it looks at together; a part of them cannot be quantised alone.
         bytes: what the matrix takes, once it is filled.
     """
 
@@ -202,26 +214,34 @@ class Linear(Weighted):
         self.bias_wanted, self.dtype, self.kernels = bias, dtype, kernels
         self.formats: Sequence[Format] = [DENSE] * len(outputs)
         self.scheme: Callable[[Tensor], QuantizedMatrix] | None = None
+        self.scheme_step = 1
         for spec in DENSE.tensors(sum(map(len, self.outputs)), len(self.inputs), bias):
             self.register_parameter(spec.name, empty_parameter(spec.shape, dtype))
 
     def parts(self, names: Sequence[str]) -> list[Part]:
-        coded_before_it_is_cut = self.scheme is not None and not self.inputs.is_whole
-        plain = all(format is DENSE for format in self.formats) and not coded_before_it_is_cut
+        plain = all(format is DENSE for format in self.formats) and not self._is_coded_before_it_is_cut
         parts = []
         start: Counter[str] = Counter()
         for name, format, rows in zip(names, self.formats, self.outputs, strict=True):
-            is_whole = rows.is_whole and self.inputs.is_whole
-            for spec in format.tensors(rows.total, self.inputs.total, self.bias_wanted):
+            specs, *spans = self._to_read(format, rows)
+            for spec in specs:
                 dim, parameter = spec.outputs or 0, spec.name if plain else ""
                 place = (dim, start[spec.name]) if plain else (0, 0)
-                # Of what has codes all is read, one matrix at a time, since scales may be shared across the cut.
-                index = spec.cut(rows, self.inputs) if plain and not is_whole else None
                 full = f"{name}.{spec.name}"
-                part = Part(full, spec.shape, parameter, *place, spec.dtypes, spec.optional, index)
+                part = Part(full, spec.shape, parameter, *place, spec.dtypes, spec.optional, _index(spec, *spans))
                 parts.append(part)
                 start[spec.name] += part.length if plain else 0
         return parts
+
+    @property
+    def _is_coded_before_it_is_cut(self) -> bool:
+        return self.scheme is not None and self.inputs.cover(self.scheme_step) != self.inputs
+
+    def _to_read(self, format: Format, rows: Span) -> tuple[tuple[TensorSpec, ...], Span, Span]:
+        """The tensors of one of the matrices, and the outputs and inputs to read of it."""
+        specs = format.tensors(rows.total, self.inputs.total, self.bias_wanted)
+        inputs = self.inputs.cover(self.scheme_step) if self._is_coded_before_it_is_cut else self.inputs
+        return specs, *cover(specs, rows, inputs)
 
     def fill(self, parts: Sequence[Part], read: Read, device: torch.device) -> None:
         if all(part.parameter for part in parts):
@@ -232,18 +252,15 @@ class Linear(Weighted):
             tensors.setdefault(matrix, {})[name] = read(part.name, part.index).to(device)
         matrices, biases = [], []
         for format, some, rows in zip(self.formats, tensors.values(), self.outputs, strict=True):
-            matrices.append(self._mine(format.matrix(some), rows))
+            _, outputs, inputs = self._to_read(format, rows)
+            found = format.matrix(some, outputs, inputs)
+            if self.scheme is not None and isinstance(found, Tensor) and self._is_coded_before_it_is_cut:
+                found = self.scheme(found.to(self.dtype))
+            mine = rows.within(outputs)
+            matrices.append(cut(found, mine, self.inputs.within(inputs), self.dtype))
             if "bias" in some:
-                biases.append(some["bias"][rows.start : rows.stop].to(self.dtype))
+                biases.append(some["bias"][mine.start : mine.stop].to(self.dtype))
         self._pack(join(matrices, self.dtype), torch.cat(biases) if biases else None)
-
-    def _mine(self, matrix: Matrix, rows: Span) -> Matrix:
-        """Of a whole matrix, what this module has: of few bits, the very codes that they are in the whole."""
-        if rows.is_whole and self.inputs.is_whole:
-            return matrix
-        if self.scheme is not None and isinstance(matrix, Tensor):
-            matrix = self.scheme(matrix.to(self.dtype))
-        return cut(matrix, rows, self.inputs, self.dtype)
 
     def finish(self) -> None:
         self._pack(self.weight.data, getattr(self, "bias", None))
@@ -287,22 +304,25 @@ class Embedding(Weighted):
         self._matrix: QuantizedMatrix | None = None
 
     def parts(self, names: Sequence[str]) -> list[Part]:
-        plain = self.formats[0] is DENSE
-        parameter = "weight" if plain else ""
-        parts = []
-        for spec in self.formats[0].tensors(self.span.total, self.num_inputs, False):
-            index = spec.cut(self.span, whole(self.num_inputs)) if plain and not self.span.is_whole else None
-            full = f"{names[0]}.{spec.name}"
-            parts.append(Part(full, spec.shape, parameter, 0, 0, spec.dtypes, spec.optional, index))
-        return parts
+        parameter = "weight" if self.formats[0] is DENSE else ""
+        specs, *spans = self._to_read()
+        return [
+            Part(
+                f"{names[0]}.{spec.name}", spec.shape, parameter, 0, 0, spec.dtypes, spec.optional, _index(spec, *spans)
+            )
+            for spec in specs
+        ]
+
+    def _to_read(self) -> tuple[tuple[TensorSpec, ...], Span, Span]:
+        specs = self.formats[0].tensors(self.span.total, self.num_inputs, False)
+        return specs, *cover(specs, self.span, whole(self.num_inputs))
 
     def fill(self, parts: Sequence[Part], read: Read, device: torch.device) -> None:
         if all(part.parameter for part in parts):
             return super().fill(parts, read, device)
         tensors = {part.name.rpartition(".")[2]: read(part.name, part.index).to(device) for part in parts}
-        matrix = self.formats[0].matrix(tensors)
-        if not self.span.is_whole:
-            matrix = cut(matrix, self.span, whole(self.num_inputs), self.dtype)
+        _, outputs, inputs = self._to_read()
+        matrix = cut(self.formats[0].matrix(tensors, outputs, inputs), self.span.within(outputs), inputs, self.dtype)
         self.bytes = bytes_of(matrix)
         if isinstance(matrix, Tensor):
             self.weight = nn.Parameter(matrix.to(self.dtype), requires_grad=False)
@@ -317,6 +337,13 @@ class Embedding(Weighted):
         if self._matrix is not None:
             return self._matrix.rows(ids).dequantize(self.dtype)
         return functional.embedding(ids, self.weight)
+
+
+def _index(spec: TensorSpec, outputs: Span, inputs: Span) -> tuple[slice, ...] | None:
+    """What to read of a tensor; None is all of it."""
+    index = spec.cut(outputs, inputs)
+    everything = tuple(slice(0, length) for length in spec.shape)
+    return None if index == everything or (outputs.is_whole and inputs.is_whole) else index
 
 
 def _packed(matrix: Matrix, bias: Tensor | None, dtype: torch.dtype, kernels: Kernels) -> PackedLinear:

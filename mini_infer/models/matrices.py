@@ -51,6 +51,20 @@ def in_groups(matrix: QuantizedMatrix, index: Tensor) -> QuantizedMatrix | Order
     return Ordered(replace(matrix, codes=codes), order)
 
 
+def scattered(matrix: QuantizedMatrix, index: Tensor) -> QuantizedMatrix:
+    """Some of the inputs of a matrix whose input k has the scale of group ``index[k]``, with the scales of all groups:
+    each input with a scale of its own, since a group's inputs may be anywhere.
+
+    Raises:
+        InvalidCheckpointError: there is no such group.
+    """
+    index, groups = index.long(), matrix.scales.shape[1]
+    if bool(((index < 0) | (index >= groups)).any()):
+        raise InvalidCheckpointError(f"g_idx names a group that is none of the {groups}")
+    offsets = None if matrix.offsets is None else matrix.offsets[:, index]
+    return replace(matrix, scales=matrix.scales[:, index], offsets=offsets, group=1)
+
+
 def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
     """The matrices one below the other.
 
@@ -91,21 +105,24 @@ def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
 def cut(matrix: Matrix, outputs: Span, inputs: Span, dtype: torch.dtype) -> Matrix:
     """Some of the outputs of a matrix, and of its inputs.
 
-    What is cut between inputs that share a scale gets scales for smaller groups; what has its inputs in another order
-    has plain numbers, in ``dtype``, if it is cut between inputs at all.
+    What is cut between inputs that share a scale gets scales for smaller groups. What would then have a scale for each
+    input has plain numbers, in ``dtype``, and so has what has its inputs in another order, if it is cut between inputs.
     """
     if isinstance(matrix, Ordered):
         if inputs.is_whole:
-            return replace(matrix, matrix=_some_outputs(matrix.matrix, slice(outputs.start, outputs.stop)))
+            return replace(matrix, matrix=_some_outputs(matrix.matrix, outputs))
         matrix = matrix.dequantize(dtype)
-    rows = slice(outputs.start, outputs.stop)
     if isinstance(matrix, Tensor):
-        return matrix[rows, inputs.start : inputs.stop]
-    matrix = _some_outputs(matrix, rows)
-    return matrix if inputs.is_whole else _some_inputs(matrix, inputs)
+        return matrix[outputs.start : outputs.stop, inputs.start : inputs.stop]
+    matrix = _some_outputs(matrix, outputs)
+    matrix = matrix if inputs.is_whole else _some_inputs(matrix, inputs)
+    return matrix.dequantize(dtype) if matrix.group == 1 else matrix
 
 
-def _some_outputs(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
+def _some_outputs(matrix: QuantizedMatrix, outputs: Span) -> QuantizedMatrix:
+    if outputs.is_whole:
+        return matrix
+    rows = slice(outputs.start, outputs.stop)
     offsets = None if matrix.offsets is None else matrix.offsets[rows].contiguous()
     return replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[rows].contiguous(), offsets=offsets)
 

@@ -34,6 +34,19 @@ class Span:
             raise ValueError(f"{self.start} to {self.stop} of {self.total} is no whole part of {length}")
         return slice(start // self.total, stop // self.total)
 
+    def steps(self, step: int) -> slice:
+        """Of something that has a place for each ``step`` of these, those that have to do with the stretch."""
+        return slice(self.start // step, -(-self.stop // step))
+
+    def cover(self, step: int) -> "Span":
+        """The shortest stretch around this one that begins and ends at a multiple of ``step``, or with everything."""
+        steps = self.steps(step)
+        return Span(steps.start * step, min(steps.stop * step, self.total), self.total)
+
+    def within(self, cover: "Span") -> "Span":
+        """The same stretch, as a part of one around it."""
+        return Span(self.start - cover.start, self.stop - cover.start, len(cover))
+
 
 def whole(total: int) -> Span:
     """All of it."""

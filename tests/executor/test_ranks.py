@@ -20,6 +20,8 @@ from mini_infer.parallel.share import Peers, Share
 from mini_infer.step import StepInput, StepOutput
 from tests.engine.executors import Recording, interpose
 from tests.models.checkpoints import FAMILIES
+from tests.models.quantization.test_formats import quantize_in_place
+from tests.models.quantization.writers import FORMATS
 from tests.parallel.together import ThreadGroup, together
 
 from .layouts import PRESSURE, assert_same, draw_requests, is_running, make_model, pids_of, ranks_of
@@ -157,6 +159,31 @@ def test_recorded_decodes_of_shares_change_no_bit(model: Path, quantization: str
     with LLM(model, tensor_parallel_size=2, enforce_eager=True, **fields) as engine:
         executor = ranks_of(engine)
         assert [executor.submit(step).result() for step in steps] == outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["packed-4-asymmetric", "int-channel", "gptq", "gptq-v2-act-order", "awq", "fp8-block"]
+)
+def test_quantised_files(tmp_path: Path, name: str) -> None:
+    make_model(tmp_path, intermediate_size=96, hidden_size=64, head_dim=32)
+    quantize_in_place(tmp_path, *FORMATS[name])
+    assert_tokens_of_one_device(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_while_they_load(tmp_path: Path, scheme: str) -> None:
+    """57 features are odd, and 72 end within a group of 32."""
+    make_model(tmp_path, intermediate_size=57 if scheme == "int8" else 72)
+    assert_tokens_of_one_device(tmp_path, quantization=scheme)
+
+
+def assert_tokens_of_one_device(model: Path, **fields: Any) -> None:
+    prompts, params = draw_requests(8, 10)
+    with LLM(model, tensor_parallel_size=2, **PRESSURE, **fields) as engine:
+        outputs = engine.generate(prompts, params, False)
+    assert_same(outputs, LLM(model, **PRESSURE, **fields).generate(prompts, params, False))
 
 
 def test_what_cannot_be_shared_out_is_refused_with_what_can(model: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mini_infer import kernels
-from mini_infer.models.linear import DENSE, Linear, Part, TensorSpec
+from mini_infer.models.linear import DENSE, Linear, Part, TensorSpec, cover
 from mini_infer.parallel.slices import Span, fair, whole
 
 KERNELS = kernels.resolve("cpu")
@@ -64,9 +64,14 @@ def test_shards_of_a_matrix_make_up_its_product(size: int) -> None:
     torch.testing.assert_close(by_inputs + tensors["bias"], expected)
 
 
-def test_a_tensor_with_one_row_for_several_outputs_is_cut_between_them() -> None:
-    """As a scale of 128 outputs is, in a format that has such."""
-    scales = TensorSpec("scale", (3, 6), outputs=0, inputs=1)
-    assert scales.cut(Span(128, 384, 384), whole(6)) == (slice(1, 3), slice(0, 6))
-    with pytest.raises(ValueError, match="100 to 384 of 384 is no whole part of 3"):
-        scales.cut(Span(100, 384, 384), whole(6))
+def test_a_tensor_with_one_row_for_several_outputs_is_read_up_to_where_they_end() -> None:
+    """As a scale of 128 outputs is, in a format that has such; the last one may be for fewer."""
+    scales = TensorSpec("scale", (3, 6), outputs=0, inputs=1, step=(128, 1))
+    for rows, read in (
+        (Span(128, 384, 384), slice(1, 3)),
+        (Span(100, 130, 384), slice(0, 2)),
+        (Span(256, 300, 300), slice(2, 3)),
+    ):
+        assert scales.cut(rows, whole(6)) == (read, slice(0, 6))
+    words = TensorSpec("words", (384, 1), outputs=0, inputs=1, step=(1, 8))
+    assert cover([scales, words], Span(100, 129, 300), Span(2, 3, 6)) == (Span(0, 256, 300), whole(6))

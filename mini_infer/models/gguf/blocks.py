@@ -141,12 +141,8 @@ TYPE_NAMES: Mapping[int, str] = {number: kind if isinstance(kind, str) else kind
 _BY_NAME = {kind[0]: kind[1:] for kind in _TYPES.values() if not isinstance(kind, str)}
 BLOCK_TYPES = tuple(name for name, (_, _, reader) in _BY_NAME.items() if reader is not None)
 """The quantised ones that are read."""
-
-
-def block_layout(name: str) -> tuple[int, int] | None:
-    """Elements and bytes of a block; None of a type that is not read."""
-    known = _BY_NAME.get(name)
-    return None if known is None else known[:2]
+LAYOUTS: Mapping[str, tuple[int, int]] = {name: kind[:2] for name, kind in _BY_NAME.items()}
+"""Elements and bytes of a block of each type that is read."""
 
 
 def read_blocks(name: str, rows: Tensor) -> QuantizedMatrix:

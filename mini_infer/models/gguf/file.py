@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
-from mini_infer.models.gguf.blocks import DENSE_TYPES, TYPE_NAMES, block_layout
+from mini_infer.models.gguf.blocks import DENSE_TYPES, LAYOUTS, TYPE_NAMES
 
 MAGIC = b"GGUF"
 MAX_KEYS = 1 << 16
@@ -176,7 +176,7 @@ class _Header:
         type_name = TYPE_NAMES.get(number)
         if type_name is None:
             raise _Damaged(f"tensor {_short(name)} has the type {number}, which there is not")
-        layout = block_layout(type_name)
+        layout = LAYOUTS.get(type_name)
         if layout is None:
             raise UnsupportedModelError(f"tensor {_short(name)} is {type_name}, which is not supported")
         elements, size = layout

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mini_infer.exceptions import InvalidCheckpointError, ModelNotFoundError, UnsupportedModelError
 from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models.checkpoint import Stored
-from mini_infer.models.gguf.blocks import DENSE_TYPES, read_blocks
+from mini_infer.models.gguf.blocks import DENSE_TYPES, LAYOUTS, read_blocks
 from mini_infer.models.gguf.file import GgufFile, split_files
 from mini_infer.models.linear import DENSE, Format, Read, TensorSpec, bias_spec
+from mini_infer.parallel.slices import Span
 
 
 class _Architecture(NamedTuple):
@@ -68,10 +70,11 @@ class Blocks:
     type: str
 
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
-        weight = TensorSpec("weight", (outputs, inputs), outputs=0, inputs=1, dtypes=frozenset({self.type}))
+        elements, _ = LAYOUTS[self.type]
+        weight = TensorSpec("weight", (outputs, inputs), 0, 1, frozenset({self.type}), step=(1, elements))
         return (weight, *bias_spec(outputs, bias))
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> QuantizedMatrix:
         return read_blocks(self.type, tensors["weight"])
 
 
@@ -125,24 +128,34 @@ class GgufModel:
 
     @contextmanager
     def reading(self, names: Collection[str]) -> Iterator[Read]:
-        # The files are mapped.
-        yield lambda name, index: self.read(name) if index is None else self.read(name)[index]
+        yield self.read  # the files are mapped
 
     def format(self, matrix: str) -> Format:
         stored = self.stored.get(f"{matrix}.weight")
         return DENSE if stored is None or stored.dtype in DENSE_TYPES else Blocks(stored.dtype)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         """A tensor by its name on the Hub: as it is, or in blocks, uint8 ``[N, bytes of a row]``; a view of the file
-        where its rows need not move."""
+        where its rows need not move.
+
+        Args:
+            index: what to read of it; columns are counted in blocks. None is all.
+        """
         file, stored = self.tensors[name]
-        dense = file.tensors[stored].type in DENSE_TYPES
-        tensor: Tensor = file.floats(stored) if dense else file.bytes_of(stored)
+        kind = file.tensors[stored].type
+        is_dense = kind in DENSE_TYPES
+        tensor = file.floats(stored) if is_dense else file.bytes_of(stored)
+        if index is None:
+            index = tuple(slice(0, length) for length in tensor.shape)
+        elif not is_dense:
+            (rows, blocks), (_, size) = index, LAYOUTS[kind]
+            index = rows, slice(blocks.start * size, blocks.stop * size)
         if self._architecture.pairs_are_neighbours:
             for what, heads in (("q_proj.", self._num_heads), ("k_proj.", self._num_kv_heads)):
                 if what in name:
-                    tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        return tensor
+                    order = torch.arange(len(tensor)).view(heads, -1, 2).transpose(1, 2).flatten()
+                    return tensor[order[index[0]]][(slice(None), *index[1:])]
+        return tensor[index]
 
     def _on_the_hub(self, name: str) -> str:
         """What a tensor would be called there; itself if it is one that no family has."""

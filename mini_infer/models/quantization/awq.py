@@ -15,6 +15,7 @@ from mini_infer.models.checkpoint import Stored
 from mini_infer.models.linear import Format, TensorSpec, bias_spec
 from mini_infer.models.quantization.gptq import coded, words_to_codes
 from mini_infer.models.quantization.rules import FLOATS16_32, INTEGERS, choose, contains, group_size, names
+from mini_infer.parallel.slices import Span
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where the codes of outputs 0 to 7 are in a word."""
@@ -27,17 +28,18 @@ class Awq:
     group: int | None
 
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
-        groups = -(-inputs // (self.group or inputs))
+        groups, per_group = -(-inputs // (self.group or inputs)), None if self.group is None else 0
+        group, words = self.group or 1, -(-outputs // 8)
         return (
-            TensorSpec("qweight", (inputs, -(-outputs // 8)), outputs=1, inputs=0, dtypes=INTEGERS),
-            TensorSpec("qzeros", (groups, -(-outputs // 8)), outputs=1, inputs=0, dtypes=INTEGERS),
-            TensorSpec("scales", (groups, outputs), outputs=1, inputs=0, dtypes=FLOATS16_32),
+            TensorSpec("qweight", (inputs, words), outputs=1, inputs=0, dtypes=INTEGERS, step=(8, 1)),
+            TensorSpec("qzeros", (groups, words), outputs=1, inputs=per_group, dtypes=INTEGERS, step=(8, group)),
+            TensorSpec("scales", (groups, outputs), outputs=1, inputs=per_group, dtypes=FLOATS16_32, step=(1, group)),
             *bias_spec(outputs, bias),
         )
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> QuantizedMatrix:
         codes, zeros = _codes(tensors["qweight"]), _codes(tensors["qzeros"])
-        return coded(codes, zeros, tensors["scales"].T.contiguous(), 4, self.group or codes.shape[1])
+        return coded(codes, zeros, tensors["scales"].T.contiguous(), 4, self.group or len(inputs))
 
 
 def _codes(words: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ https://github.com/vllm-project/compressed-tensors
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
 from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models.checkpoint import Stored
 from mini_infer.models.linear import Format, TensorSpec, bias_spec
-from mini_infer.models.matrices import Ordered, in_groups
+from mini_infer.models.matrices import Ordered, in_groups, scattered
 from mini_infer.models.quantization.rules import FLOATS16_32, INTEGERS, choose, group_size, matches, names
 from mini_infer.models.quantization.schemes import SIGNED
+from mini_infer.parallel.slices import Span
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
@@ -63,7 +64,7 @@ class Scheme:
     def format(self, matrix: str, stored: Mapping[str, Stored]) -> Format:
         scale = stored.get(f"{matrix}.weight_scale")
         shape = None if scale is None else scale.shape
-        return Packed(self) if self.packed else Plain(self, shape)
+        return Packed(self, f"{matrix}.weight_g_idx" in stored) if self.packed else Plain(self, shape)
 
     def scale_shapes(self, outputs: int, inputs: int) -> tuple[tuple[int, ...], ...]:
         """The shapes that scales may have."""
@@ -74,6 +75,12 @@ class Scheme:
         if self.strategy == "group" and self.group is not None:
             return ((outputs, -(-inputs // self.group)),)
         return ((outputs, 1), (outputs,))
+
+    def scales(self, name: str, shape: tuple[int, ...], dtypes: frozenset[str], optional: bool = False) -> TensorSpec:
+        """Scales or zero points of such a shape, and what shares one."""
+        outputs = None if self.strategy == "tensor" else 0
+        inputs = 1 if self.strategy in ("group", "block") else None
+        return TensorSpec(name, shape, outputs, inputs, dtypes, optional, self.block or (1, self.group or 1))
 
     def expanded(self, scales: Tensor, outputs: int, inputs: int) -> tuple[Tensor, int]:
         """Scales as a `QuantizedMatrix` has them, and the size of its groups."""
@@ -86,46 +93,57 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Packed:
-    """``pack-quantized``: codes with half their range added, the first one in the lowest bits of a word."""
+    """``pack-quantized``: codes with half their range added, the first one in the lowest bits of a word.
+
+    Attributes:
+        act_order: an input may belong to any group.
+    """
 
     scheme: Scheme
+    act_order: bool
 
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
-        bits, (scales, *_) = self.scheme.bits, self.scheme.scale_shapes(outputs, inputs)
-        zeros = (-(-outputs * bits // 32), scales[-1])
+        per_word, (scales, *_) = 32 // self.scheme.bits, self.scheme.scale_shapes(outputs, inputs)
+        scale = self.scheme.scales("weight_scale", scales, FLOATS16_32)
+        if self.act_order:
+            scale = replace(scale, inputs=None)
+        words, zeros = (outputs, -(-inputs // per_word)), (-(-outputs // per_word), scales[-1])
+        zero = replace(scale, name="weight_zero_point", shape=zeros, dtypes=INTEGERS, optional=self.scheme.symmetric)
         return (
-            TensorSpec("weight_packed", (outputs, -(-inputs * bits // 32)), outputs=0, inputs=1, dtypes=INTEGERS),
-            TensorSpec("weight_scale", scales, outputs=0, inputs=1, dtypes=FLOATS16_32),
+            TensorSpec("weight_packed", words, outputs=0, inputs=1, dtypes=INTEGERS, step=(1, per_word)),
+            scale,
             TensorSpec("weight_shape", (2,), None, None, frozenset({"I64", "I32"})),
-            TensorSpec("weight_zero_point", zeros, 0, 1, INTEGERS, optional=self.scheme.symmetric),
+            replace(zero, step=(per_word, scale.step[1])),
             TensorSpec("weight_g_idx", (inputs,), None, 0, INTEGERS, optional=True),
             *_input_scales(),
             *bias_spec(outputs, bias),
         )
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix | Ordered:
-        outputs, inputs = tensors["weight_shape"].tolist()
-        words, bits, scales = tensors["weight_packed"], self.scheme.bits, tensors["weight_scale"]
-        if words.shape != (outputs, -(-inputs * bits // 32)):
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> QuantizedMatrix | Ordered:
+        words, bits, num_outputs, num_inputs = tensors["weight_packed"], self.scheme.bits, len(outputs), len(inputs)
+        said = tensors["weight_shape"].tolist()
+        if said != [outputs.total, inputs.total]:
             raise InvalidCheckpointError(
-                f"weight_shape says {outputs} x {inputs}, but there are {list(words.shape)} words"
+                f"weight_shape says {said[0]} x {said[1]}, but the matrix is {outputs.total} x {inputs.total}"
             )
-        if bits == 4 and inputs % 2:
-            raise UnsupportedModelError(f"4-bit codes of {inputs} inputs, an odd number, are not supported")
-        scales, group = self.scheme.expanded(scales, outputs, inputs)
+        if bits == 4 and inputs.total % 2:
+            raise UnsupportedModelError(f"4-bit codes of {inputs.total} inputs, an odd number, are not supported")
+        scales, group = self.scheme.expanded(tensors["weight_scale"], num_outputs, num_inputs)
         offsets = None
         if not self.scheme.symmetric:
-            zeros = _codes(tensors["weight_zero_point"].T.contiguous(), bits)[:, :outputs].T
+            zeros = _codes(tensors["weight_zero_point"].T.contiguous(), bits)[:, :num_outputs].T
             scales = scales.float()
             offsets = -scales * (zeros.float() - (128 if bits == 8 else 0))
         codes = words.contiguous().view(torch.uint8)
         if bits == 8:
-            signed = (codes[:, :inputs] ^ 0x80).view(torch.int8)
+            signed = (codes[:, :num_inputs] ^ 0x80).view(torch.int8)
             matrix = QuantizedMatrix(signed, scales, group, offsets)
         else:
             table = SIGNED.to(codes.device) if offsets is None else None
-            matrix = QuantizedMatrix(codes[:, : inputs // 2].contiguous(), scales, group, offsets, table)
-        return matrix if "weight_g_idx" not in tensors else in_groups(matrix, tensors["weight_g_idx"])
+            matrix = QuantizedMatrix(codes[:, : num_inputs // 2].contiguous(), scales, group, offsets, table)
+        if not self.act_order:
+            return matrix
+        return (in_groups if inputs.is_whole else scattered)(matrix, tensors["weight_g_idx"])
 
 
 @dataclass(frozen=True)
@@ -143,16 +161,16 @@ class Plain:
         possible = self.scheme.scale_shapes(outputs, inputs)
         shape = self.scale_shape if self.scale_shape in possible else possible[0]
         dtypes = frozenset({"F8_E4M3"} if self.scheme.floating else {"I8"})
-        zero = TensorSpec("weight_zero_point", shape, None, None, frozenset({"I8"}), optional=self.scheme.symmetric)
+        zero = self.scheme.scales("weight_zero_point", shape, frozenset({"I8"}), self.scheme.symmetric)
         return (
             TensorSpec("weight", (outputs, inputs), outputs=0, inputs=1, dtypes=dtypes),
-            TensorSpec("weight_scale", shape, None, None, FLOATS16_32),
+            self.scheme.scales("weight_scale", shape, FLOATS16_32),
             *([] if self.scheme.floating else [zero]),
             *_input_scales(),
             *bias_spec(outputs, bias),
         )
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> QuantizedMatrix:
         weight = tensors["weight"]
         scales, group = self.scheme.expanded(tensors["weight_scale"], *weight.shape)
         if self.scheme.symmetric:

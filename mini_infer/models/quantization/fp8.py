@@ -16,6 +16,7 @@ from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models.checkpoint import Stored
 from mini_infer.models.linear import Format, TensorSpec, bias_spec
 from mini_infer.models.quantization.rules import FLOATS16_32, choose, contains, names
+from mini_infer.parallel.slices import Span
 
 _SCALES = FLOATS16_32 | {"F8_E8M0"}
 
@@ -38,20 +39,21 @@ class Fp8:
             shapes = ((-(-outputs // self.block[0]), -(-inputs // self.block[1])),)
         shape = self.scale_shape if self.scale_shape in shapes else shapes[0]
         name = "weight_scale" if self.block is None else "weight_scale_inv"
+        per_output = 0 if self.block is not None or shape[:1] == (outputs,) else None
+        per_input = None if self.block is None else 1
         return (
             TensorSpec("weight", (outputs, inputs), outputs=0, inputs=1, dtypes=frozenset({"F8_E4M3"})),
-            TensorSpec(name, shape, None, None, _SCALES),
+            TensorSpec(name, shape, per_output, per_input, _SCALES, step=self.block or (1, 1)),
             TensorSpec("input_scale", (), None, None, FLOATS16_32, optional=True),
             *bias_spec(outputs, bias),
         )
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> QuantizedMatrix:
         weight = tensors["weight"]
-        outputs, inputs = weight.shape
         if self.block is None:
-            scales = tensors["weight_scale"].float().reshape(-1, 1).expand(outputs, 1).contiguous()
-            return QuantizedMatrix(weight, scales, inputs)
-        scales = tensors["weight_scale_inv"].float().repeat_interleave(self.block[0], dim=0)[:outputs]
+            scales = tensors["weight_scale"].float().reshape(-1, 1).expand(len(outputs), 1).contiguous()
+            return QuantizedMatrix(weight, scales, len(inputs))
+        scales = tensors["weight_scale_inv"].float().repeat_interleave(self.block[0], dim=0)[: len(outputs)]
         return QuantizedMatrix(weight, scales.contiguous(), self.block[1])
 
 

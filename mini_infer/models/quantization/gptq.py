@@ -19,9 +19,10 @@ from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
 from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models.checkpoint import Stored
 from mini_infer.models.linear import Format, TensorSpec, bias_spec
-from mini_infer.models.matrices import Ordered, in_groups, packed
+from mini_infer.models.matrices import Ordered, in_groups, packed, scattered
 from mini_infer.models.quantization.rules import FLOATS16_32, INTEGERS, choose, group_size
 from mini_infer.models.quantization.schemes import SIGNED
+from mini_infer.parallel.slices import Span
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,36 @@ class Gptq:
         bits: of a code, 4 or 8.
         group: inputs of a group; None is all.
         zeros_less_one: zero points are stored as one less, as in the first version.
+        act_order: an input may belong to any group.
     """
 
     bits: int
     group: int | None
     zeros_less_one: bool
+    act_order: bool
 
     def tensors(self, outputs: int, inputs: int, bias: bool) -> tuple[TensorSpec, ...]:
         per_word, groups = 32 // self.bits, -(-inputs // (self.group or inputs))
+        group, per_group = self.group or 1, None if self.group is None or self.act_order else 0
+        codes, zeros = (-(-inputs // per_word), outputs), (groups, -(-outputs // per_word))
         return (
-            TensorSpec("qweight", (-(-inputs // per_word), outputs), outputs=1, inputs=0, dtypes=INTEGERS),
-            TensorSpec("qzeros", (groups, -(-outputs // per_word)), outputs=1, inputs=0, dtypes=INTEGERS),
-            TensorSpec("scales", (groups, outputs), outputs=1, inputs=0, dtypes=FLOATS16_32),
+            TensorSpec("qweight", codes, outputs=1, inputs=0, dtypes=INTEGERS, step=(1, per_word)),
+            TensorSpec("qzeros", zeros, outputs=1, inputs=per_group, dtypes=INTEGERS, step=(per_word, group)),
+            TensorSpec("scales", (groups, outputs), outputs=1, inputs=per_group, dtypes=FLOATS16_32, step=(1, group)),
             TensorSpec("g_idx", (inputs,), outputs=None, inputs=0, dtypes=INTEGERS, optional=True),
             *bias_spec(outputs, bias),
         )
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> QuantizedMatrix | Ordered:
-        scales = tensors["scales"].T.contiguous()
-        outputs = len(scales)
-        codes = words_to_codes(tensors["qweight"].T, self.bits)
-        index = tensors.get("g_idx")
-        inputs = codes.shape[1] if index is None else len(index)
-        zeros = words_to_codes(tensors["qzeros"], self.bits)[:, :outputs].T + int(self.zeros_less_one)
-        group = self.group or inputs
-        matrix = coded(codes[:, :inputs], zeros, scales, self.bits, group)
-        return matrix if index is None else in_groups(matrix, index)
+    def matrix(self, tensors: Mapping[str, Tensor], outputs: Span, inputs: Span) -> QuantizedMatrix | Ordered:
+        codes = words_to_codes(tensors["qweight"].T, self.bits)[:, : len(inputs)]
+        zeros = words_to_codes(tensors["qzeros"], self.bits)[:, : len(outputs)].T + int(self.zeros_less_one)
+        group, index = self.group or len(inputs), tensors.get("g_idx")
+        matrix = coded(codes, zeros, tensors["scales"].T.contiguous(), self.bits, group)
+        if index is None:
+            return matrix
+        if self.act_order and not inputs.is_whole:
+            return scattered(matrix, index)
+        return in_groups(matrix, index - (inputs.start // self.group if self.group else 0))
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def read(fields: Mapping[str, Any]) -> GptqRules:
 
     def gptq(given: Mapping[str, Any]) -> Gptq:
         bits = choose(given, "bits", (4, 8))
-        return Gptq(bits, group_size(given.get("group_size", 128)), version == "gptq")
+        return Gptq(bits, group_size(given.get("group_size", 128)), version == "gptq", bool(given.get("desc_act")))
 
     exceptions = []
     for rule, changed in (fields.get("dynamic") or {}).items():

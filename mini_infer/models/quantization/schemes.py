@@ -6,6 +6,7 @@ which the squared error is least is kept.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models.linear import Linear
 from mini_infer.models.matrices import packed
+from mini_infer.parallel.group import ALONE, Group
 
 INT4_GROUP = 32
 SIGNED = torch.arange(-8.0, 8.0)
@@ -23,9 +25,14 @@ _ROWS_AT_ONCE = 1024
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
-def int8(weight: Tensor) -> QuantizedMatrix:
-    """A scale for each output, float32: its largest weight is 127."""
-    scales = weight.abs().amax(dim=1, keepdim=True).float() / 127
+def int8(weight: Tensor, group: Group = ALONE) -> QuantizedMatrix:
+    """A scale for each output, float32: its largest weight is 127, on whichever rank of a group with other inputs."""
+    largest = weight.abs().amax(dim=1, keepdim=True).float()
+    if group.size > 1:
+        of_each = largest.new_zeros(len(weight), group.size)
+        of_each[:, group.rank] = largest.squeeze(1)
+        largest = group.sum(of_each).amax(dim=1, keepdim=True)
+    scales = largest / 127
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
@@ -68,14 +75,17 @@ def _divided(weight: Tensor, scales: Tensor) -> Tensor:
 SCHEMES: Mapping[str, Callable[[Tensor], QuantizedMatrix]] = {"int8": int8, "int4": int4}
 
 
-def quantize(model: nn.Module, scheme: str | None) -> None:
+def quantize(model: nn.Module, scheme: str | None, group: Group = ALONE) -> None:
     """Have every projection of a model that is not filled yet be quantised as soon as it is.
 
     The output projection, which may be the embedding, too, becomes int8 with either scheme: it is where four bits cost
-    most. Norms, biases and an embedding of its own stay as they are.
+    most. Norms, biases and an embedding of its own stay as they are. Ranks of a group have the codes of the whole.
     """
     if scheme is None:
         return
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            module.scheme = int8 if path == "output" else SCHEMES[scheme]
+            if scheme == "int4" and path != "output" and module.inputs.total % 2 == 0:
+                module.scheme, module.scheme_step = int4, INT4_GROUP
+            else:
+                module.scheme = int8 if module.inputs.is_whole else partial(int8, group=group)

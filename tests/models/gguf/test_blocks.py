@@ -9,14 +9,14 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from mini_infer.models.gguf.blocks import BLOCK_TYPES, block_layout, powers_of_two, read_blocks
+from mini_infer.models.gguf.blocks import BLOCK_TYPES, LAYOUTS, powers_of_two, read_blocks
 from mini_infer.models.matrices import join
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_blocks_stand_for_what_the_package_says(name: str) -> None:
     """Blocks are arbitrary bytes, so every code, scale and minimum comes up; so do infinities."""
-    layout = block_layout(name)
+    layout = LAYOUTS.get(name)
     assert layout is not None
     elements, size = layout
     assert layout == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
@@ -46,7 +46,7 @@ def test_matrices_of_any_types_join_without_a_change(seed: int) -> None:
     names = [draw.choice(BLOCK_TYPES) for _ in range(draw.randint(1, 4))]
     matrices = []
     for name in names:
-        layout = block_layout(name)
+        layout = LAYOUTS.get(name)
         assert layout is not None
         data = gguf_bytes(name, draw.randint(1, 5), 512 // layout[0], draw.randrange(2**32))
         matrices.append(read_blocks(name, data))
@@ -58,7 +58,7 @@ def test_matrices_of_any_types_join_without_a_change(seed: int) -> None:
 
 def gguf_bytes(name: str, rows: int, blocks: int, seed: int) -> torch.Tensor:
     """Arbitrary blocks, but for float16 scales, none of which is infinite."""
-    layout = block_layout(name)
+    layout = LAYOUTS.get(name)
     assert layout is not None
     data = np.random.default_rng(seed).integers(0, 256, (rows, blocks, layout[1]), dtype=np.uint8)
     halves = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82)}

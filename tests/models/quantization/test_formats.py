@@ -14,6 +14,7 @@ from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
 from mini_infer.models import load_model, read_config
 from mini_infer.models.checkpoint import Stored
 from mini_infer.models.quantization import read_quantization
+from mini_infer.parallel.slices import whole
 
 from ..checkpoints import make_checkpoint
 from ..test_decoder import PagedRun, reference_model
@@ -48,7 +49,7 @@ def test_a_matrix(name: str) -> None:
             there = stored.get(f"m.{spec.name}")
             assert there is not None or spec.optional, spec
             assert there is None or (there.shape == spec.shape and there.dtype in spec.dtypes), (spec, there)
-        matrix = format.matrix(tensors)
+        matrix = format.matrix(tensors, whole(outputs), whole(inputs))
         assert not isinstance(matrix, torch.Tensor)
         read = matrix.dequantize(expected.dtype)
         torch.testing.assert_close(read, expected, rtol=0, atol=0, msg=f"{name} {outputs=} {inputs=} {seed=}")
@@ -60,6 +61,14 @@ def quantized_checkpoint(
     """A checkpoint whose matrices, but those in ``plain``, are quantised, and one with the numbers that they are."""
     path = make_checkpoint(tmp_path / "quantized", "qwen3", 3, **{**SHAPE, "rope_scaling": None, **overrides})
     other = make_checkpoint(tmp_path / "plain", "qwen3", 3, **{**SHAPE, "rope_scaling": None, **overrides})
+    quantize_in_place(path, config, write, plain, other)
+    return path, other
+
+
+def quantize_in_place(
+    path: Path, config: dict[str, Any], write: Write, plain: tuple[str, ...] = (), other: Path | None = None
+) -> None:
+    """Quantise a checkpoint's matrices, and write the numbers that they are to another one."""
     generator = torch.Generator().manual_seed(0)
     weights, numbers = {}, {}
     for name, tensor in load_file(path / "model.safetensors").items():
@@ -71,10 +80,10 @@ def quantized_checkpoint(
         weights |= {f"{matrix}.{part}": value.contiguous() for part, value in tensors.items()}
         numbers[name] = read.to(tensor.dtype).contiguous()
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    save_file(numbers, other / "model.safetensors", {"format": "pt"})
+    if other is not None:
+        save_file(numbers, other / "model.safetensors", {"format": "pt"})
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
-    return path, other
 
 
 def logits(path: Path, tokens: list[int]) -> torch.Tensor:

@@ -134,7 +134,7 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_blocks: int, max_model
     """
     width = -(-max_model_len // config.block_size)
     runner = _runner(config, loaded.model, num_blocks, config.num_cpu_blocks, width, loaded.device, link)
-    if not config.enforce_eager and loaded.model.share.stages == 1:
+    if not config.enforce_eager:
         runner = _with_graphs(runner, config.max_num_seqs, width)
     _warm_up(runner, config.block_size, min(num_blocks, width) * config.block_size)
     return runner
@@ -197,23 +197,26 @@ def _scratch(config: EngineConfig, model: Decoder, device: torch.device) -> Scra
 def _with_graphs(runner: ModelRunner, max_num_seqs: int, width: int) -> ModelRunner:
     """The runner with graphs for its decodes, where launches can be recorded. Ranks record the same sizes in the same
     order, with their sums."""
-    forward = partial(runner.model.forward, kv_cache=runner.kv_cache.layers)
-    if runner.device.type == "cuda" and not runner.model.share.group.on_device:
+    model, device = runner.model, runner.device
+    forward = partial(model.forward, kv_cache=runner.kv_cache.layers)
+    shape = (2, max_num_seqs, model.config.hidden_size)
+    arriving = None if model.share.is_first else torch.zeros(shape, dtype=model.dtype, device=device)
+    if device.type == "cuda" and not model.share.group.on_device:
         return runner  # sums go by way of the host
-    if runner.device.type == "cuda":
-        graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, runner.device, cuda_capture(runner.device))
+    if device.type == "cuda":
+        graphs = DecodeGraphs(forward, graph_sizes(max_num_seqs), width, device, cuda_capture(device), arriving)
         try:
             with torch.inference_mode():
                 graphs.record_all()
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"no room is left on {runner.device} for recordings of decode steps; lower gpu_memory_utilization "
+                f"no room is left on {device} for recordings of decode steps; lower gpu_memory_utilization "
                 "or max_num_seqs, or set enforce_eager=True"
             ) from error
-    elif runner.model.kernels.backend_of("paged_attention") == "cpu":
+    elif model.kernels.backend_of("paged_attention") == "cpu":
         from mini_infer.kernels.cpu.recording import cpu_capture
 
-        graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, runner.device, cpu_capture())
+        graphs = DecodeGraphs(forward, range(1, max_num_seqs + 1), width, device, cpu_capture(), arriving)
     else:
         return runner
     return replace(runner, graphs=graphs)

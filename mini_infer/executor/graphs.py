@@ -20,6 +20,7 @@ are large enough to hide their launches, and run without a graph.
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -44,25 +45,29 @@ class DecodeGraphs:
     """One graph for each batch size, recorded when it is first needed.
 
     Args:
-        forward: the model's forward pass, hidden states ``[T, hidden_size]`` of a batch.
+        forward: the model's forward pass, hidden states of a batch; in a stage that others precede, given what has
+            arrived from there, as ``arriving``.
         sizes: numbers of sequences.
         width: most blocks of one sequence.
         device: where the model is.
         capture: how to record.
+        arriving: ``[2, most sequences, hidden_size]``, where what the stage before sends is to be read; None in the
+            first. Neither receiving nor sending is recorded.
     """
 
     def __init__(
         self,
-        forward: Callable[[Batch], Tensor],
+        forward: Callable[..., Tensor],
         sizes: Iterable[int],
         width: int,
         device: torch.device,
         capture: Capture,
+        arriving: Tensor | None = None,
     ) -> None:
         self._forward = forward
         self._capture = capture
         self._sizes = sorted(sizes)
-        self._inputs = _static_batch(self._sizes[-1], width, device)
+        self._inputs, self._arriving = _static_batch(self._sizes[-1], width, device), arriving
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
 
     def record_all(self) -> None:
@@ -81,7 +86,7 @@ class DecodeGraphs:
         num_rows = len(batch.token_ids)
         return batch.whole is None and batch.attention.num_decodes == num_rows and self.size_for(num_rows) == num_rows
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, arriving: Tensor | None = None) -> Tensor:
         """What ``forward`` gives for a batch of decodes, padded to a graph's size.
 
         The result is overwritten by the next run.
@@ -93,6 +98,8 @@ class DecodeGraphs:
         ours.slot_mapping[:size].copy_(theirs.slot_mapping)
         ours.context_lens[:size].copy_(theirs.context_lens)
         ours.block_tables[:size, : theirs.block_tables.shape[1]].copy_(theirs.block_tables)
+        if self._arriving is not None and arriving is not None:
+            self._arriving[:, :size].copy_(arriving)
         if size not in self._graphs:
             return self._record(size)
         replay, hidden = self._graphs[size]
@@ -114,13 +121,16 @@ class DecodeGraphs:
                 num_decodes=size,
             ),
         )
+        run = partial(self._forward, batch)
+        if self._arriving is not None:
+            run = partial(run, arriving=self._arriving[:, :size])
         try:
-            self._graphs[size] = _, hidden = self._capture(lambda: self._forward(batch))
+            self._graphs[size] = _, hidden = self._capture(run)
         except NotRecordableError as error:  # as the reference's attention is not
             logger.info("decode steps run without graphs, since they cannot be recorded: %s", error)
             self._sizes = []
             self._graphs.clear()
-            return self._forward(batch)
+            return run()
         return hidden
 
 

@@ -120,12 +120,12 @@ class ModelRunner:
         return Computed(*self._draw(hidden, step.draws), scores, pooled)
 
     def _forward(self, batch: Batch) -> Tensor:
+        arriving = None
+        if not self.model.share.is_first:
+            shape = (2, len(batch.token_ids), self.model.config.hidden_size)
+            arriving = self.link.receive(shape, self.model.dtype, self.device)
         if self.graphs is not None and self.graphs.fits(batch):
-            return self.graphs.run(batch)
-        if self.model.share.is_first:
-            return self.model.forward(batch, self.kv_cache.layers)
-        shape = (2, len(batch.token_ids), self.model.config.hidden_size)
-        arriving = self.link.receive(shape, self.model.dtype, self.device)
+            return self.graphs.run(batch, arriving)
         return self.model.forward(batch, self.kv_cache.layers, arriving)
 
     def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:

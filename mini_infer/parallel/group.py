@@ -123,11 +123,11 @@ class Link:
     _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def send(self, x: Tensor) -> None:
-        """To the next stage, without waiting until it has arrived."""
+        """To the next stage, without waiting until it has arrived: a copy, since the next step may overwrite ``x``."""
         assert self.after is not None
         while self._sent and self._sent[0][0].is_completed():
             self._sent.pop(0)
-        x = (x if self.on_device else x.cpu()).contiguous()
+        x = x.to("cpu" if not self.on_device else x.device, copy=True)
         self._sent.append((dist.isend(x, self.after), x))
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -148,15 +148,19 @@ def computed_in_threads(config: EngineConfig, steps: list[StepInput]) -> list[St
     return together(2, work)[0]
 
 
+RECORDABLE = {**PRESSURE, "dtype": "bfloat16", "kernel_backend": None}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["tensor", "pipeline"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_recorded_decodes_of_shares_change_no_bit(model: Path, quantization: str | None) -> None:
+def test_recorded_decodes_change_no_bit(model: Path, sizes: str, quantization: str | None) -> None:
     """With the kernels for CPUs, which can be recorded: what ranks replay is what they compute step by step."""
-    fields = {**PRESSURE, "dtype": "bfloat16", "kernel_backend": None, "quantization": quantization}
-    with LLM(model, tensor_parallel_size=2, **fields) as engine:
+    fields = {**RECORDABLE, "quantization": quantization, f"{sizes}_parallel_size": 2}
+    with LLM(model, **fields) as engine:
         steps, outputs = steps_and_outputs(engine, 6)
     assert sum(step.num_decodes == len(step.context_lens) for step in steps) > 20
-    with LLM(model, tensor_parallel_size=2, enforce_eager=True, **fields) as engine:
+    with LLM(model, enforce_eager=True, **fields) as engine:
         executor = ranks_of(engine)
         assert [executor.submit(step).result() for step in steps] == outputs
 
@@ -180,7 +184,7 @@ def test_quantised_while_they_load(tmp_path: Path, scheme: str) -> None:
 
 
 def assert_tokens_of_one_device(model: Path, **fields: Any) -> None:
-    prompts, params = draw_requests(8, 10)
+    prompts, params = draw_requests(8, 3)
     with LLM(model, tensor_parallel_size=2, **PRESSURE, **fields) as engine:
         outputs = engine.generate(prompts, params, False)
     assert_same(outputs, LLM(model, **PRESSURE, **fields).generate(prompts, params, False))

@@ -1,6 +1,7 @@
 """Ranks as threads of one process, whose sums are made in the order of the ranks: what real ranks are held against."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -57,6 +58,21 @@ class ThreadGroup:
 
     def tell(self, x: Tensor) -> Tensor:
         return self.table.exchange(self.rank, x, lambda pieces: pieces[0].clone())
+
+
+@dataclass
+class Corridor:
+    """From one stage to the next within a process: what is sent waits until it is taken."""
+
+    sent: deque[Tensor] = field(default_factory=deque)
+
+    def send(self, x: Tensor) -> None:
+        self.sent.append(x.clone())
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = self.sent.popleft()
+        assert (tuple(x.shape), x.dtype) == (tuple(shape), dtype)
+        return x
 
 
 def together(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:

@@ -74,6 +74,9 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "masks_1": "the same at temperature 1",
         "new_schema": "delay of the first token by a schema that was never seen before",
         "forced": "{requests} answers with a schema ({tokens} tokens, {steps} steps), over free text of that length",
+        "one_process": "One process before there were ranks: {before:,.0f} tokens per second ({shape} shape, "
+        "{requests} requests). With the commit that brought them {with_ratio:.3f} times that ({with_low:.3f} to "
+        "{with_high:.3f} in {rounds} rounds), and now {now_ratio:.3f} times ({now_low:.3f} to {now_high:.3f}).",
         "no_parallel": "No figures are given here yet: that command has not been run with nothing beside it.",
         "canvas: 1 request": "1 request",
         "canvas: 16 requests": "16 requests",
@@ -149,6 +152,9 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "masks_1": "同上，温度为 1",
         "new_schema": "没见过的 schema 使首个词元推迟",
         "forced": "{requests} 个符合 schema 的回答（{tokens} 个词元，{steps} 步），与同样长的自由文本相比的速度",
+        "one_process": "单进程引擎在有 rank 之前：每秒 {before:,.0f} 个词元（{shape} 规模，{requests} 个请求）。"
+        "引入 rank 的那次提交是它的 {with_ratio:.3f} 倍（{rounds} 轮，{with_low:.3f} 至 {with_high:.3f}），"
+        "现在是 {now_ratio:.3f} 倍（{now_low:.3f} 至 {now_high:.3f}）。",
         "no_parallel": "这里暂时没有数字：这条命令还没有在空闲的机器上运行过。",
         "canvas: 1 request": "1 个请求",
         "canvas: 16 requests": "16 个请求",
@@ -201,6 +207,7 @@ def tables(language: str) -> dict[str, str]:
         "quality": quality_table(results("quality"), words),
         "serving": serving_table(results("serving"), words),
         "parallel": parallel_table(words),
+        "one_process": one_process(words),
         "diffusion": diffusion_table(words),
         "structured": structured_table(words),
         "gpu": gpu_tables(words),
@@ -509,6 +516,22 @@ def parallel_table(words: Mapping[str, str]) -> str:
         lines.append(" | ".join([f"| {words[name]}", *cells]) + " |")
     hits = words["hit_rates"].format(groups=figures["groups"], each=figures["each"], **rates)
     return "\n".join([*lines, "", hits, "", _source(found, "parallel", words)])
+
+
+def one_process(words: Mapping[str, str]) -> str:
+    """What ranks cost an engine that has none."""
+    if not (RESULTS / "one_process.json").exists():
+        return words["no_parallel"]
+    found = results("one_process")
+    figures = found["figures"]
+    versions = figures["versions"]
+    ratios = {
+        f"{name}_{short}": versions[name][field]
+        for name in ("with", "now")
+        for short, field in (("ratio", "of_before"), ("low", "lowest"), ("high", "highest"))
+    }
+    said = words["one_process"].format(**figures, **ratios, before=versions["before"]["tokens_per_second"])
+    return f"{said}\n\n{_source(found, 'one_process', words)}"
 
 
 def structured_table(words: Mapping[str, str]) -> str:

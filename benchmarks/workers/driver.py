@@ -40,6 +40,7 @@ class Engine:
         options: that the worker gives to the engine.
         python: interpreter.
         environment: variables beside this process's own.
+        directory: whose `mini_infer` it is, of an engine that is ours.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Engine:
     options: Mapping[str, Any]
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
+    directory: Path = ROOT
 
 
 class Worker:
@@ -71,7 +73,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=descriptor,
             text=True,
-            cwd=ROOT,
+            cwd=engine.directory,  # where Python looks first
             env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(engine.environment),
             start_new_session=True,  # a group of its own: its children stop and end with it
         )

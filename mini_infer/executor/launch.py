@@ -93,8 +93,9 @@ class Launcher(Protocol):
     host: str
     """The address of this machine, as the ranks see it."""
 
-    can_restart: bool
-    """Whether it can start others in their place."""
+    @property
+    def can_restart(self) -> bool:
+        """Whether it can start others in their place."""
 
     def launch(self, size: int, timeout: float) -> list[RankProcess]:
         """Start them, or wait for them.

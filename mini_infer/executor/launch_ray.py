@@ -7,6 +7,7 @@ if somebody had started it by hand; what is said in a step does not go by way of
 import contextlib
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ PLACEMENT_SECONDS = 60.0
 """How long the cluster may take to make room."""
 
 _GLANCE_SECONDS = 1.0
-"""How often to look whether an actor that has not called yet has failed."""
+"""How often to look whether an actor that has not called yet has failed, and how long a machine may take to answer."""
 
 
 @dataclass
@@ -70,9 +71,8 @@ class RayActors:
         InvalidConfigError: the cluster does not have as many.
     """
 
-    can_restart = True
-
     def __init__(self, devices: Sequence[str]) -> None:
+        self._machines: dict[str, int] = {}
         self._lock = threading.Lock()
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
@@ -86,8 +86,15 @@ class RayActors:
             self._leave()
             raise
 
+    @property
+    def can_restart(self) -> bool:
+        """Whether all machines that have had ranks can be reached. Ray learns after half a minute that one cannot, and
+        would have whoever asks for room wait for it."""
+        return all(_is_there(machine, port) for machine, port in self._machines.items())
+
     def launch(self, size: int, timeout: float) -> list[RankProcess]:
         deadline = time.monotonic() + timeout
+        ports = {node["NodeManagerAddress"]: node["NodeManagerPort"] for node in ray.nodes() if node["Alive"]}
         group = self._place(size)
         kind = ray.remote(max_restarts=0, max_concurrency=1)(_Actor)
         ranks: list[RankProcess] = []
@@ -104,6 +111,7 @@ class RayActors:
                     call = actor.serve.remote(address, self._key, device, int(self._bundle["CPU"]), timeout)
                     joined = self._accept(call, deadline, place, size)
                     ranks.append(RayRank(joined.connection, machine=joined.machine, group=group))
+            self._machines |= {rank.machine: ports[rank.machine] for rank in ranks if rank.machine in ports}
         except BaseException:
             for rank in ranks:
                 rank.close(kill=True)
@@ -146,6 +154,17 @@ class RayActors:
     def _leave(self) -> None:
         if self._started_ray:
             ray.shutdown()
+
+
+def _is_there(machine: str, port: int) -> bool:
+    """Whether a machine answers, if only to say that nobody listens there."""
+    try:
+        socket.create_connection((machine, port), _GLANCE_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _give_back(group: Any) -> None:

@@ -76,7 +76,9 @@ def _read(connection: "Connection[Any, Any]", inbox: "queue.SimpleQueue[bytes]")
     while message:  # an empty one is a farewell, after which the end of the connection means nothing
         try:
             message = connection.recv_bytes()
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
+            print(f"RankError: the engine has ended, or cannot be reached ({error or 'end of file'})", file=sys.stderr)
+            sys.stderr.flush()
             os._exit(ORPHANED)
         inbox.put(message)
 

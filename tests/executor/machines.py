@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,18 @@ def ip(*arguments: str) -> None:
 
 def pull_out_the_cable() -> None:
     ip("-n", NAMES[1], "link", "set", "mi-b", "down")
+
+
+def seconds_until_noticed(driver: "subprocess.Popen[str]") -> float:
+    """Pull out the cable while a script computes, which says "again" from time to time, until it says RankError."""
+    assert driver.stdout is not None
+    while (line := driver.stdout.readline()) != "again\n":
+        assert line, "it has ended"
+    pull_out_the_cable()
+    began = time.monotonic()
+    while not (line := driver.stdout.readline()).startswith("RankError"):
+        assert line, "it has ended"
+    return time.monotonic() - began
 
 
 @contextmanager

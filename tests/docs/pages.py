@@ -26,6 +26,7 @@ FOLDERS = (
     "13_quantization",
     "14_two_ranks",
     "15_grammars",
+    "16_diffusion",
 )
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 EXTERNAL = re.compile(r"[a-z]+:")

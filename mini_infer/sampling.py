@@ -14,10 +14,12 @@ MAX_GEN_LENGTH = 8192
 
 REMASKINGS = ("low_confidence", "random")
 
+ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+
 KV_REUSES = ("prefix", "dual")
 
 DIFFUSION_OPTIONS = (
-    *("gen_length", "steps", "block_length", "cfg_scale", "remasking"),
+    *("gen_length", "steps", "block_length", "cfg_scale", "remasking", "alg", "alg_temp"),
     *("threshold", "factor", "kv_reuse", "refresh_interval", "sparse_config"),
 )
 """What means something to diffusion models alone."""
@@ -91,7 +93,12 @@ class SamplingParams:
     remasking: str | None = option(
         None, "Diffusion models: which tokens of a step stay masked: those of low_confidence (None), or random ones"
     )
-
+    alg: str | None = option(
+        None, "Diffusion models: instead of remasking, Dream's origin, maskgit_plus, topk_margin or entropy"
+    )
+    alg_temp: float | None = option(
+        None, "Diffusion models: how far chance decides which tokens an alg writes; None or 0 is not at all"
+    )
     threshold: float | None = option(
         None, "Diffusion models: instead of steps, keep every token at least so likely, 0 to 1; fewer passes"
     )
@@ -134,6 +141,10 @@ class SamplingParams:
             check_number(error, "cfg_scale", self.cfg_scale, 0)
         if self.remasking is not None:
             check_choice(error, "remasking", self.remasking, REMASKINGS)
+        if self.alg is not None:
+            check_choice(error, "alg", self.alg, ALGS)
+        if self.alg_temp is not None:
+            check_number(error, "alg_temp", self.alg_temp, 0)
         if self.threshold is not None:
             check_number(error, "threshold", self.threshold, 0, 1)
         if self.factor is not None:

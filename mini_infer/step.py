@@ -65,6 +65,10 @@ class LogitEdits:
         )
 
 
+CONFIDENCES = ("probability", "margin", "entropy")
+"""Ways to say how sure a drawn token is; see `executor.confidence`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draws:
     """What decides each token that is drawn, beside its logits.
@@ -82,6 +86,7 @@ class Draws:
         edits: of the logits.
         guides: int64 ``[D]``, the row of the same token without the prompt, -1 for none; or empty for no draw at all.
         guidance: float64 ``[D]``; a guided draw's logits are g + (scale + 1) (l - g), where g are those of its guide.
+        confidences: int64 ``[D]``, which of ``CONFIDENCES`` to report, -1 for none; or empty for no draw at all.
     """
 
     rows: Ints
@@ -97,6 +102,7 @@ class Draws:
     edits: LogitEdits
     guides: Ints = field(default_factory=lambda: NO_INTS)
     guidance: Floats = field(default_factory=lambda: NO_FLOATS)
+    confidences: Ints = field(default_factory=lambda: NO_INTS)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -244,6 +250,7 @@ class StepOutput:
         token_scores: for each draw that asked for log probabilities, in its order, one for each token.
         scores: one for each of ``StepInput.scores``.
         pooled: float32 ``[hidden_size]`` for each of ``StepInput.pools``, hidden states after the model's last norm.
+        confidences: for each draw how sure it is, if any asked for that; arbitrary for those that did not.
     """
 
     token_ids: list[list[int]]
@@ -251,6 +258,7 @@ class StepOutput:
     token_scores: list[list[TokenScore]]
     scores: list[TokenScore]
     pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
 
 
 class ExecutorRestarted(Exception):

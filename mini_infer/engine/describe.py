@@ -1,6 +1,6 @@
 """From a plan to a step: integers in lists become arrays, complete and independent of the sequences they came from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,19 @@ from mini_infer.sampling import SamplingParams
 from mini_infer.scheduler import BlockCopy, Reuse, ScheduledSequence, SchedulerOutputs, SequenceStatus
 from mini_infer.scheduler import Sequence as TokenSequence
 from mini_infer.scheduler.sequence import PLACEHOLDER
-from mini_infer.step import NO_COPIES, Draws, Ints, Keeps, Pools, Scores, StepInput, StepOutput, TokenScore
+from mini_infer.step import (
+    CONFIDENCES,
+    NO_COPIES,
+    NO_INTS,
+    Draws,
+    Ints,
+    Keeps,
+    Pools,
+    Scores,
+    StepInput,
+    StepOutput,
+    TokenScore,
+)
 from mini_infer.typing import BlockTable, TokenIds
 
 
@@ -26,6 +38,7 @@ class Answer:
         token_scores: for each of its draws, one for each token; empty lists if none were asked for.
         scores: of the rows that it wanted scored.
         pooled: of the runs of rows that it wanted summed.
+        confidences: of its draws; empty if it did not ask how sure they are.
     """
 
     token_ids: list[list[int]]
@@ -33,6 +46,7 @@ class Answer:
     token_scores: list[list[TokenScore]]
     scores: list[TokenScore]
     pooled: list[npt.NDArray[np.float32]]
+    confidences: list[float]
 
 
 class Wanted:
@@ -44,6 +58,7 @@ class Wanted:
         self._keys: list[tuple[int, int, int]] = []
         self._params: list[SamplingParams] = []
         self._guides: dict[int, tuple[int, float]] = {}
+        self._confidences: dict[int, int] = {}
         self._edits = Edits()
         self._scores: list[tuple[int, int, int]] = []
         self._pools: list[tuple[int, int]] = []
@@ -79,6 +94,10 @@ class Wanted:
     def guide(self, row: int, scale: float) -> None:
         """Have the last draw guided, away from the logits after another row."""
         self._guides[len(self._rows) - 1] = row, scale
+
+    def rate(self, confidence: str) -> None:
+        """Report of the last draw how sure it is, in one of the ``CONFIDENCES``."""
+        self._confidences[len(self._rows) - 1] = CONFIDENCES.index(confidence)
 
     def score(self, row: int, target: int, num_top: int) -> None:
         """Report the log probability of a token after a row (-1: of none), and of the likeliest ones."""
@@ -121,8 +140,12 @@ class Wanted:
             min_p=np.array([p.min_p for p in params], dtype=np.float64),
             num_logprobs=np.array([-1 if p.logprobs is None else min(p.logprobs, 2**31) for p in params], np.int64),
             edits=self._edits.finish(),
+            confidences=self._per_draw(self._confidences) if self._confidences else NO_INTS,
             **self._guidance(),
         )
+
+    def _per_draw(self, given: Mapping[int, int]) -> Ints:
+        return np.array([given.get(draw, -1) for draw in range(len(self._rows))], dtype=np.int64)
 
     def _guidance(self) -> dict[str, Any]:
         if not self._guides:
@@ -160,6 +183,7 @@ class Wanted:
                 asked[draws],
                 output.scores[scores],
                 output.pooled[pools],
+                output.confidences[draws],
             )
             draw, score, pool = draw_end, score_end, pool_end
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.executor.confidence import confidences
 from mini_infer.executor.device import send_arrays
 from mini_infer.executor.graphs import DecodeGraphs
 from mini_infer.executor.logprobs import ScoreTensors, score_tokens, stacked
@@ -34,6 +35,7 @@ class Computed(NamedTuple):
         token_scores: of those draws that asked for them; None where none did.
         scores: of the rows to score; None where there are none.
         pooled: float32 ``[E, hidden_size]``, of the runs to sum; None where there are none.
+        confidences: ``[D]``, of the draws; None where none asked for them.
     """
 
     token_ids: Tensor
@@ -41,6 +43,7 @@ class Computed(NamedTuple):
     token_scores: ScoreTensors | None
     scores: ScoreTensors | None
     pooled: Tensor | None = None
+    confidences: Tensor | None = None
 
     def in_memory(self) -> "Computed":
         """Copies in CPU memory, which are there once the device has come so far."""
@@ -57,6 +60,7 @@ class Computed(NamedTuple):
             token_scores=copies(self.token_scores),
             scores=copies(self.scores),
             pooled=None if self.pooled is None else copy(self.pooled),
+            confidences=None if self.confidences is None else copy(self.confidences),
         )
 
     def to_output(self, step: StepInput) -> StepOutput:
@@ -68,6 +72,7 @@ class Computed(NamedTuple):
             token_scores=[[s] for s in self.token_scores.to_scores(asked)] if self.token_scores else [],
             scores=self.scores.to_scores(step.scores.num_top.tolist()) if self.scores else [],
             pooled=[] if self.pooled is None else list(self.pooled.numpy()),
+            confidences=[] if self.confidences is None else self.confidences.tolist(),
         )
 
 
@@ -117,7 +122,7 @@ class ModelRunner:
         pooled = self._pool(hidden, step.pools) if len(step.pools) else None
         if not len(step.draws):
             return _NOTHING._replace(scores=scores, pooled=pooled)
-        return Computed(*self._draw(hidden, step.draws), scores, pooled)
+        return self._draw(hidden, step.draws)._replace(scores=scores, pooled=pooled)
 
     def _forward(self, batch: Batch) -> Tensor:
         arriving = None
@@ -128,7 +133,7 @@ class ModelRunner:
             return self.graphs.run(batch, arriving)
         return self.model.forward(batch, self.kv_cache.layers, arriving)
 
-    def _draw(self, hidden: Tensor, draws: Draws) -> tuple[Tensor, Tensor, ScoreTensors | None]:
+    def _draw(self, hidden: Tensor, draws: Draws) -> Computed:
         """A part of the draws after the other, so that the logits of a diffusion model's many rows never are too much
         memory at once."""
         config = self.model.config
@@ -137,14 +142,17 @@ class ModelRunner:
         drawn = [self._draw_some(hidden, some, most) for some in parts]
         if len(drawn) == 1:
             return drawn[0]
-        scores = [some for _, _, some in drawn if some is not None]
-        return (
-            torch.cat([token_ids for token_ids, _, _ in drawn]),
-            torch.cat([logprobs for _, logprobs, _ in drawn]),
-            stacked(scores) if scores else None,
+        scores = [some.token_scores for some in drawn if some.token_scores is not None]
+        rated = [some.confidences for some in drawn if some.confidences is not None]
+        return Computed(
+            token_ids=torch.cat([some.token_ids for some in drawn]),
+            logprobs=torch.cat([some.logprobs for some in drawn]),
+            token_scores=stacked(scores) if scores else None,
+            scores=None,
+            confidences=torch.cat(rated) if rated else None,
         )
 
-    def _draw_some(self, hidden: Tensor, draws: Draws, most: int) -> tuple[Tensor, Tensor, ScoreTensors | None]:
+    def _draw_some(self, hidden: Tensor, draws: Draws, most: int) -> Computed:
         """Of ranks that share the last layers one has the logits, draws, and tells the others the tokens."""
         rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
         logits = self.model.compute_logits(hidden[rows])
@@ -153,16 +161,18 @@ class ModelRunner:
             logits = self._guided(logits, hidden, draws)
         if logits is None:
             self.sampled[table_rows] = group.tell(torch.empty_like(table_rows))
-            return *_NOTHING[:2], None
+            return _NOTHING
         if self.model.config.diffusion is not None:
             logits[:, self.model.config.diffusion.mask_token_id] = -torch.inf  # a gap is no answer
         token_ids, logprobs = sample(logits, draws, self.model.kernels)
         self.sampled[table_rows] = group.tell(token_ids)
+        rated = confidences(logits, draws, token_ids) if len(draws.confidences) else None
         asking = np.flatnonzero(draws.num_logprobs >= 0)
-        if not len(asking):
-            return token_ids, logprobs, None
-        wanted = send(asking, self.device)
-        return token_ids, logprobs, score_tokens(logits[wanted], token_ids[wanted], most)
+        scores = None
+        if len(asking):
+            wanted = send(asking, self.device)
+            scores = score_tokens(logits[wanted], token_ids[wanted], most)
+        return Computed(token_ids, logprobs, scores, None, confidences=rated)
 
     def _guided(self, logits: Tensor | None, hidden: Tensor, draws: Draws) -> Tensor | None:
         """Away from what would be said without the prompt (Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022,

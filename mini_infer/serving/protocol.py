@@ -129,6 +129,8 @@ class SamplingBody(Body):
     block_length: int | None = Field(None, description=f"Extension. {_HELP['block_length']}")
     cfg_scale: float | None = Field(None, description=f"Extension. {_HELP['cfg_scale']}")
     remasking: str | None = Field(None, description=f"Extension. {_HELP['remasking']}")
+    alg: str | None = Field(None, description=f"Extension. {_HELP['alg']}")
+    alg_temp: float | None = Field(None, description=f"Extension. {_HELP['alg_temp']}")
     threshold: float | None = Field(None, description=f"Extension. {_HELP['threshold']}")
     factor: float | None = Field(None, description=f"Extension. {_HELP['factor']}")
     kv_reuse: str | None = Field(None, description=f"Extension. {_HELP['kv_reuse']}")

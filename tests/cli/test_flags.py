@@ -83,6 +83,8 @@ SAMPLING_VALUES: dict[str, Any] = {
     "block_length": lambda r: r.choice([None, 32]),
     "cfg_scale": lambda r: r.choice([None, r.uniform(0, 4)]),
     "remasking": lambda r: r.choice(["low_confidence", "random"]),
+    "alg": lambda r: r.choice(["origin", "entropy"]),
+    "alg_temp": lambda r: r.choice([None, r.uniform(0, 2)]),
     "threshold": lambda r: r.choice([None, r.uniform(0, 1)]),
     "factor": lambda r: r.choice([None, r.uniform(0.1, 3)]),
     "kv_reuse": lambda r: r.choice(["prefix", "dual"]),

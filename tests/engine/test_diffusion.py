@@ -322,6 +322,98 @@ def test_other_families(tmp_path: Path, family: str, architecture: str, model_ty
         assert computed[place] == published(plain, prompt, **case, seed=place, mask=mask)  # type: ignore[arg-type]
 
 
+def dream(
+    plain: Bidirectional,
+    prompt: list[int],
+    alg: str,
+    gen_length: int,
+    steps: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    alg_temp: float = 0.0,
+    seed: int = 0,
+) -> list[int]:
+    """Dream's ``diffusion_generate``; passes that would write nothing are left out where that is known before."""
+    x = [*prompt, *[MASK] * gen_length]
+    times = torch.linspace(1, 1e-3, steps + 1)
+    round_ = 0
+    for i in range(steps):
+        masked = [place for place, token in enumerate(x) if token == MASK]
+        t, s = float(times[i]), float(times[i + 1])
+        share = 1 - s / t if i < steps - 1 else 1.0
+        count = int(len(masked) * share)
+        if not masked or (alg != "origin" and count == 0):
+            continue
+        logits = plain(x)
+        answers, confidence, chance = {}, {}, {}
+        for place in masked:
+            row = logits[place]
+            row[MASK] = -torch.inf
+            row = row / temperature if temperature else row
+            ranked, order = row.sort(descending=True)
+            before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
+            row[order[before > top_p]] = -torch.inf
+            if top_k:
+                row[row < ranked[top_k - 1]] = -torch.inf
+            p = row.softmax(-1)
+            u = float(uniforms([seed], [0], [place + 2**32 * round_])[0])
+            answers[place] = int((p.cumsum(-1) <= u * p.sum()).sum()) if temperature else int(p.argmax())
+            best = p.sort(descending=True).values
+            confidence[place] = {
+                "origin": 0.0,
+                "maskgit_plus": float(p[answers[place]]),
+                "topk_margin": float(best[0] - best[1]),
+                "entropy": float((p * torch.log(p + 1e-10)).sum()),
+            }[alg]
+            chance[place] = float(uniforms([seed], [0], [place + 2**32 * round_ + 2**62])[0])
+        if alg == "origin":
+            chosen = [place for place in masked if chance[place] < share]
+        elif alg_temp:
+            weights = torch.tensor([confidence[place] for place in masked], dtype=torch.float64) / alg_temp
+            races = weights.softmax(-1) / -torch.tensor([chance[place] for place in masked], dtype=torch.float64).log()
+            chosen = [masked[j] for j in races.topk(count).indices.tolist()]  # as torch.multinomial draws
+        else:
+            chosen = sorted(masked, key=lambda place: (-confidence[place], place))[:count]
+        for place in chosen:
+            x[place] = answers[place]
+        round_ += 1
+    return x[len(prompt) :]
+
+
+ALGS = [
+    {"alg": "origin", "gen_length": 12, "steps": 6},
+    {"alg": "origin", "gen_length": 9, "steps": 20, "temperature": 0.8},
+    {"alg": "maskgit_plus", "gen_length": 12, "steps": 12},
+    {"alg": "maskgit_plus", "gen_length": 12, "steps": 5, "temperature": 0.7, "top_p": 0.8},
+    {"alg": "topk_margin", "gen_length": 13, "steps": 7},
+    {"alg": "topk_margin", "gen_length": 10, "steps": 30, "temperature": 1.2, "alg_temp": 0.3},
+    {"alg": "entropy", "gen_length": 12, "steps": 6},
+    {"alg": "entropy", "gen_length": 12, "steps": 9, "temperature": 0.5, "top_k": 20, "alg_temp": 1.0},
+]
+
+
+@pytest.mark.parametrize("seed", [3, 8])
+def test_dreams_own_algorithms(tmp_path: Path, seed: int) -> None:
+    make_engine_checkpoint(
+        tmp_path, "qwen2", seed, torch.float64, use_sliding_window=False, sliding_window=None, rope_scaling=None
+    )
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    plain = Bidirectional(tmp_path, 1)
+    names = {"architectures": ["DreamModel"], "model_type": "Dream", "mask_token_id": MASK}
+    file.write_text(json.dumps({**fields, **names}), encoding="utf-8")
+    given = prompts(len(ALGS), seed)
+    params = [sampling(case, seed=place) for place, case in enumerate(ALGS)]
+    with LLM(tmp_path, dtype="float64", device="cpu") as llm:
+        computed = tokens(llm.generate(given, params))
+        exact = llm.generate(given[:2], sampling({"gen_length": 12, "steps": 12}))
+        always = sampling({"gen_length": 12, "steps": 12, "kv_reuse": "dual", "refresh_interval": 1})
+        assert tokens(llm.generate(given[:2], always)) == tokens(exact)
+    for place, (prompt, case) in enumerate(zip(given, ALGS, strict=True)):
+        assert computed[place] == dream(plain, prompt, **case, seed=place), case  # type: ignore[arg-type]
+
+
 def test_completions_are_drawn_apart(model: Model) -> None:
     (prompt,) = prompts(1, 8)
     case = {"gen_length": 10, "steps": 5, "block_length": 5, "temperature": 1.0}
@@ -441,6 +533,8 @@ def test_a_small_budget_and_few_blocks_change_nothing(model: Model) -> None:
         ({"threshold": 1.5}, "threshold must be a finite number of at least 0 and at most 1, got 1.5"),
         ({"factor": 0.0}, "factor must be a finite number of more than 0, got 0.0"),
         ({"kv_reuse": "suffix"}, "kv_reuse must be one of 'prefix', 'dual', got 'suffix'"),
+        ({"alg": "greedy"}, "alg must be one of 'origin', 'maskgit_plus', 'topk_margin', 'entropy', got 'greedy'"),
+        ({"alg_temp": -1}, "alg_temp must be a finite number of at least 0, got -1"),
         ({"sparse_config": 0.5}, r"sparse_config must be a SparseConfig, got 0.5; SparseConfig\(retention_ratio=0.5\)"),
         ({"sparse_config": {"ratio": 0.5}}, "SparseConfig has no option 'ratio'"),
         (
@@ -469,6 +563,9 @@ def test_bad_values_are_refused_at_once(option: dict[str, object], message: str)
         ({"threshold": 0.9, "factor": 1.0}, "factor=1.0 beside threshold"),
         ({"factor": 1.0, "remasking": "random"}, "remasking='random' beside factor"),
         ({"refresh_interval": 4}, "refresh_interval without kv_reuse"),
+        ({"alg": "entropy", "block_length": 4}, "block_length=4 beside alg='entropy', which writes all"),
+        ({"alg": "origin", "remasking": "random"}, "remasking='random' beside alg='origin'"),
+        ({"alg": "origin", "alg_temp": 0.5}, "alg_temp=0.5 needs an alg that goes by confidence"),
         ({"kv_reuse": "dual", "sparse_config": {}}, "kv_reuse='dual' beside sparse_config"),
         ({"min_tokens": 1}, "min_tokens=1: a diffusion model writes in any order"),
         ({"presence_penalty": 1.0}, "presence_penalty=1.0: a diffusion model"),

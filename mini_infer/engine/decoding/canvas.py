@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mini_infer.engine.decoding.diffusion import DiffusionOptions, Keeping, counts
+from mini_infer.engine.decoding.diffusion import DiffusionOptions, Keeping, counts, counts_by_share, shares
 from mini_infer.engine.rules import Rule
 from mini_infer.exceptions import InvalidRequestError
 from mini_infer.sampling import SamplingParams
@@ -72,6 +72,18 @@ class Canvas:
                     )
             if params.remasking == "random":
                 raise InvalidRequestError(f"remasking='random' beside {name}, which goes by confidence; give one")
+        if params.alg is not None:
+            for name in ("block_length", "remasking", "threshold", "factor", "sparse_config"):
+                if getattr(params, name) is not None:
+                    raise InvalidRequestError(
+                        f"{name}={getattr(params, name)!r} beside alg={params.alg!r}, which writes all of the answer "
+                        "by a rule of its own; give one"
+                    )
+        if params.alg_temp and params.alg in (None, "origin"):
+            raise InvalidRequestError(
+                f"alg_temp={params.alg_temp!r} needs an alg that goes by confidence: maskgit_plus, topk_margin or "
+                "entropy"
+            )
         is_sparse = params.sparse_config is not None and params.sparse_config.enabled
         if is_sparse and params.kv_reuse is not None:
             raise InvalidRequestError(
@@ -174,12 +186,18 @@ class Canvas:
             shift=self.model.shift,
             gen_length=self.gen_length,
             block_length=self.block_length,
-            counts=counts(self.gen_length, steps, self.block_length),
+            counts=(
+                counts_by_share(self.gen_length, steps)
+                if params.alg
+                else counts(self.gen_length, steps, self.block_length)
+            ),
+            shares=tuple(shares(steps)) if params.alg == "origin" else (),
             threshold=params.threshold,
             factor=params.factor,
             keeping=self.keeping,
             cfg_scale=params.cfg_scale or 0.0,
-            in_random_order=params.remasking == "random",
+            rule=params.alg or params.remasking or "low_confidence",
+            alg_temp=params.alg_temp or 0.0,
             stop_token_ids=stop_token_ids,
             rules=rules,
             seed=seed,

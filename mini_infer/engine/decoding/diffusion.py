@@ -14,7 +14,10 @@ each with its share of the steps. These are the rules of LLaDA's sampler, with w
 Some options are faster and another algorithm: to keep as many tokens as are sure enough, instead of equally many each
 step; and, within a block, not to compute again what stands before it, or around it, or to forget most of that.
 
+Dream's four algorithms differ from LLaDA's in how many tokens a step writes, and in which are the surest.
+
 Nie et al., Large Language Diffusion Models, 2025, https://arxiv.org/abs/2502.09992
+Ye et al., Dream 7B: Diffusion Large Language Models, 2025, https://arxiv.org/abs/2508.15487
 Wu et al., Fast-dLLM: Training-free Acceleration of Diffusion LLM by Enabling KV Cache and Parallel Decoding, 2025,
 https://arxiv.org/abs/2505.22618
 Song et al., Sparse-dLLM: Accelerating Diffusion LLMs with Dynamic Cache Eviction, 2025,
@@ -23,8 +26,10 @@ https://arxiv.org/abs/2508.02558
 
 import logging
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from mini_infer.engine.decoding.lifecycle import close_completion, start_all, stop_all
@@ -44,6 +49,12 @@ logger = logging.getLogger(__name__)
 _ROUND = 1 << 32
 """Added to a position for each step before, so that every step draws anew; positions are smaller."""
 
+_LAST_TIME = 1e-3
+"""Where Dream's schedule ends; `eps` there."""
+
+_RATED: Mapping[str, str] = {"maskgit_plus": "probability", "topk_margin": "margin", "entropy": "entropy"}
+"""Dream's names for the ways to be sure of a token."""
+
 _ORDERS = 1 << 62
 """Added where a number decides the order in which tokens are kept, and not a token."""
 
@@ -62,6 +73,23 @@ def counts(gen_length: int, steps: int, block_length: int) -> tuple[int, ...]:
         num_steps = min(length, max(1, steps // num_blocks + (number < steps % num_blocks)))
         plan += [length // num_steps + (i < length % num_steps) for i in range(num_steps)]
     return tuple(plan)
+
+
+def shares(steps: int) -> list[float]:
+    """Which share of what is still masked each step of Dream's schedule writes: the time goes from 1 to almost 0, and
+    what is masked at time t is so with probability t. The last step writes all."""
+    times = [1 - (1 - _LAST_TIME) * step / steps for step in range(steps + 1)]
+    return [1 - after / before for before, after in pairwise(times[:-1])] + [1.0]
+
+
+def counts_by_share(gen_length: int, steps: int) -> tuple[int, ...]:
+    """How many tokens each step writes where its share of the masks says so, rounded down; without those that write
+    none."""
+    left, plan = gen_length, []
+    for share in shares(steps):
+        plan.append(int(left * share))
+        left -= plan[-1]
+    return tuple(filter(None, plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +129,14 @@ class DiffusionOptions:
         mask_token_id: what they are made of.
         shift: 1 where the logits after a token are for the next one.
         gen_length, block_length: masks of an answer, and of what is written before any behind it.
-        counts: how many tokens each step writes, unless one of the next two says so.
+        counts: how many tokens each step writes, unless one of the next three says so.
+        shares: how likely each mask is to be written in each step; Dream's ``origin``. Else empty.
         threshold: a step keeps every token that is at least so likely, and the likeliest in any case.
         factor: a step keeps the n likeliest, as many as (n + 1) (1 - p) is less for the n-th of them; one in any case.
         keeping: what most steps of a block take as it was; None computes everything in every step.
         cfg_scale: how far to go away from what would be said without the prompt; 0 asks nobody.
-        in_random_order: keep tokens wherever, and not where they are likeliest.
+        rule: which tokens are kept: one of LLaDA's, "low_confidence" and "random", or of Dream's.
+        alg_temp: how far chance decides beside a confidence of Dream's; 0 is not at all.
         stop_token_ids: tokens that end an answer.
         rules: what changes the logits.
         seed: the request's.
@@ -117,11 +147,13 @@ class DiffusionOptions:
     gen_length: int
     block_length: int
     counts: tuple[int, ...]
+    shares: tuple[float, ...]
     threshold: float | None
     factor: float | None
     keeping: Keeping | None
     cfg_scale: float
-    in_random_order: bool
+    rule: str
+    alg_temp: float
     stop_token_ids: frozenset[int]
     rules: tuple[Rule, ...]
     seed: int
@@ -185,6 +217,8 @@ class Diffusion:
             wanted.draw(row, item.sequence, key, request.params, options.rules, [])
             if item.sequence.twin is not None:
                 wanted.guide(row + item.num_tokens, options.cfg_scale)
+            if options.rule in _RATED:
+                wanted.rate(_RATED[options.rule])
         reuse = self._reuse(item.sequence, canvas.block_step + 1)
         if reuse is not None and item.is_whole:
             for sequence in filter(None, (item.sequence, item.sequence.twin)):
@@ -194,7 +228,7 @@ class Diffusion:
         sequence, drawn = item.sequence, self._drawn(item.sequence, answer)
         if any(math.isnan(one.logprob) for one in drawn):
             return [Outcome(sequence, (), 0, "error")]
-        kept = self._kept(sequence, drawn)
+        kept = self._kept(sequence, drawn, answer.confidences)
         known = sequence.num_known_tokens
         canvas = sequence.token_ids[known:]
         for written in kept:
@@ -278,14 +312,19 @@ class Diffusion:
             )
         ]
 
-    def _kept(self, sequence: TokenSequence, drawn: list[_Written]) -> list[_Written]:
-        """What a step writes: the likeliest tokens, of equals the leftmost."""
+    def _kept(self, sequence: TokenSequence, drawn: list[_Written], confidences: list[float]) -> list[_Written]:
+        """What a step writes: the surest tokens, of equals the leftmost."""
         options, canvas = self._options, self._canvases[sequence]
-        if options.in_random_order:
+        order = confidences if options.rule in _RATED else [one.logprob for one in drawn]
+        if options.rule in ("random", "origin") or options.alg_temp:
             keys = [one.position + _ROUND * canvas.step + _ORDERS for one in drawn]
-            order = uniforms([options.seed] * len(keys), [canvas.completion.index] * len(keys), keys).tolist()
-        else:
-            order = [one.logprob for one in drawn]
+            chance = uniforms([options.seed] * len(keys), [canvas.completion.index] * len(keys), keys).tolist()
+            if options.rule == "origin":
+                return [one for one, u in zip(drawn, chance, strict=True) if u < options.shares[canvas.step]]
+            if options.rule == "random":
+                order = chance
+            else:
+                order = [c / options.alg_temp + _gumbel(u) for c, u in zip(order, chance, strict=True)]
         best = [drawn[i] for i in sorted(range(len(drawn)), key=lambda i: (-order[i], i))]
         return best[: self._count(canvas, [math.exp(one.logprob) for one in best])]
 
@@ -297,3 +336,9 @@ class Diffusion:
         if options.factor is not None:
             return max([1, *(n for n, p in enumerate(likely, start=1) if (n + 1) * (1 - p) < options.factor)])
         return options.counts[canvas.step]
+
+
+def _gumbel(uniform: float) -> float:
+    """Noise by which the order of x + noise is that of drawing without replacement, each in proportion to e^x (Gumbel's
+    trick; Vieira, 2014)."""
+    return -math.log(-math.log(uniform or sys.float_info.min))

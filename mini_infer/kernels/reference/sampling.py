@@ -22,11 +22,7 @@ def argmax_logprob(logits: Tensor) -> tuple[Tensor, Tensor]:
 def draw_tokens(
     logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats, uniform: Floats
 ) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The largest logit, made finite, is moved to 0 first, so that no temperature makes inf - inf of it.
-    logits = logits.clamp(max=torch.finfo(logits.dtype).max)
-    logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(_column(temperature, logits))
-    cumulative = _weights(logits, top_k, top_p, min_p).to(torch.float64).cumsum(dim=-1)
+    cumulative = filtered_weights(logits, temperature, top_k, top_p, min_p).to(torch.float64).cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Below the total even after rounding, so that the token found always has a positive probability.
     target = torch.minimum(
@@ -34,6 +30,15 @@ def draw_tokens(
     )
     # A row that is not a distribution (its logits are NaN) yields some token; its log probability tells.
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def filtered_weights(logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats) -> Tensor:
+    """What each row's probabilities are in proportion to, after temperature and filters; float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # The largest logit, made finite, is moved to 0 first, so that no temperature makes inf - inf of it.
+    logits = logits.clamp(max=torch.finfo(logits.dtype).max)
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(_column(temperature, logits))
+    return _weights(logits, top_k, top_p, min_p)
 
 
 def _column(parameter: Floats, like: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def _for_diffusion(config: EngineConfig, model: "ModelConfig") -> EngineConfig:
             "enable_prefix_caching=True: in a diffusion model a prompt's keys depend on the answer, so that no other "
             "request can share them; leave it out"
         )
-    if config.enable_prefix_caching and config.block_size % span:
+    if config.enable_prefix_caching and span is not None and config.block_size % span:
         raise InvalidConfigError(
             f"enable_prefix_caching=True: this model sees in blocks of {span} tokens, and a KV block of "
             f"block_size={config.block_size} ends within one; give a multiple of {span}"

@@ -6,6 +6,7 @@ from one step to the next. So what is equal to it is also equal to computing eve
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def plain_of(path: Path, span: int) -> SeesInBlocks:
     return plain
 
 
-def sampling(case: dict[str, object], **more: object) -> SamplingParams:
+def sampling(case: Mapping[str, object], **more: object) -> SamplingParams:
     steps = {} if {"threshold", "factor"} & case.keys() else {"steps": 1}
     return SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **steps, **case, **more})  # type: ignore[arg-type]
 

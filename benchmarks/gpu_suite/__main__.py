@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_suite import engine, kernels, parity
+from benchmarks.gpu_suite import diffusion, engine, kernels, parity
 from benchmarks.gpu_suite.figure import FULL, TINY, Context, Figure
 from benchmarks.gpu_suite.isolation import Section, run
 from benchmarks.report import RESULTS, hardware, save
@@ -28,8 +28,9 @@ SECTIONS: dict[str, tuple[Section, int]] = {  # and the most seconds each may ta
     "workload": (engine.workload, 170),
     "equality": (engine.equality, 40),
     "profile": (engine.where_time_goes, 60),
+    "diffusion": (diffusion.canvases, 60),
 }
-ENGINE = ("steps", "workload", "equality", "profile")
+ENGINE = ("steps", "workload", "equality", "profile", "diffusion")
 
 
 def main(
@@ -47,7 +48,7 @@ def main(
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         context = Context(TINY if tiny else FULL, Path(directory))
-        if set(chosen) & {"steps", "workload", "profile"}:
+        if set(chosen) & {"steps", "workload", "profile", "diffusion"}:
             make_random_checkpoint(context.checkpoint, context.sizes.shape)
         for name in chosen:
             section, limit = SECTIONS[name]

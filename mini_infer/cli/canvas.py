@@ -1,5 +1,6 @@
 """``mini-infer demo --diffusion``: answers fill in, step by step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -64,7 +65,10 @@ def run_canvas_demo(console: Console, model: str | None) -> None:
         )
     with LLM(model or TUTOR) as llm:
         llm.watch(CanvasView(console, llm))
+        assert llm.model_config.diffusion is not None
+        has_own_blocks = llm.model_config.diffusion.span is not None
         for question in QUESTIONS:
             for way, params in WAYS.items():
                 console.print(f"\n[bold]{question}[/bold]  {way}", highlight=False)
+                params = replace(params, block_length=None) if has_own_blocks else params
                 llm.chat([{"role": "user", "content": question}], params, use_tqdm=False)

@@ -111,23 +111,30 @@ def build(config: EngineConfig) -> Parts:
 
 
 def _for_diffusion(config: EngineConfig, model: "ModelConfig") -> EngineConfig:
-    """A diffusion model computes a sequence at once, so that a step has room for the longest unless that is said.
+    """A diffusion model whose tokens all see each other computes a sequence at once, so that a step has room for the
+    longest unless that is said.
 
     Raises:
         InvalidConfigError: an option that it cannot have.
     """
     if model.diffusion is None:
         return config
-    if config.enable_prefix_caching:
+    span = model.diffusion.span
+    if config.enable_prefix_caching and span is None:
         raise InvalidConfigError(
             "enable_prefix_caching=True: in a diffusion model a prompt's keys depend on the answer, so that no other "
             "request can share them; leave it out"
+        )
+    if config.enable_prefix_caching and span is not None and config.block_size % span:
+        raise InvalidConfigError(
+            f"enable_prefix_caching=True: this model sees in blocks of {span} tokens, and a KV block of "
+            f"block_size={config.block_size} ends within one; give a multiple of {span}"
         )
     if config.pipeline_parallel_size > 1:
         raise InvalidConfigError(
             "pipeline_parallel_size: stages are not implemented for diffusion models; leave it out"
         )
-    if config.max_num_batched_tokens is not None:
+    if config.max_num_batched_tokens is not None or span is not None:
         return config
     longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     return replace(config, max_num_batched_tokens=max(config.token_budget, longest))

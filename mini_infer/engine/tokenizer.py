@@ -285,13 +285,22 @@ def _read(path: Path, config: CheckpointOptions) -> tuple[Any, frozenset[int]]:
     """The tokenizer of transformers, and the ids of the tokens that end a text."""
     if is_gguf(path):
         return read_tokenizer(path)
+    configs = logging.getLogger("transformers.configuration_utils")
+    configs.addFilter(_is_news)
     try:
         hf: Any = AutoTokenizer.from_pretrained(
             path, use_fast=config.tokenizer_mode == "auto", trust_remote_code=config.trust_remote_code
         )
     except Exception as error:  # transformers raises almost anything for a damaged or missing tokenizer
         raise InvalidCheckpointError(_why_unusable(path, error)) from error
+    finally:
+        configs.removeFilter(_is_news)
     return hf, frozenset() if hf.eos_token_id is None else frozenset({hf.eos_token_id})
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that transformers has no model of this type: it shall read the tokenizer alone."""
+    return "to instantiate a model of type" not in record.getMessage()
 
 
 def whole_text(content: Any) -> Any:

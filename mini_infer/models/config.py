@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from mini_infer.exceptions import InvalidCheckpointError
+from mini_infer.exceptions import InvalidCheckpointError, UnsupportedModelError
 from mini_infer.memory.cache_spec import PagedKV
 from mini_infer.models.quantization import Quantization
 from mini_infer.models.rope import Rope
@@ -140,6 +140,11 @@ class ModelConfig:
                 raise InvalidCheckpointError(
                     f"mask_token_id must be a token, an integer from 0 to {self.vocab_size - 1}; got {mask!r}"
                 )
+            span = self.diffusion.span
+            if span is not None and (type(span) is not int or not 1 <= span <= LARGEST_SIZE):
+                raise InvalidCheckpointError(f"block_size must be an integer of at least 1; got {span!r}")
+            if any(layer.attention.sliding_window is not None for layer in self.layers):
+                raise UnsupportedModelError("sliding_window must not be used in a diffusion model")
 
     @property
     def attention_span(self) -> int:

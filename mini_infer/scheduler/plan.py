@@ -118,10 +118,9 @@ class PlanDraft:
     def is_full(self) -> bool:
         return not self.budget or len(self.scheduled) == self.room
 
-    def charge(self, caller: Hashable, num_tokens: int, is_whole: bool) -> int:
-        """How many of a prompt's tokens a caller may have; they count as its own from now on."""
-        if not is_whole:
-            num_tokens = min(num_tokens, self.most_of_prompts - self._prompt_tokens[caller])
+    def charge(self, caller: Hashable, num_tokens: int, least: int) -> int:
+        """How many of a prompt's tokens a caller may have, ``least`` in any case; they count as its own from now on."""
+        num_tokens = min(num_tokens, max(least, self.most_of_prompts - self._prompt_tokens[caller]))
         self._prompt_tokens[caller] += num_tokens
         if self._prompt_tokens[caller] >= self.most_of_prompts:
             self.served.add(caller)

@@ -232,16 +232,21 @@ class Scheduler(Roster):
         )
 
     def _schedule_prompt(self, sequence: Sequence, draft: PlanDraft) -> None:
-        """Plan as much of a prompt as its caller's share of prompts allows; whole ones are planned whole."""
+        """Plan as much of a prompt as its caller's share of prompts allows, and as must be computed at once."""
         num_tokens = sequence.num_uncomputed_tokens
         if sequence.caller is not None:
-            num_tokens = draft.charge(sequence.caller, min(num_tokens, draft.budget), sequence.is_whole)
+            num_tokens = draft.charge(sequence.caller, min(num_tokens, draft.budget), sequence.least_tokens)
         self._schedule(sequence, num_tokens, draft)
 
     def _schedule(self, sequence: Sequence, num_tokens: int, draft: PlanDraft) -> None:
-        """Put so many of a sequence's tokens into the plan, if the budget allows."""
+        """Put so many of a sequence's tokens into the plan, if the budget allows. Those that see each other stay
+        together."""
         (start, end), num_drafts = sequence.uncomputed, sequence.num_drafts
         num_tokens = min(num_tokens, draft.budget)
+        if start + num_tokens < end:
+            num_tokens -= num_tokens % sequence.span
+            if num_tokens <= 0:
+                return
         reaches_end = start + num_tokens == end
         samples = reaches_end and sequence.num_known_tokens + sequence.num_placeholders < sequence.max_length
         item = ScheduledSequence(
@@ -256,11 +261,11 @@ class Scheduler(Roster):
         draft.budget -= item.num_rows
         draft.scheduled.append(item)
         if self.prefix_caching:
-            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid.
-            is_certain = not (samples and sequence.decides_late)
-            self._holdings.remember(
-                sequence, min(start + num_tokens, sequence.num_known_tokens) if is_certain else start, draft
-            )
+            # What becomes of a step that decides late is not certain, not even whether its keys and values are valid;
+            # on a canvas, those are whose neighbours are all known.
+            is_certain = not (samples and sequence.decides_late) or sequence.num_masks
+            certain = min(start + num_tokens, sequence.num_known_tokens) if is_certain else start
+            self._holdings.remember(sequence, certain - certain % sequence.span, draft)
 
     def _expect(self, item: ScheduledSequence) -> None:
         """Take it that a planned step will be computed: the next plan builds on it."""
@@ -339,7 +344,8 @@ class Scheduler(Roster):
             elif num_valid < len(sequence.content_ids) * self.block_manager.block_size:
                 fits = False  # others may share what this would take back
             elif sequence.num_masks:
-                fits = len(token_ids) + len(canvas) == sequence.num_masks or finish_reason is not None
+                num_places = len(token_ids) + len(canvas)
+                fits = sequence.num_masks <= num_places <= sequence.max_length - known or finish_reason is not None
             elif sequence.decides_late:
                 fits = length <= sequence.max_length
             else:

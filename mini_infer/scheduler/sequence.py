@@ -54,6 +54,8 @@ class Sequence:
         mask_token_id: what stands for a gap in its tokens, if it has any.
         is_whole: every token sees all others, so that a step computes all of it, and keeps no keys and values but those
             for a ``reuse``.
+        span: so many neighbouring tokens see each other, counted from the first, so that a step computes all of them at
+            once; one for a causal model.
         num_kept_slots: of how many tokens it keeps keys and values; None is all that it has.
         twin: computed with it, step by step, from a prompt of masks; nothing is drawn from it, but its logits guide.
         forks: sequences that start from it once its prompt is computed, and draw their first token beside it.
@@ -86,6 +88,7 @@ class Sequence:
     num_masks: int = 0
     mask_token_id: int | None = None
     is_whole: bool = False
+    span: int = 1
     num_kept_slots: int | None = None
     twin: "Sequence | None" = None
     forks: "tuple[Sequence, ...]" = ()
@@ -148,7 +151,8 @@ class Sequence:
     @property
     def least_tokens(self) -> int:
         """What a step must have room for to compute any of it."""
-        return self.num_uncomputed_tokens * (1 if self.twin is None else 2) if self.is_whole else 1
+        least = self.num_uncomputed_tokens if self.is_whole else min(self.num_uncomputed_tokens, self.span)
+        return least if self.twin is None else 2 * least
 
     @property
     def can_step(self) -> bool:

@@ -17,6 +17,7 @@ from mini_infer.exceptions import InvalidConfigError
 from tests.cli.terminal import CTRL_D, Terminal
 from tests.cli.test_cli import ENTRY, ROOT
 from tests.engine.checkpoints import make_engine_checkpoint, save_tokenizer
+from tests.engine.test_block_diffusion import make
 from tests.models.llada import make_llada_checkpoint
 
 
@@ -84,6 +85,14 @@ def test_a_chat_that_is_piped_prints_text_alone(tmp_path: Path) -> None:
     options = ("--device", "cpu", "--temperature", "0", "--max-tokens", "12", "--dtype", "float64")
     done = CliRunner().invoke(app, ["chat", str(model), *options], input="hi\n")
     assert done.exit_code == 0, done.output
+    assert "model of type" not in done.stderr
     with LLM(model, device="cpu", dtype="float64") as llm:
         params = SamplingParams(temperature=0, gen_length=12)
         assert done.stdout == llm.chat([{"role": "user", "content": "hi"}], params)[0].text + "\n"
+
+
+def test_the_demo_of_a_model_that_sees_in_blocks_shows_them_come(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    canvas.run_canvas_demo(Console(file=screen, width=200), str(make(tmp_path, 5, 4)))
+    lines = [line for line in screen.getvalue().splitlines() if line[:3].strip().isdigit()]
+    assert len(lines) > 20 and max(line.count(MASK) for line in lines) == 4

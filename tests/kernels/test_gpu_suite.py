@@ -35,7 +35,8 @@ def test_every_section_yields_its_figures(tmp_path: Path) -> None:
     report = json.loads(file.read_text(encoding="utf-8"))
     assert file.name.startswith("gpu-") and file.name.endswith("-tiny.json")
     sections = report["figures"]
-    assert list(sections) == ["parity", "kernels", "attention", "products", "steps", "workload", "equality", "profile"]
+    in_order = ["parity", "kernels", "attention", "products", "steps", "workload", "equality", "profile", "diffusion"]
+    assert list(sections) == in_order
     assert not any(section["error"] for section in sections.values())
 
     def names(section: str, verdict: str | None = None) -> str:
@@ -54,6 +55,7 @@ def test_every_section_yields_its_figures(tmp_path: Path) -> None:
     assert "generate_batch" in names("workload") and "holds no token" in names("workload")
     assert names("equality", "miss") == ""
     assert "all kernels of a step" in names("profile")
+    assert names("diffusion").count("batch 16") == 3 and names("diffusion", "untaken") == ""
     for title in sections:
         assert f"{title}, " in process.stdout
 

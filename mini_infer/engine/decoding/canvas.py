@@ -84,6 +84,8 @@ class Canvas:
                 f"alg_temp={params.alg_temp!r} needs an alg that goes by confidence: maskgit_plus, topk_margin or "
                 "entropy"
             )
+        if model.span is not None:
+            _check_blocks(model.span, params)
         is_sparse = params.sparse_config is not None and params.sparse_config.enabled
         if is_sparse and params.kv_reuse is not None:
             raise InvalidRequestError(
@@ -103,7 +105,14 @@ class Canvas:
         return bool(self.params.cfg_scale)
 
     @property
+    def offset(self) -> int:
+        """Tokens of the prompt in the first block that is written."""
+        return 0 if self.model.span is None else len(self.prompt_token_ids) % self.model.span
+
+    @property
     def block_length(self) -> int:
+        if self.model.span is not None:
+            return self.model.span
         sparse = self.params.sparse_config
         default = self.gen_length if sparse is None or not sparse.enabled else sparse.default_block_len
         return min(self.params.block_length or default, self.gen_length)
@@ -130,7 +139,7 @@ class Canvas:
         return first.num_kept + first.end - first.start
 
     def check_budget(self, token_budget: int, max_num_seqs: int, num_slots: int) -> None:
-        """Refuse what could never run: a step computes prompt and canvas at once.
+        """Refuse what could never run: a step computes prompt and canvas at once, or of a model in blocks one of these.
 
         Args:
             num_slots: tokens whose keys and values there is room for.
@@ -139,6 +148,13 @@ class Canvas:
             InvalidRequestError: that is more than a step may compute, more sequences than may run, or more is to be
                 kept than there is room for.
         """
+        if self.model.span is not None:
+            if self.model.span > token_budget:
+                raise InvalidRequestError(
+                    f"a block has {self.model.span} tokens, all of which a step computes at once, and "
+                    f"max_num_batched_tokens is {token_budget}; raise that"
+                )
+            return
         num_sequences = 2 if self.is_guided else 1
         length = (len(self.prompt_token_ids) + self.gen_length) * num_sequences
         if self.num_slots * num_sequences > num_slots:
@@ -155,22 +171,26 @@ class Canvas:
             raise InvalidRequestError("cfg_scale runs two sequences at once, and max_num_seqs is 1; raise that")
 
     def sequence(self, request_id: str, priority: int, caller: Hashable) -> Sequence:
-        """Prompt and masks, and the same without the prompt where that is to guide."""
+        """Prompt and masks, those of the first block where a model sees no more; and the same without the prompt where
+        that is to guide."""
+        span = self.model.span
+        num_masks = self.gen_length if span is None else min(span - self.offset, self.gen_length)
 
         def make(prompt: TokenIds, twin: Sequence | None) -> Sequence:
             return Sequence(
                 request_id=request_id,
-                token_ids=[*prompt, *[self.model.mask_token_id] * self.gen_length],
+                token_ids=[*prompt, *[self.model.mask_token_id] * num_masks],
                 num_prompt_tokens=len(prompt),
                 max_length=len(prompt) + self.gen_length,
                 priority=priority,
                 caller=caller,
-                reads_prefix_cache=False,
+                cache_salt=self.params.cache_salt,
                 decides_late=True,
-                num_masks=self.gen_length,
+                num_masks=num_masks,
                 mask_token_id=self.model.mask_token_id,
-                is_whole=True,
-                num_kept_slots=self.num_slots,
+                is_whole=span is None,
+                span=span or 1,
+                num_kept_slots=self.num_slots if span is None else None,
                 twin=twin,
                 num_seats=1 if twin is None else 2,
             )
@@ -186,10 +206,12 @@ class Canvas:
             shift=self.model.shift,
             gen_length=self.gen_length,
             block_length=self.block_length,
+            origin=len(self.prompt_token_ids) - self.offset,
+            keeps_blocks=self.model.span is not None,
             counts=(
                 counts_by_share(self.gen_length, steps)
                 if params.alg
-                else counts(self.gen_length, steps, self.block_length)
+                else counts(self.gen_length, steps, self.block_length, self.offset)
             ),
             shares=tuple(shares(steps)) if params.alg == "origin" else (),
             threshold=params.threshold,
@@ -202,3 +224,28 @@ class Canvas:
             rules=rules,
             seed=seed,
         )
+
+
+def _check_blocks(span: int, params: SamplingParams) -> None:
+    """Refuse what a model that sees in blocks does not have.
+
+    Raises:
+        InvalidRequestError: blocks of another length, or an option that blocks make pointless or are not there for.
+    """
+    if params.block_length not in (None, span):
+        raise InvalidRequestError(
+            f"block_length={params.block_length}, but this model sees in blocks of {span}; leave it out"
+        )
+    for name in ("kv_reuse", "refresh_interval"):
+        if getattr(params, name) is not None:
+            raise InvalidRequestError(
+                f"{name}={getattr(params, name)!r}: this model sees in blocks, and keeps what is before one as "
+                "it is, exactly; leave it out"
+            )
+    if params.sparse_config is not None and params.sparse_config.enabled:
+        raise InvalidRequestError("sparse_config is not implemented for models that see in blocks; leave it out")
+    for name in ("cfg_scale", "alg"):
+        if getattr(params, name):
+            raise InvalidRequestError(
+                f"{name}={getattr(params, name)!r} is not implemented for models that see in blocks; leave it out"
+            )

@@ -8,6 +8,8 @@ each with its share of the steps. These are the rules of LLaDA's sampler, with w
 - a mask is never an answer, neither inside a block nor anywhere else;
 - steps in which nothing would be written are left out;
 - lengths, blocks and steps need not divide each other;
+- a model that sees in blocks has its next block's masks only when it is their turn, and keeps the keys and values of
+  finished blocks; its blocks are counted from the prompt's first token, and the first one may begin with a part of it;
 - the answer ends as soon as all before its first end-of-sequence token is written. As what is written never changes,
   the text is the same as if the rest had been written, too.
 
@@ -59,17 +61,18 @@ _ORDERS = 1 << 62
 """Added where a number decides the order in which tokens are kept, and not a token."""
 
 
-def counts(gen_length: int, steps: int, block_length: int) -> tuple[int, ...]:
-    """How many tokens each step of an answer writes.
+def counts(gen_length: int, steps: int, block_length: int, offset: int = 0) -> tuple[int, ...]:
+    """How many tokens each step of an answer writes, where so many of its first block are not its own but the prompt's.
 
     Every block gets its share of the steps, the first ones one more if they do not divide, and at least one. In a block
     every step writes equally many, the first ones one more; a block of fewer tokens than steps takes no more steps than
     tokens.
     """
     plan: list[int] = []
-    num_blocks = -(-gen_length // block_length)
+    num_blocks = -(-(offset + gen_length) // block_length)
     for number in range(num_blocks):
-        length = min(block_length, gen_length - number * block_length)
+        start = max(number * block_length - offset, 0)
+        length = min((number + 1) * block_length - offset, gen_length) - start
         num_steps = min(length, max(1, steps // num_blocks + (number < steps % num_blocks)))
         plan += [length // num_steps + (i < length % num_steps) for i in range(num_steps)]
     return tuple(plan)
@@ -129,6 +132,8 @@ class DiffusionOptions:
         mask_token_id: what they are made of.
         shift: 1 where the logits after a token are for the next one.
         gen_length, block_length: masks of an answer, and of what is written before any behind it.
+        origin: position that blocks are counted from.
+        keeps_blocks: the model sees no block behind its own, so that keys and values of finished blocks stay right.
         counts: how many tokens each step writes, unless one of the next three says so.
         shares: how likely each mask is to be written in each step; Dream's ``origin``. Else empty.
         threshold: a step keeps every token that is at least so likely, and the likeliest in any case.
@@ -146,6 +151,8 @@ class DiffusionOptions:
     shift: int
     gen_length: int
     block_length: int
+    origin: int
+    keeps_blocks: bool
     counts: tuple[int, ...]
     shares: tuple[float, ...]
     threshold: float | None
@@ -210,6 +217,8 @@ class Diffusion:
         start_all(scheduler, self._canvases)
 
     def want(self, request: Request, item: ScheduledSequence, first_row: int, wanted: Wanted) -> None:
+        if not item.num_logits:  # a part of the prompt
+            return
         options, canvas = self._options, self._canvases[item.sequence]
         for position in self._gaps(item.sequence):
             row = first_row + position - options.shift - item.start
@@ -225,9 +234,12 @@ class Diffusion:
                 wanted.keep(sequence, reuse, options.keeping is not None and options.keeping.by_head)
 
     def decide(self, request: Request, item: ScheduledSequence, answer: Answer) -> list[Outcome]:
+        if not item.num_logits:
+            return []
         sequence, drawn = item.sequence, self._drawn(item.sequence, answer)
+        num_valid = self._block(sequence)[0] if self._options.keeps_blocks else 0
         if any(math.isnan(one.logprob) for one in drawn):
-            return [Outcome(sequence, (), 0, "error")]
+            return [Outcome(sequence, (), num_valid, "error")]
         kept = self._kept(sequence, drawn, answer.confidences)
         known = sequence.num_known_tokens
         canvas = sequence.token_ids[known:]
@@ -237,12 +249,17 @@ class Diffusion:
         num_settled = canvas.index(mask) if mask in canvas else len(canvas)
         for place in range(num_settled):
             if canvas[place] in self._options.stop_token_ids:
-                return [Outcome(sequence, tuple(canvas[: place + 1]), 0, "stop")]
+                return [Outcome(sequence, tuple(canvas[: place + 1]), num_valid, "stop")]
         fills_block = len(kept) == len(drawn)
         reuse = None if fills_block else self._reuse(sequence, self._canvases[sequence].block_step + 1)
-        return [Outcome(sequence, tuple(canvas[:num_settled]), 0, None, tuple(canvas[num_settled:]), reuse)]
+        settled, rest = canvas[:num_settled], canvas[num_settled:]
+        if not rest:  # of a model that sees no masks behind a block, the next one's begin here
+            rest = [mask] * min(self._options.block_length, sequence.max_length - known - num_settled)
+        return [Outcome(sequence, tuple(settled), num_valid, None, tuple(rest), reuse)]
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
+        if not item.num_logits:
+            return 0
         sequence, canvas = item.sequence, self._canvases[item.sequence]
         completion = canvas.completion
         drawn = self._drawn(sequence, answer)
@@ -290,9 +307,9 @@ class Diffusion:
     def _block(self, sequence: TokenSequence) -> tuple[int, int]:
         """Where the block that is being written begins and ends: it has the first mask."""
         first, options = sequence.num_prompt_tokens, self._options
-        num_settled = len(self._canvases[sequence].completion.token_ids)
-        start = num_settled - num_settled % options.block_length
-        return first + start, first + min(start + options.block_length, options.gen_length)
+        start = first + len(self._canvases[sequence].completion.token_ids)
+        start -= (start - options.origin) % options.block_length
+        return start, min(start + options.block_length, first + options.gen_length)
 
     def _reuse(self, sequence: TokenSequence, step: int) -> Reuse | None:
         """What a step of the block, if it is not full by then, is to compute alone. The rest is not right, for it

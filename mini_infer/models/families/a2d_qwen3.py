@@ -1,6 +1,10 @@
 """Qwen3 turned into a masked diffusion model: its weights and names, without the causal mask.
 
-Only those in which all tokens see each other. The same conversion in blocks has a config that does not differ.
+All tokens see each other, or, where config.json has a ``block_size``, those of a block and of the blocks before it. The
+converter writes none, and a conversion in blocks (BD3LM) must be told apart from one without by whoever has it.
+
+Arriola et al., Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models, 2025,
+https://arxiv.org/abs/2503.09573
 """
 
 from dataclasses import replace
@@ -22,5 +26,5 @@ def translate(fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def read(hf: PretrainedConfig) -> ModelConfig:
-    diffusion = DiffusionConfig(hf.mask_token_id)
+    diffusion = DiffusionConfig(hf.mask_token_id, span=getattr(hf, "block_size", None))
     return replace(qwen3.read(hf), architecture=ARCHITECTURE, diffusion=diffusion)

@@ -40,7 +40,7 @@ console = Console()
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; its recipe's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the corpus.")] = Recipe.seed,
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = TUTOR,
     only_evaluate: Annotated[bool, typer.Option(help="Do not train: score the model in OUT again.")] = False,
@@ -50,15 +50,16 @@ def main(
 ) -> None:
     """Make the bundled tutor from nothing, and say how good it is."""
     corpus = Corpus.load()
+    asked = {"seed": seed} | ({} if steps is None else {"steps": steps})
     if diffusion:
         out = ASSETS / "diffusion_tutor" if out == TUTOR else out
-        make_diffusion(corpus, DiffusionRecipe(steps=steps, seed=seed), out, state, only_evaluate, at_most)
+        make_diffusion(corpus, DiffusionRecipe(**asked), out, state, only_evaluate, at_most)
         return
     report_file = out / "evaluation.json"
     if only_evaluate:
         report = json.loads(report_file.read_text(encoding="utf-8"))
     else:
-        report = make(corpus, Recipe(steps=steps, seed=seed), out)
+        report = make(corpus, Recipe(**asked), out)
     console.print("Evaluating.")
     report["scores"] = evaluate(out, corpus.glossary)
     write_json(report_file, report)

@@ -189,7 +189,9 @@ def rows(tokenizer: Tokenizer, documents: Iterator[list[Segment]], seed: int, lo
     before it the question."""
     rng = random.Random(seed)
     for document in documents:
-        if not (document[0].text.startswith(START) or len(document) == 2):
+        first = document[0].text
+        is_chat = first.startswith(START) and not first.startswith(f"{START}tools")  # calls are left to the other tutor
+        if not is_chat and len(document) != 2:
             continue
         turn = rng.choice([i for i, segment in enumerate(document) if segment.learn])
         question, _ = encode(tokenizer, document[:turn])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +93,13 @@ def train(
     tokenizer: Tokenizer,
     documents: Iterator[list[Segment]],
     recipe: Recipe,
+    start: Path | None,
     on_step: Callable[[int, float, Qwen3ForCausalLM], None],
 ) -> Qwen3ForCausalLM:
-    """Train from scratch; `on_step` hears the step just done, its loss and the model."""
+    """Train from nothing, or from the tutor in ``start``; `on_step` hears of each step, its loss and the model."""
     torch.manual_seed(recipe.seed)
-    model = build_model(config).train()
+    model = build_model(config) if start is None else Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
+    model.train()
     optimizers = Optimizers(model.model.layers, model.model.embed_tokens.weight, [model.model.norm.weight], recipe)
     for step in range(recipe.steps):
         length = recipe.row(step)

@@ -23,7 +23,15 @@ from .corpus import Corpus
 from .diffusion import DiffusionModel, DiffusionRecipe, evaluate_diffusion, train_diffusion, with_mask
 from .diffusion import model_config as diffusion_config
 from .evaluate import evaluate, suites
-from .export import DIFFUSION_CARDS, export_cards, export_diffusion, export_heldout, export_model, write_json
+from .export import (
+    DIFFUSION_CARDS,
+    export_cards,
+    export_diffusion,
+    export_heldout,
+    export_mean,
+    export_model,
+    write_json,
+)
 from .glossary import LANGUAGES
 from .questions import HELDOUT, TRAIN, heldout_questions
 from .tokenizer import train_tokenizer
@@ -40,9 +48,14 @@ console = Console()
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Recipe.steps,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; its recipe's own by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the corpus.")] = Recipe.seed,
     out: Annotated[Path, typer.Option(help="Where the model goes.")] = TUTOR,
+    start: Annotated[Path | None, typer.Option(help="A tutor to go on from, with new terms or wordings.")] = None,
+    peak_lr: Annotated[float | None, typer.Option(help="Highest learning rate; the recipe's own by default.")] = None,
+    mean: Annotated[
+        list[Path] | None, typer.Option(help="Do not train: the mean of these tutors, each gone on from the last.")
+    ] = None,
     only_evaluate: Annotated[bool, typer.Option(help="Do not train: score the model in OUT again.")] = False,
     diffusion: Annotated[bool, typer.Option(help="Make the diffusion tutor, from the weights of the other.")] = False,
     state: Annotated[Path, typer.Option(help="Where training goes on from, of the diffusion tutor.")] = STATE,
@@ -50,15 +63,20 @@ def main(
 ) -> None:
     """Make the bundled tutor from nothing, and say how good it is."""
     corpus = Corpus.load()
+    given = {"seed": seed, "steps": steps, "peak_lr": peak_lr}
+    asked = {name: value for name, value in given.items() if value is not None}
     if diffusion:
         out = ASSETS / "diffusion_tutor" if out == TUTOR else out
-        make_diffusion(corpus, DiffusionRecipe(steps=steps, seed=seed), out, state, only_evaluate, at_most)
+        make_diffusion(corpus, DiffusionRecipe(**asked), out, state, only_evaluate, at_most)
         return
     report_file = out / "evaluation.json"
-    if only_evaluate:
+    if mean:
+        export_mean(mean, out)
+        report = json.loads((mean[-1] / "evaluation.json").read_text(encoding="utf-8"))
+    elif only_evaluate:
         report = json.loads(report_file.read_text(encoding="utf-8"))
     else:
-        report = make(corpus, Recipe(steps=steps, seed=seed), out)
+        report = make(corpus, Recipe(**asked), start, out)
     console.print("Evaluating.")
     report["scores"] = evaluate(out, corpus.glossary)
     write_json(report_file, report)
@@ -68,11 +86,21 @@ def main(
     console.print_json(data=report)
 
 
-def make(corpus: Corpus, recipe: Recipe, out: Path) -> dict:
-    """Train the tokenizer and the model, write checkpoints, and report how it went."""
+def make(corpus: Corpus, recipe: Recipe, start: Path | None, out: Path) -> dict:
+    """Train the tokenizer and the model, write checkpoints, and report how it went.
+
+    Args:
+        start: a tutor to go on from, whose tokenizer stays as it is.
+    """
     started = time.monotonic()
-    sample = itertools.islice(corpus.documents(recipe.seed), TOKENIZER_DOCUMENTS)
-    tokenizer = train_tokenizer("".join(s.text for s in document) for document in sample)
+    if start is None:
+        sample = itertools.islice(corpus.documents(recipe.seed), TOKENIZER_DOCUMENTS)
+        tokenizer = train_tokenizer("".join(s.text for s in document) for document in sample)
+        earlier = []
+    else:
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
+        before = json.loads((start / "evaluation.json").read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier", []), {name: before[name] for name in ("date", "recipe", "loss", "minutes")}]
     config = model_config(tokenizer)
     losses: list[float] = []
     recent = 0.0
@@ -95,11 +123,12 @@ def make(corpus: Corpus, recipe: Recipe, out: Path) -> dict:
                 export_model(model, config, tokenizer, out)
                 progress.console.print(f"step {step}: loss {recent:.4f}")
 
-        model = train(config, tokenizer, corpus.documents(recipe.seed), recipe, on_step)
+        model = train(config, tokenizer, corpus.documents(recipe.seed), recipe, start, on_step)
 
     return {
         "date": date.today().isoformat(),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "earlier": earlier,
         "recipe": asdict(recipe),
         "loss": round(recent, 4),
         "minutes": round((time.monotonic() - started) / 60),

@@ -69,6 +69,8 @@ TRAIN: dict[Language, dict[str, tuple[str, ...]]] = {
             "Please look {term} up.",
             "Can you look up the term {term}?",
             "Find {term} in the glossary.",
+            "I want to look up {term}.",
+            "Check the glossary for {term}.",
         ),
         "kv_cache_size": (
             "How large is the KV cache of {tokens} tokens with {layers} layers, {kv_heads} KV heads and head_dim "
@@ -81,6 +83,9 @@ TRAIN: dict[Language, dict[str, tuple[str, ...]]] = {
             "A model has {layers} layers and {kv_heads} KV heads of size {head_dim}. How big is its KV cache at "
             "{tokens} tokens?",
             "{tokens} tokens, {layers} layers, {kv_heads} KV heads, head_dim {head_dim}: how many bytes of KV cache?",
+            "With {layers} layers, {kv_heads} KV heads and head_dim {head_dim}, what do {tokens} tokens take in the KV "
+            "cache?",
+            "I need the KV cache size for {tokens} tokens: layers {layers}, KV heads {kv_heads}, head_dim {head_dim}.",
         ),
         "count_blocks": (
             "How many blocks do {tokens} tokens need with a block size of {block_size}?",
@@ -89,6 +94,7 @@ TRAIN: dict[Language, dict[str, tuple[str, ...]]] = {
             "With block_size {block_size}, how many blocks hold {tokens} tokens?",
             "A prompt has {tokens} tokens and a block holds {block_size}. How many blocks does it take?",
             "{tokens} tokens in blocks of {block_size}: how many blocks?",
+            "There are {tokens} tokens, and the block size is {block_size}. Count the blocks.",
         ),
     },
     "zh": {
@@ -99,6 +105,9 @@ TRAIN: dict[Language, dict[str, tuple[str, ...]]] = {
             "请在术语表中查找{term}。",
             "帮我查{term}这个术语。",
             "查术语表：{term}",
+            "我要查一个术语：{term}。",
+            "查一查{term}。",
+            "请查阅术语表：{term}",
             "术语表里的{term}是怎么写的？",
         ),
         "kv_cache_size": (
@@ -107,6 +116,8 @@ TRAIN: dict[Language, dict[str, tuple[str, ...]]] = {
             "{tokens} 个词元的 KV 缓存占多少字节？模型有 {layers} 层、{kv_heads} 个 KV 头，head_dim 是 {head_dim}。",
             "KV 头有 {kv_heads} 个，每个 {head_dim} 维，共 {layers} 层，{tokens} 个词元要多少字节的 KV 缓存？",
             "请计算 KV 缓存大小：{tokens} 个词元，{layers} 层，{kv_heads} 个 KV 头，head_dim {head_dim}。",
+            "模型有 {layers} 层，KV 头 {kv_heads} 个，head_dim {head_dim}，缓存 {tokens} 个词元要多少字节？",
+            "{layers} 层、head_dim {head_dim}、{kv_heads} 个 KV 头的模型，{tokens} 个词元的 KV 缓存是多少字节？",
         ),
         "count_blocks": (
             "块大小为 {block_size} 时，{tokens} 个词元需要几个块？",
@@ -178,7 +189,7 @@ class Call:
 
 def draw_call(rng: random.Random, language: Language, glossary: Glossary) -> Call:
     """A random one, as people type it."""
-    name = rng.choices(list(PARAMETERS), [4, 1, 1])[0]  # terms are many, and each has names to be learnt
+    name = rng.choices(list(PARAMETERS), [4, 2, 1])[0]  # terms are many, and each has names to be learnt
     template = rng.choice(TRAIN[language][name])
     return _call(rng, language, glossary, name, template, lambda question: as_typed(rng, question, language))
 

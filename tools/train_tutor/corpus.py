@@ -38,11 +38,11 @@ CHAT_TEMPLATE = (
 Choice = TypeVar("Choice")
 
 # How often each kind of document and of exchange is drawn, relative to the others.
-DOCUMENTS = {"chat": 70, "page": 12, "story": 6, "drill": 6, "call": 14}
+DOCUMENTS = {"chat": 70, "page": 12, "story": 6, "drill": 6, "call": 18}
 EXCHANGES = {
     "term": 66,
     "comparison": 11,
-    "sum": 14,
+    "sum": 20,
     "out_of_scope": 2,
     "courtesy": 4,
     "story": 3,

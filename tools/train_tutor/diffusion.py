@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
 from .corpus import END, END_OF_TEXT, START, Exchange, Segment, chat
+from .optimizer import Optimizers, Schedule
 from .tokenizer import MAX_LENGTH, VOCAB_SIZE
 from .train import encode
 
@@ -35,30 +36,17 @@ MORE_FILL = (0, 0, 0, 0, FILL, FILL, 2 * FILL, 6 * FILL)
 
 
 @dataclass(frozen=True)
-class DiffusionRecipe:
-    steps: int = 3000
-    seed: int = 0
-    tokens_per_step: int = 2048
+class DiffusionRecipe(Schedule):
+    steps: int = 2400
+    peak_lr: float = 1.5e-3
+    muon_scale: float = 4.0
+    warmup_steps: int = 100
     longest_row: int = 256
     pool: int = 512
     """So many rows are sorted by length before they are cut into batches."""
-    peak_lr: float = 1.5e-3
-    muon_scale: float = 4.0
-    """Muon's rate over AdamW's: its steps are a fifth as large as AdamW's first ones."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
     average: float = 0.998
     """What a step leaves of the running average of the weights, which is what is exported."""
     without_question: float = 0.05
-
-    def lr(self, step: int) -> float:
-        """Linear warmup, then a cosine down to zero."""
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def model_config(tokenizer: Tokenizer) -> dict:
@@ -201,7 +189,9 @@ def rows(tokenizer: Tokenizer, documents: Iterator[list[Segment]], seed: int, lo
     before it the question."""
     rng = random.Random(seed)
     for document in documents:
-        if not (document[0].text.startswith(START) or len(document) == 2):
+        first = document[0].text
+        is_chat = first.startswith(START) and not first.startswith(f"{START}tools")  # calls are left to the other tutor
+        if not is_chat and len(document) != 2:
             continue
         turn = rng.choice([i for i, segment in enumerate(document) if segment.learn])
         question, _ = encode(tokenizer, document[:turn])
@@ -264,14 +254,15 @@ def train_diffusion(
     model, average = DiffusionModel(config), DiffusionModel(config)
     warm_start(model, tutor)
     average.load_state_dict(model.state_dict())
-    optimizers = make_optimizers(model, recipe)
+    parts = model.transformer
+    optimizers = Optimizers(parts["blocks"], parts["wte"].weight, [parts["ln_f"].weight], recipe)
     begin = 0
     if state_file.exists():
         saved = torch.load(state_file, weights_only=True)
         begin = saved["step"]
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        for optimizer, state in zip(optimizers.each, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     seed = recipe.seed + begin  # whoever goes on hears something new
     rng = random.Random(seed)
@@ -284,40 +275,16 @@ def train_diffusion(
         losses = F.cross_entropy(logits.float(), ids[gaps], reduction="none")
         loss = (losses * weights[gaps]).sum() / len(ids)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        for optimizer, scale in zip(optimizers, (recipe.muon_scale, 1.0), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr(step) * scale
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizers.step(step)
         keep = min(recipe.average, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, now in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
         if (step + 1) % save_every == 0:
             state = {"step": step + 1, "model": model.state_dict(), "average": average.state_dict()}
-            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, state_file)
+            torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers.each]}, state_file)
         on_step(step + 1, loss.item(), average)
     return average.eval()
-
-
-def make_optimizers(model: DiffusionModel, recipe: DiffusionRecipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, with steps as large as AdamW's; AdamW for embedding and norms.
-
-    Liu et al., Muon is Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982
-    """
-    parts = model.transformer
-    matrices = [p for p in parts["blocks"].parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    return [
-        torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [{"params": [parts["wte"].weight]}, {"params": norms, "weight_decay": 0.0}],
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        ),
-    ]
 
 
 @torch.inference_mode()

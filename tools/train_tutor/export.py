@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
@@ -25,6 +26,18 @@ def export_model(model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, di
     """Write the checkpoint in bfloat16; the tied output matrix is not stored twice."""
     weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     _export(weights, config, tokenizer, directory)
+
+
+def export_mean(tutors: Sequence[Path], directory: Path) -> None:
+    """Write the mean of some tutors' weights, in everything else the last of them. Each must have gone on from the one
+    before, so that they lie in one valley.
+
+    Wortsman et al., Model soups, 2022, https://arxiv.org/abs/2203.05482
+    """
+    weights = [load_file(tutor / "model.safetensors") for tutor in tutors]
+    mean = {name: torch.stack([each[name].float() for each in weights]).mean(0) for name in weights[0]}
+    config = json.loads((tutors[-1] / "config.json").read_text(encoding="utf-8"))
+    _export(mean, config, Tokenizer.from_file(str(tutors[-1] / "tokenizer.json")), directory)
 
 
 def export_diffusion(model: DiffusionModel, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
@@ -61,6 +74,11 @@ def export_cards(report: dict, directory: Path, cards: dict[str, str] = CARDS) -
     """Fill the figures of the evaluation into the model card, in both languages."""
     figures = {name: value for name, value in report.items() if not isinstance(value, dict)}
     figures |= report["recipe"]
+    runs = [*report.get("earlier", []), report]
+    figures |= {"all_minutes": sum(run["minutes"] for run in runs), "num_runs": len(runs)}
+    for language, template in {"en": "{} steps from a peak of {}", "zh": "{} 步，峰值 {}"}.items():
+        rates = [template.format(run["recipe"]["steps"], run["recipe"]["peak_lr"]) for run in runs]
+        figures[f"runs_{language}"] = {"en": "; ", "zh": "；"}[language].join(rates)
     for dtype, suites in report["scores"].items():
         for suite, score in suites.items():
             percent = 100 * score["correct"] / score["total"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +12,19 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from .corpus import END, END_OF_TEXT, Segment
+from .optimizer import Optimizers, Schedule
 from .tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Recipe:
-    steps: int = 3800
-    seed: int = 0
-    tokens_per_step: int = 2048
+class Recipe(Schedule):
+    steps: int = 2800
     short_row: int = 256
     long_row: int = MAX_LENGTH
     long_every: int = 8
     """Short rows are cheap; one step in so many uses long ones, so that every position is used."""
-    peak_lr: float = 2e-3
-    warmup_steps: int = 150
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-
-    def lr(self, step: int) -> float:
-        """Linear warmup, then a cosine down to zero."""
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def row(self, step: int) -> int:
         return self.long_row if step % self.long_every == self.long_every - 1 else self.short_row
@@ -106,20 +93,14 @@ def train(
     tokenizer: Tokenizer,
     documents: Iterator[list[Segment]],
     recipe: Recipe,
+    start: Path | None,
     on_step: Callable[[int, float, Qwen3ForCausalLM], None],
 ) -> Qwen3ForCausalLM:
-    """Train from scratch; `on_step` hears the step just done, its loss and the model."""
+    """Train from nothing, or from the tutor in ``start``; `on_step` hears of each step, its loss and the model."""
     torch.manual_seed(recipe.seed)
-    model = build_model(config).train()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1]},
-            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=recipe.betas,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    model = build_model(config) if start is None else Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
+    model.train()
+    optimizers = Optimizers(model.model.layers, model.model.embed_tokens.weight, [model.model.norm.weight], recipe)
     for step in range(recipe.steps):
         length = recipe.row(step)
         rows = [pack_row(tokenizer, documents, length + 1) for _ in range(recipe.tokens_per_step // length)]
@@ -128,11 +109,7 @@ def train(
         loss = _loss(model, ids[:, :-1], labels[:, 1:])
 
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr(step)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers.step(step)
         on_step(step + 1, loss.item(), model)
     return model.eval()
 

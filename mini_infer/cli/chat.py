@@ -141,7 +141,7 @@ class Chat:
         made, results = [], []
         for place, (name, arguments) in enumerate(calls):
             result = self._functions.call(name, arguments)
-            self._notes.print(Text(f"{name}({arguments}) = {result}", style="dim"))
+            self._notes.print(Text(f"{name}({arguments}) = {result}", style="dim"), soft_wrap=True)
             call_id = f"call{turn % 100:02d}{place:03d}"  # nine characters, as some templates insist
             made.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
             results.append({"role": "tool", "tool_call_id": call_id, "name": name, "content": result})

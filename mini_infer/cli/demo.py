@@ -8,6 +8,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from mini_infer import LLM, GenerateOutput, kernels
+from mini_infer.cli.chat import Chat
+from mini_infer.cli.functions import Functions
 
 ALONE = ("What is a KV cache?", "什么是分页注意力？")
 TOGETHER = (
@@ -20,10 +22,36 @@ TOGETHER = (
     "抢占是什么意思？",
     "6 加 9 等于多少？",
 )
+CALLING = (
+    "How large is the KV cache of 4096 tokens with 28 layers, 8 KV heads and head_dim 128?",
+    "块大小为 16 时，1000 个词元需要几个块？",
+)
+
+
+def kv_cache_size(layers: int, kv_heads: int, head_dim: int, tokens: int) -> int:
+    """Bytes of keys and values in bfloat16.
+
+    Args:
+        layers: of the model.
+        kv_heads: heads of keys and values in each layer.
+        head_dim: numbers in each head.
+        tokens: in the cache.
+    """
+    return 2 * 2 * layers * kv_heads * head_dim * tokens
+
+
+def count_blocks(tokens: int, block_size: int) -> int:
+    """Blocks of the KV cache that so many tokens need.
+
+    Args:
+        tokens: to be stored.
+        block_size: tokens of each block.
+    """
+    return -(-tokens // block_size)
 
 
 def run_demo(console: Console) -> None:
-    """Stream two answers, generate eight in one batch, and print what it took."""
+    """Stream two answers, generate eight in one batch, let the model call two functions, and print what it took."""
     with console.status("Loading the bundled model · 正在加载内置模型"):
         llm = LLM()
     shape = llm.model_config
@@ -46,6 +74,12 @@ def run_demo(console: Console) -> None:
     for question, output in zip(TOGETHER, outputs, strict=True):
         _print_question(console, question)
         console.print(output.text, style="green", markup=False, highlight=False)
+
+    console.print("\n[bold]It calls functions of yours · 调用你的函数[/bold]")
+    for question in CALLING:
+        _print_question(console, question)
+        Chat(llm, {}, None, console, Functions([kv_cache_size, count_blocks])).take(question)
+    console.print()
     console.print(_summary(llm, alone, outputs, seconds))
 
 

@@ -203,3 +203,15 @@ def test_tools_of_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(InvalidRequestError, match=words):
             Functions.of_file(file)
+
+
+def test_the_tutor_calls_the_functions_of_a_file() -> None:
+    done = chat(
+        "How many blocks do 1000 tokens need with a block size of 16?\n查一下连续批处理。\n",
+        "--tools",
+        str(ROOT / "examples" / "tools.py"),
+    )
+    blocks, term = done.stdout.splitlines()
+    assert "63" in blocks and "每一步" in term
+    assert 'count_blocks({"tokens": 1000, "block_size": 16}) = 63\n' in done.stderr
+    assert 'lookup_term({"term": "连续批处理"}) = ' in done.stderr

@@ -144,6 +144,15 @@ class TestDemo:
     def test_both_languages_and_a_table(self, done: subprocess.CompletedProcess[str], shown: str) -> None:
         assert shown in done.stdout
 
+    def test_functions_are_called(self, done: subprocess.CompletedProcess[str]) -> None:
+        """Each call is shown with its result, and the answer says it."""
+        for call, result in (
+            ('"tokens": 4096}', "469762048"),
+            ('count_blocks({"tokens": 1000, "block_size": 16}', "63"),
+        ):
+            shown, answer = done.stdout.split(f"{call}) = {result}\n")
+            assert shown.strip() and result in answer.splitlines()[0]
+
     def test_every_kernel_is_in_the_table(self, done: subprocess.CompletedProcess[str]) -> None:
         assert [op for op in kernels.OPS if f"kernel {op}" not in done.stdout] == []
 

@@ -127,7 +127,7 @@ class Link:
         assert self.after is not None
         while self._sent and self._sent[0][0].is_completed():
             self._sent.pop(0)
-        x = x.to("cpu" if not self.on_device else x.device, copy=True)
+        x = x.to(x.device if self.on_device else "cpu", copy=True, memory_format=torch.contiguous_format)
         self._sent.append((dist.isend(x, self.after), x))
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

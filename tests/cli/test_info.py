@@ -96,6 +96,23 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Qwen3ForCausalLM" in shown and "5,770,880" in shown and "swap blocks" in shown
 
 
+def test_ranks_have_shares(tmp_path: Path) -> None:
+    """Of what is in the file each matrix is shared out, and vectors, all of them of norms, are with both shards."""
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    checkpoint = make_checkpoint(tmp_path / "model", "qwen3", seed=0, attention_bias=False, **sizes)
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as reader:
+        shapes = [reader.get_slice(name).get_shape() for name in reader.keys()]  # noqa: SIM118
+    expected = sum(math.prod(shape) * (2 if len(shape) == 1 else 1) for shape in shapes)
+    layout = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--dtype", "float32")
+    ranks = facts(str(checkpoint), *layout)["ranks"]
+    assert [rank["layers"] for rank in ranks] == [[0, 2], [0, 2], [2, 4], [2, 4]]
+    assert [(rank["num_heads"], rank["num_kv_heads"]) for rank in ranks] == 4 * [(2, 1)]
+    assert sum(rank["num_parameters"] for rank in ranks) == expected
+    assert sum(rank["weight_bytes"] for rank in ranks) == 4 * expected
+    refused = info(str(checkpoint), "--tensor-parallel-size", "3", status=2).output
+    assert "1, 2, 4 devices" in " ".join(refused.split())
+
+
 def test_no_weights_are_needed(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", "qwen3", seed=0)
     expected = facts(str(checkpoint))

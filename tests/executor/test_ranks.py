@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mini_infer import LLM, EngineConfig, SamplingParams
 from mini_infer.exceptions import InvalidCheckpointError, InvalidConfigError, OutOfMemoryError
@@ -112,8 +113,10 @@ def test_stages_change_no_bit(model: Path, dtype: str, stages: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_two_shards_are_a_sum_in_order(model: Path, dtype: str) -> None:
-    assert_two_shards_are_a_sum_in_order(model, dtype)
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_shards_are_a_sum_in_order(model: Path, dtype: str, stages: int) -> None:
+    """And stages of them change no bit of that."""
+    assert_two_shards_are_a_sum_in_order(model, dtype, stages)
 
 
 @pytest.mark.slow
@@ -129,9 +132,9 @@ def test_two_shards_are_a_sum_in_order_in_float64(model: Path) -> None:
     )
 
 
-def assert_two_shards_are_a_sum_in_order(model: Path, dtype: str) -> None:
+def assert_two_shards_are_a_sum_in_order(model: Path, dtype: str, stages: int = 1) -> None:
     fields = {**PRESSURE, "dtype": dtype}
-    with LLM(model, tensor_parallel_size=2, **fields) as engine:
+    with LLM(model, tensor_parallel_size=2, pipeline_parallel_size=stages, **fields) as engine:
         steps, outputs = steps_and_outputs(engine, 5)
     assert computed_in_threads(EngineConfig(model=model, **fields), steps) == outputs
 
@@ -195,6 +198,14 @@ def test_what_cannot_be_shared_out_is_refused_with_what_can(model: Path) -> None
         LLM(model, tensor_parallel_size=3, device="cpu")
     with pytest.raises(InvalidConfigError, match=r"pipeline_parallel_size=5.*4 layers"):
         LLM(model, pipeline_parallel_size=5, device="cpu")
+
+
+def test_where_ranks_cannot_talk_replicas_are_left(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with pytest.raises(InvalidConfigError, match="data_parallel_size does not"):
+        LLM(model, tensor_parallel_size=2, device="cpu")
+    with LLM(model, data_parallel_size=2, **PRESSURE) as engine:
+        assert engine.generate([[1, 2]], SamplingParams(max_tokens=1), False)[0].token_ids
 
 
 @pytest.mark.slow

@@ -63,10 +63,16 @@ def serve(connection: "Connection[Any, Any]", machine: str, device: str | None =
     except BaseException as error:
         traceback.print_exc()
         status = FAILED
-        connection.send_bytes(pack_message({"error": type(error).__name__, "message": str(error)}))
+        said = {"error": type(error).__name__, "message": str(error), "lost_peer": _lost_peer(error)}
+        connection.send_bytes(pack_message(said))
     # Not by way of the interpreter's end: threads of libraries may still wait for a peer that is no more.
     sys.stderr.flush()
     os._exit(status)
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether torch only says with this that another rank is gone. It may not be there to be asked for its classes."""
+    return "DistError" in {kind.__name__ for kind in type(error).__mro__} or "gloo" in str(error)
 
 
 def _read(connection: "Connection[Any, Any]", inbox: "queue.SimpleQueue[bytes]") -> None:

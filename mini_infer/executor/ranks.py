@@ -7,6 +7,7 @@ other. They are started anew once, and the steps under way are computed again; i
 it is the end of the engine.
 """
 
+import contextlib
 import logging
 import time
 import weakref
@@ -234,13 +235,17 @@ class RankExecutor:
                 return place, message
 
     def _blame_or(self, place: int, message: dict[str, Any]) -> MiniInferError:
-        """What a rank raised; or that another one has died, if that is why."""
+        """What a rank raised; or that another one has died, or what that one raised, if that is why."""
         end = time.monotonic() + _AUTOPSY_SECONDS
         while time.monotonic() < end:
             for other, rank in enumerate(self._ranks):
                 how = rank.how_it_ended()
                 if other != place and how is not None and "killed" in how:
                     return self._blame(f"rank {other} has died", other)
+                if message["lost_peer"] and rank.connection.poll():
+                    with contextlib.suppress(EOFError, OSError):
+                        said = unpack_message(rank.connection.recv_bytes())
+                        place, message = (other, said) if "error" in said else (place, message)
             time.sleep(0.02)
         kind = getattr(exceptions, message["error"], None)
         text = (

@@ -256,6 +256,8 @@ class Linear(Weighted):
             found = format.matrix(some, outputs, inputs)
             if self.scheme is not None and isinstance(found, Tensor) and self._is_coded_before_it_is_cut:
                 found = self.scheme(found.to(self.dtype))
+            elif not isinstance(found, Tensor) and not self.inputs.is_whole:
+                self.scheme = None  # it has its file's codes, or plain numbers that a cut has made of them
             mine = rows.within(outputs)
             matrices.append(cut(found, mine, self.inputs.within(inputs), self.dtype))
             if "bias" in some:

@@ -1,6 +1,7 @@
 """Whatever happens to a rank, requests go on with the same tokens, or there is a typed error; and nothing is left."""
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from mini_infer import LLM, AsyncLLMEngine, SamplingParams
 from mini_infer.exceptions import RankError
+from mini_infer.executor import ranks
 from tests.engine.executors import PATIENCE
 
 from .layouts import PRESSURE, assert_same, draw_requests, is_running, make_model, pids_of, ranks_of
@@ -50,8 +52,11 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_a_rank_that_is_killed_is_a_pause_and_then_an_error(model: Path, alone: LLM, order: Path) -> None:
-    """In the middle of a step; then, soon after, while nothing is computed."""
+def test_a_rank_that_is_killed_is_a_pause_and_then_an_error(
+    model: Path, alone: LLM, order: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a step; then, soon after, however slow this machine is, while nothing is computed."""
+    monkeypatch.setattr(ranks, "RESTART_INTERVAL", math.inf)
     prompts, params = draw_requests(21, 8)
     engine = start(model, overlap=2)
     first = pids_of(engine)
@@ -91,38 +96,45 @@ def test_killed_or_stopped_while_idle(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["raise", "SIGSTOP", "SIGABRT", "SIGKILL"])
+@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
-def test_whatever_happens_in_a_step(model: Path, alone: LLM, order: Path, what: str, layout: tuple[int, int]) -> None:
+def test_whatever_happens_in_a_step(
+    model: Path, alone: LLM, order: Path, what: str, victim: int, layout: tuple[int, int]
+) -> None:
     prompts, params = draw_requests(23, 6)
     fields = {"tensor_parallel_size": layout[0], "pipeline_parallel_size": layout[1], "rank_timeout": 5.0}
     with start(model, **fields) as engine:
-        order.write_text(what)
+        order.write_text(f"{what} {victim}")
         assert_same(engine.generate(prompts, params, False), alone.generate(prompts, params, False))
         assert not order.exists()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_what_raises_again_is_an_error_with_its_words(
-    model: Path, order: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, order: Path, monkeypatch: pytest.MonkeyPatch, victim: int
 ) -> None:
+    """And not with those of the other one, which loses its peer."""
     with start(model) as engine:
         monkeypatch.setattr(engine._loop._executor, "_last_restart", time.monotonic())
-        order.write_text("raise")
-        with pytest.raises(RankError, match=r"rank \d: ArithmeticError: as ordered"):
+        order.write_text(f"raise {victim}")
+        with pytest.raises(RankError, match=f"rank {victim}: ArithmeticError: as ordered"):
             engine.generate([[1, 2, 3]], use_tqdm=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["raise", "SIGKILL"])
-def test_while_it_loads(model: Path, order: Path, what: str) -> None:
-    order.write_text(what)  # in the first warm-up
-    with pytest.raises(RankError, match="as ordered" if what == "raise" else "SIGKILL"):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_while_it_loads(model: Path, order: Path, what: str, victim: int) -> None:
+    order.write_text(f"{what} {victim}")  # in the first warm-up
+    with pytest.raises(RankError, match=f"rank {victim}.*as ordered" if what == "raise" else "SIGKILL"):
         start(model)
 
 
 @pytest.mark.slow
-def test_one_that_hangs_while_it_loads(model: Path, order: Path) -> None:
-    order.write_text("SIGSTOP")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_hangs_while_it_loads(model: Path, order: Path, victim: int) -> None:
+    order.write_text(f"SIGSTOP {victim}")
     with pytest.raises(RankError, match="in time"):
         start(model, start_timeout=60.0, rank_timeout=2.0)
 

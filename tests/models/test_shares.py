@@ -155,6 +155,12 @@ def test_a_rank_reads_what_it_quantises(tmp_path: Path, scheme: str, bytes_read:
     assert_each_reads_its_own(tmp_path, bytes_read, scheme)
 
 
+def test_what_a_cut_makes_plain_is_not_quantised_again(tmp_path: Path) -> None:
+    """As inputs in an order of their own are; one device keeps their codes."""
+    path, _ = quantized_checkpoint(tmp_path, *FORMATS["gptq-act-order"], num_hidden_layers=2, sliding_window=None)
+    assert_shares_are_the_model(path, 2, 1, "int8")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_part_of_a_matrix_has_the_values_of_the_whole(seed: int) -> None:
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -68,3 +68,15 @@ def test_a_span_in_finer_units(start: int, length: int, total: int, factor: int)
     fine = span.times(factor)
     assert fine.of(span.total) == slice(span.start, span.stop)
     assert span.of(fine.total) == slice(fine.start, fine.stop)
+
+
+@given(st.integers(0, 50), st.integers(1, 50), st.integers(0, 50), st.integers(1, 70))
+def test_a_span_in_steps(start: int, length: int, after: int, step: int) -> None:
+    """Of things with a place for each few, the last one perhaps for fewer."""
+    span = Span(start, start + length, start + length + after)
+    cover, places = span.cover(step), span.steps(step)
+    touched = [first for first in range(0, span.total, step) if first < span.stop and first + step > span.start]
+    assert [place * step for place in range(places.start, places.stop)] == touched
+    assert cover == Span(touched[0], min(touched[-1] + step, span.total), span.total)
+    part = list(range(cover.start, cover.stop))[span.within(cover).start : span.within(cover).stop]
+    assert part == list(range(span.start, span.stop)) and span.within(cover).is_whole == (cover == span)

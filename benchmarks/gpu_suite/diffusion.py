@@ -4,7 +4,6 @@ sampler, whose tokens a small model has to write."""
 import gc
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,7 +77,7 @@ def _published(context: Context) -> Iterator[Figure]:
     sizes, draw = context.sizes, random.Random(0)
     lengths = [draw.randint(*sizes.lengths) for _ in range(min(16, sizes.requests))]
     prompts = [[draw.randrange(sizes.vocabulary) for _ in range(length)] for length in lengths]
-    checkpoint = make_llada(context.checkpoint.with_name("llada"), sizes.shape)
+    checkpoint = make_llada(context.checkpoint / "llada", sizes.shape)
     with LLM(checkpoint, device=DEVICE, max_num_batched_tokens=max(2048, sum(lengths) + 16 * 16)) as llm:
         ours = _seconds(partial(llm.generate, prompts, _params(), use_tqdm=False))
     gc.collect()
@@ -98,7 +97,7 @@ def _equality(context: Context) -> Iterator[Figure]:
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 off
     draw = random.Random(1)
     prompts = [[draw.randrange(200) for _ in range(length)] for length in (3, 16, 40, 61)]
-    checkpoint = make_llada(context.checkpoint.with_name("small-llada"), "tiny")
+    checkpoint = make_llada(context.checkpoint / "small-llada", "tiny")
     peer = Peer(checkpoint, torch.float32, DEVICE)
     with LLM(checkpoint, device=DEVICE, dtype="float32") as llm:
 
@@ -132,10 +131,12 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _converted(context: Context, name: str, fields: dict[str, Any]) -> Path:
     """The random checkpoint as a diffusion model, whose mask is its last token."""
-    to = context.checkpoint.with_name(name)
-    shutil.copytree(context.checkpoint, to, copy_function=lambda source, target: Path(target).symlink_to(source))
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").unlink()
+    to = context.checkpoint / name
+    to.mkdir()
+    for file in context.checkpoint.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (to / file.name).symlink_to(file)
+    config = json.loads((context.checkpoint / "config.json").read_text())
     names = {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"}
     (to / "config.json").write_text(
         json.dumps({**config, **names, "mask_token_id": config["vocab_size"] - 1, **fields})

@@ -5,6 +5,7 @@ sequence at a time and all of it in every step. Random numbers it takes from the
 """
 
 import json
+import logging
 import random
 import resource
 from dataclasses import dataclass
@@ -623,6 +624,13 @@ def test_fields_that_are_not_implemented_are_named(tmp_path: Path, field: str, v
     save_tokenizer(path)
     with pytest.raises(UnsupportedModelError, match=f"{field} must be"):
         LLM(path, device="cpu")
+
+
+def test_nobody_warns_of_a_model_that_only_mini_infer_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = make_llada_checkpoint(tmp_path, 2)
+    save_tokenizer(path)
+    LLM(path, device="cpu").close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_end_of_sequence_ends_an_answer(tmp_path: Path) -> None:

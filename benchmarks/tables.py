@@ -85,8 +85,13 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "canvas: threshold": "threshold 0.9",
         "canvas: prefix": "prefix reuse",
         "canvas: prefix and threshold": "prefix reuse and threshold 0.9",
+        "canvas: dual": "dual reuse",
+        **{f"canvas: sparse {ratio}": f"sparse, {ratio} retained" for ratio in (0.75, 0.5, 0.25)},
         "diffusion": "| model | requests | published sampler | exact | faster, approximate |",
-        "diffusion_answers": "| way | tokens for each pass | right, of {questions} | as the exact one |",
+        "diffusion_answers": (
+            "| way | tokens written by a pass | computed for each token | right, of {questions} | as the exact answer "
+            "| tokens as there | KV cache of a sequence | time |"
+        ),
         "no_diffusion": "No figures are given here yet; they come from `benchmarks/results/diffusion-cpu.json`.",
         "gpu": "| section | figure | measured | bar | |",
         "no_gpu": "No figures are given here yet: neither the kernels nor the engine have been timed on a GPU. When "
@@ -163,8 +168,13 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "canvas: threshold": "阈值 0.9",
         "canvas: prefix": "前缀复用",
         "canvas: prefix and threshold": "前缀复用与阈值 0.9",
+        "canvas: dual": "双侧复用",
+        **{f"canvas: sparse {ratio}": f"稀疏，保留 {ratio}" for ratio in (0.75, 0.5, 0.25)},
         "diffusion": "| 模型 | 请求 | 公开的采样器 | 精确 | 更快，近似 |",
-        "diffusion_answers": "| 方式 | 每遍写下的词元 | {questions} 题中答对 | 与精确解码相同 |",
+        "diffusion_answers": (
+            "| 方式 | 每遍写下的词元 | 每个词元的计算量 | {questions} 题中答对 | 与精确答案相同 | 词元相同 "
+            "| 一个序列的 KV 缓存 | 用时 |"
+        ),
         "no_diffusion": "这里还没有数字；它们将来自 `benchmarks/results/diffusion-cpu.json`。",
         "gpu": "| 项目 | 数字 | 实测 | 标准 | |",
         "no_gpu": "这里暂时没有数字，因为算子和引擎都还没有在 GPU 上测过。测过之后，一切数字都将取自该文件。",
@@ -414,12 +424,13 @@ def diffusion_table(words: Mapping[str, str]) -> str:
                 )
             else:
                 answers.append(
-                    f"| {words[f'canvas: {case}']} "
-                    f"| {one['tokens_per_pass']} | {one['right']} | {one['same_as_exact']} |"
+                    f"| {words[f'canvas: {case}']} | {one['tokens_per_pass']} | {one['computed_for_each']} "
+                    f"| {one['right']} | {one['same_as_exact']} | {100 * one['same_tokens']:.0f} % "
+                    f"| {one['kv_kib']} KiB | {one['seconds']} s |"
                 )
     if answers:
         questions = found["figures"]["tutor"]["exact"]["questions"]
-        lines += ["", words["diffusion_answers"].format(questions=questions), "|---|---:|---:|---:|", *answers]
+        lines += ["", words["diffusion_answers"].format(questions=questions), "|---|" + 7 * "---:|", *answers]
     return "\n".join([*lines, "", _source(found, "diffusion-cpu", words)])
 
 

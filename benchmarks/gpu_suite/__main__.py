@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[Section, int]] = {  # and the most seconds each may ta
     "workload": (engine.workload, 170),
     "equality": (engine.equality, 40),
     "profile": (engine.where_time_goes, 60),
-    "diffusion": (diffusion.canvases, 60),
+    "diffusion": (diffusion.canvases, 90),
 }
 ENGINE = ("steps", "workload", "equality", "profile", "diffusion")
 

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mini_infer.config import CheckpointOptions
 from mini_infer.engine.detokenizer import Detokenizer
 from mini_infer.engine.tools import ToolFormat, find_format, prepare, read_tools
 from mini_infer.exceptions import ContextLengthError, InvalidCheckpointError, InvalidRequestError, MiniInferError
 from mini_infer.models.gguf import is_gguf, read_tokenizer
+from mini_infer.models.hf_config import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -285,22 +286,28 @@ def _read(path: Path, config: CheckpointOptions) -> tuple[Any, frozenset[int]]:
     """The tokenizer of transformers, and the ids of the tokens that end a text."""
     if is_gguf(path):
         return read_tokenizer(path)
-    configs = logging.getLogger("transformers.configuration_utils")
-    configs.addFilter(_is_news)
     try:
         hf: Any = AutoTokenizer.from_pretrained(
-            path, use_fast=config.tokenizer_mode == "auto", trust_remote_code=config.trust_remote_code
+            path,
+            config=None if config.trust_remote_code else _config_of_unknown(path),
+            use_fast=config.tokenizer_mode == "auto",
+            trust_remote_code=config.trust_remote_code,
         )
     except Exception as error:  # transformers raises almost anything for a damaged or missing tokenizer
         raise InvalidCheckpointError(_why_unusable(path, error)) from error
-    finally:
-        configs.removeFilter(_is_news)
     return hf, frozenset() if hf.eos_token_id is None else frozenset({hf.eos_token_id})
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not that transformers has no model of this type: it shall read the tokenizer alone."""
-    return "to instantiate a model of type" not in record.getMessage()
+def _config_of_unknown(directory: Path) -> PretrainedConfig | None:
+    """What a tokenizer has to know of a model that is unknown to transformers, a diffusion model for example; None for
+    all others. Without it transformers would read the model's config as another's, and warn of that."""
+    file = directory / "config.json"
+    fields = read_json(file) if file.is_file() else {}
+    if fields.get("model_type") is None or fields["model_type"] in CONFIG_MAPPING:
+        return None
+    config = PretrainedConfig()
+    config.tokenizer_class = fields.get("tokenizer_class")
+    return config
 
 
 def whole_text(content: Any) -> Any:

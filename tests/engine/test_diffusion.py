@@ -5,6 +5,7 @@ sequence at a time and all of it in every step. Random numbers it takes from the
 """
 
 import json
+import logging
 import random
 import resource
 from dataclasses import dataclass
@@ -625,6 +626,13 @@ def test_fields_that_are_not_implemented_are_named(tmp_path: Path, field: str, v
         LLM(path, device="cpu")
 
 
+def test_nobody_warns_of_a_model_that_only_mini_infer_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = make_llada_checkpoint(tmp_path, 2)
+    save_tokenizer(path)
+    LLM(path, device="cpu").close()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_end_of_sequence_ends_an_answer(tmp_path: Path) -> None:
     path = make_llada_checkpoint(tmp_path, 6, weight_tying=False)
     save_tokenizer(path)
@@ -642,9 +650,11 @@ def test_end_of_sequence_ends_an_answer(tmp_path: Path) -> None:
     assert plain.config["mask_token_id"] not in full.token_ids
 
 
-@pytest.mark.slow
-def test_a_large_batch_with_a_large_vocabulary_needs_little_memory_for_logits(tmp_path: Path) -> None:
-    """32 canvases of 1,024 masks, 126,464 tokens: all logits at once would be 15 GiB."""
+@pytest.mark.parametrize(("count", "gen_length"), [(2, 150), pytest.param(32, 1024, marks=pytest.mark.slow)])
+def test_a_large_batch_with_a_large_vocabulary_needs_little_memory_for_logits(
+    tmp_path: Path, count: int, gen_length: int
+) -> None:
+    """Canvases of a vocabulary of 126,464 tokens: all logits of 32 times 1,024 masks at once would be 15 GiB."""
     vocab = 126_464
     small = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "d_model": 16, "mlp_hidden_size": 16, "weight_tying": True}
     make_llada_checkpoint(
@@ -663,10 +673,11 @@ def test_a_large_batch_with_a_large_vocabulary_needs_little_memory_for_logits(tm
 
         decoder.compute_logits = measured  # type: ignore[method-assign]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        outputs = llm.generate([[7] * 16] * 32, sampling({"gen_length": 1024, "steps": 1, "temperature": 1.0}))
+        params = sampling({"gen_length": gen_length, "steps": 1, "temperature": 1.0})
+        outputs = llm.generate([[7] * 16] * count, params)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert [len(output.token_ids) for output in outputs] == [1024] * 32
-    assert sum(sizes) == 32 * 1024 * vocab * 4
+    assert [len(output.token_ids) for output in outputs] == [gen_length] * count
+    assert sum(sizes) == count * gen_length * vocab * 4
     assert max(sizes) <= 1 << 27
     print(f"largest logits {max(sizes) / 2**20:.0f} MiB; the process grew by {grown / 2**20:.0f} MiB")
     assert grown < 1 << 30

@@ -55,7 +55,8 @@ def test_every_section_yields_its_figures(tmp_path: Path) -> None:
     assert "generate_batch" in names("workload") and "holds no token" in names("workload")
     assert names("equality", "miss") == ""
     assert "all kernels of a step" in names("profile")
-    assert names("diffusion").count("batch 16") == 3 and names("diffusion", "untaken") == ""
+    assert names("diffusion").count("batch 16") == 4 and names("diffusion", "untaken") == ""
+    assert names("diffusion", "pass").count("float32") == 2
     for title in sections:
         assert f"{title}, " in process.stdout
 

@@ -8,7 +8,7 @@ import json
 import logging
 import random
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -261,6 +261,17 @@ def test_exact_sequences_hold_no_blocks_and_sparse_ones_few(model: Model) -> Non
             InvalidRequestError, match=r"of 164 tokens are to be reused, and there is room for 80; leave"
         ):
             small.generate([[7] * 100], sampling(fields, kv_reuse="dual"))
+
+
+def test_codes_of_8_bits_are_for_what_is_reused(model: Model) -> None:
+    params = sampling({"gen_length": 12, "steps": 12, "block_length": 6})
+    given = prompts(3, 14)
+    written = []
+    for cache_dtype in ("auto", "int8"):
+        with LLM(model.path, dtype="float32", device="cpu", kv_cache_dtype=cache_dtype) as llm:
+            written.append(tokens(llm.generate(given, params)))
+            llm.generate(given, replace(params, kv_reuse="dual"))
+    assert written[0] == written[1]
 
 
 def test_a_preempted_sequence_computes_all_again(model: Model) -> None:

@@ -59,6 +59,7 @@ bytes and half a microsecond for each character, and a terminal may come a thous
 
 _LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/')
 _DEFINITION = re.compile(r"^[ \t]*(\w+)[^\n:]*:", re.MULTILINE)
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n +1 \| .*", re.DOTALL)
 _JSON = re.compile(r"%json\s*(?=[{\w])")
 
 
@@ -246,7 +247,10 @@ def _compile(params: StructuredOutputsParams, vocabulary: "LLTokenizer") -> "LLM
     except ValueError as error:
         raise InvalidRequestError(f"structured outputs: {error}"[:400]) from error
     if matcher.is_error():
-        raise InvalidRequestError(f"structured outputs: {matcher.get_error()[:300]}")
+        reason = matcher.get_error()
+        if params.grammar is None:  # where that is in our own lines is of no use
+            reason = _PLACE.sub("", reason)
+        raise InvalidRequestError(f"structured outputs: {reason[:300]}")
     return matcher
 
 

@@ -33,6 +33,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "counts in a pattern": {"json": {"type": "string", "pattern": "^((a{100}){100}){100}$"}},
     "counts in a name": {"json": {"patternProperties": {"^(a{1000}){1000}$": {}}}},
     "counts in a terminal": {"grammar": "start: A\nA: /(a{1000}){1000}/"},
+    "terminals that double": {
+        "grammar": "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(30)) + 'A30: "x"'
+    },
     "5 MB of regex": {"regex": "a" * 5_000_000},
     "5 MB of schema": {"json": json.dumps({"enum": ["x" * 100] * 50_000})},
     "nested arrays": {"json": '{"items":' * 10_000 + "{}" + "}" * 10_000},
@@ -51,6 +54,12 @@ BOUNDED: dict[str, dict[str, Any]] = {
     "ignored whitespace": {"grammar": 'start: "x" "y"\n%ignore /[ \\n\\t]+/'},
     "as long as counts may be": {"regex": "x(a{200}){200}"},
     "a long choice": {"choice": ["x" * 100_000]},
+    "counts of terminals": {"grammar": 'start: A\nA: B{1000}\nB: C{1000}\nC: "a"'},
+    "a long terminal, and again": {"grammar": "start: A{100}\nA: /a{49000}/"},
+    "a long text, and again": {"json": {"items": {"const": "x" * 100_000}, "minItems": 1000, "type": "array"}},
+    "a text, and again": {"json": {"items": {"const": "x" * 240}, "minItems": 10**6, "type": "array"}},
+    "a word, and again": {"json": {"items": {"const": "x" * 10}, "minItems": 10**6, "type": "array"}},
+    "a text, doubled": {"json": chain(30, lambda r: {"prefixItems": [r, r], "minItems": 2}, {"const": "x" * 240})},
     "many values": {"json": {"enum": [f"{i:08}" for i in range(10_000)]}},
     "ambiguous rules": {"grammar": 'start: a\na: a a | "x" | '},
     "rules that double": {

@@ -276,14 +276,19 @@ class TestTools:
         assert [message["role"] for message in page.js("sent")[-1]["messages"]] == ["user", "user"]
         assert page.js("$$('.calls:first-of-type button').length") == 0
 
-    def test_the_example_is_taken(self, page: Page) -> None:
+    def test_the_tutor_calls_by_itself(self, page: Page) -> None:
         self.prepare(page)
         page.click("#tools-example")
         names = [tool["function"]["name"] for tool in json.loads(page.js("$('#tools').value"))]
         assert names == ["lookup_term", "kv_cache_size", "count_blocks"]
-        page.ask("What is TTFT?")
-        page.wait(ANSWERED)
-        assert page.js("$$('#log .error').length") == 0
+        page.ask("How many blocks do 1000 tokens need with a block size of 16?")
+        page.wait("$('.call textarea')")
+        card = page.js("[$('.call h4').textContent, $('.call pre').textContent]")
+        assert card == ["Call of count_blocks", '{"tokens": 1000, "block_size": 16}']
+        page.press("63")
+        page.click(".calls button")
+        page.wait("$$('.answer[aria-busy=false]').length === 2")
+        assert "63" in page.js("$('.answer:last-child .text').textContent")
 
     def test_an_answer_with_a_schema(self, page: Page) -> None:
         self.prepare(page)

@@ -12,6 +12,7 @@ no model at all. They are put behind the text as drafts, and one step computes t
 
 import json
 import re
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Collection
@@ -50,6 +51,15 @@ _STYLE = {
     "coerce_one_of": False,
 }
 
+_ANY_OBJECT = '{"type": "object"}'
+
+_MAX_FORCED = 250
+"""Longest terminal, in characters, of a grammar whose forced tokens are looked for. They are found in one go, at 200
+bytes and half a microsecond for each character, and a terminal may come a thousand times."""
+
+_LITERAL = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/')
+_DEFINITION = re.compile(r"^[ \t]*(\w+)[^\n:]*:", re.MULTILINE)
+_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n +1 \| .*", re.DOTALL)
 _JSON = re.compile(r"%json\s*(?=[{\w])")
 
 
@@ -209,33 +219,48 @@ class _Words:
 def _compile(params: StructuredOutputsParams, vocabulary: "LLTokenizer") -> "LLMatcher":
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(
-        step_lexer_fuel=100_000,  # some 7 ms
-        max_lexer_states=20_000,  # some 2 kB each
-        max_grammar_size=20_000,
-        verbose_errors=False,
-    )
     try:
         if params.regex is not None:
-            check_counts(params.regex)
-            source = LLMatcher.grammar_from_regex(params.regex)
+            longest = len(params.regex) + check_counts(params.regex)
+            source = json.loads(LLMatcher.grammar_from_regex(params.regex))["grammars"][0]["lark_grammar"]
         elif params.choice is not None:
-            texts = (json.dumps(text, ensure_ascii=False) for text in params.choice)
-            source = LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+            texts = [json.dumps(text, ensure_ascii=False) for text in params.choice]
+            longest = max(map(len, texts))
+            source = f"start: {' | '.join(texts)}"
         elif params.grammar is not None:
-            for line in params.grammar.splitlines():
-                check_counts(line)
-            source = LLMatcher.grammar_from_lark(_with_checked_schemas(params.grammar))
+            source = _with_checked_schemas(params.grammar)
+            longest = _longest_terminal(source)
         else:
-            source = LLMatcher.grammar_from_json_schema(
-                _schema('{"type": "object"}' if params.json is None else str(params.json))
-            )
-        matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
+            source = f"start: %json {_schema(_ANY_OBJECT if params.json is None else str(params.json))}"
+            longest = _longest_terminal(source)
+        if longest > _MAX_FORCED:
+            source += '\n%llguidance {"no_forcing": true}'
+        limits = LLParserLimits(
+            initial_lexer_fuel=200_000,  # some 0.2 s and 50 MB
+            step_lexer_fuel=100_000,  # some 7 ms
+            step_max_items=max(2_000, min(50_000, 300_000 // max(1, longest))),
+            max_lexer_states=20_000,  # some 2 kB each
+            max_grammar_size=20_000,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(source), log_level=0, limits=limits)
     except ValueError as error:
         raise InvalidRequestError(f"structured outputs: {error}"[:400]) from error
     if matcher.is_error():
-        raise InvalidRequestError(f"structured outputs: {matcher.get_error()[:300]}")
+        reason = matcher.get_error()
+        if params.grammar is None:  # where that is in our own lines is of no use
+            reason = _PLACE.sub("", reason)
+        raise InvalidRequestError(f"structured outputs: {reason[:300]}")
     return matcher
+
+
+def _longest_terminal(source: str) -> int:
+    """About how many characters one terminal of a grammar may hold: all of them may be forced at once."""
+    _, *definitions = _DEFINITION.split(_LITERAL.sub("", source))
+    for name, body in zip(definitions[::2], definitions[1::2], strict=True):
+        if name.isupper() and re.search("[A-Z{]", body):
+            return sys.maxsize  # it repeats something, or is made of other terminals that may
+    return max((len(found[0]) + check_counts(found[0]) for found in _LITERAL.finditer(source)), default=0)
 
 
 def _schema(text: str) -> str:

@@ -56,11 +56,11 @@ def checked_schema(text: str) -> Any:
     return schema if keys is None or keys & _COMBINED else _closed(schema)
 
 
-def check_counts(pattern: str) -> None:
-    """Refuse a regular expression that its counts make too long.
+def check_counts(pattern: str) -> int:
+    """How many characters longer a regular expression gets when its counts are written out.
 
     Raises:
-        InvalidRequestError: it is.
+        InvalidRequestError: too many.
     """
     lengths, last = [0], 0  # of the groups that are open; of the piece that a count would repeat
     for piece in _PIECES.finditer(pattern):
@@ -80,6 +80,7 @@ def check_counts(pattern: str) -> None:
                 f"the expression {pattern[:40]!r} gets more than {MAX_COUNTED} characters longer when its counts are "
                 "written out; lower them, or say * or +"
             )
+    return max(0, lengths[0] - len(pattern))
 
 
 def _check_costs(schema: Any) -> None:

@@ -7,13 +7,20 @@ each round's ratio to the one rank.
 
 Then the router: groups of prompts with a common beginning, on one replica, on two with the router, and on two that take
 turns; reported is the share of prompt tokens found in the prefix cache. That is counted, not timed.
+
+And how long it takes until it is noticed that a rank was killed, while nothing is computed and in the middle of steps.
 """
 
+import logging
+import os
 import random
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -108,6 +115,51 @@ def hit_rates(groups: int, each: int) -> dict[str, float]:
     return found
 
 
+class Noticed(logging.Handler):
+    """When the driver said that it starts ranks anew."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.at: float | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "started anew" in record.getMessage():
+            self.at = time.perf_counter()
+
+
+def own_ranks() -> list[int]:
+    """Process ids of the ranks of this process, in their order."""
+    mine = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return sorted(int(pid) for pid in mine if b"mini_infer.executor.rank" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def seconds_until_noticed(layout: str, victim: int, idle: bool) -> float:
+    """From the death of a rank until the driver knows of it; what was asked for is answered all the same."""
+    prompts, params = draw(64, 0)
+    noticed, logger = Noticed(), logging.getLogger("mini_infer.executor.ranks")
+    with LLM(device="cpu", num_gpu_blocks=600, **LAYOUTS[layout]) as engine:
+        engine.generate(prompts[:8], params[:8], False)
+        killed: list[float] = []
+
+        def kill() -> None:
+            killed.append(time.perf_counter())
+            os.kill(own_ranks()[victim], signal.SIGKILL)
+
+        timer = threading.Timer(0.5, kill)
+        logger.addHandler(noticed)
+        try:
+            if idle:
+                kill()
+            else:
+                timer.start()
+            outputs = engine.generate(prompts, params, False)
+        finally:
+            timer.cancel()
+            logger.removeHandler(noticed)
+    assert noticed.at is not None and all(output.finish_reason == "length" for output in outputs)
+    return noticed.at - killed[0]
+
+
 def main(
     requests: Annotated[int, typer.Option(min=1, help="How many at once.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
@@ -121,6 +173,12 @@ def main(
     figures: dict[str, Any] = {"requests": requests, "rounds": rounds, "dtype": dtype, "layouts": many}
     figures["few"] = {"requests": FEW, "layouts": few}
     figures |= {"groups": 16, "each": each, "hit_rates": hit_rates(16, each)}
+    figures["seconds_until_noticed"] = {
+        f"{layout}, rank {victim}, {'idle' if idle else 'in a step'}": seconds_until_noticed(layout, victim, idle)
+        for layout in ("tp", "pp")
+        for victim in range(2)
+        for idle in (True, False)
+    }
     console.print(figures)
     if keep:
         console.print(f"wrote {save('parallel', 'python -m benchmarks.parallel --save', figures)}")

@@ -68,6 +68,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "dp": "`data_parallel_size=2`, a thread each",
         "hit_rates": "{groups} groups of {each} prompts that begin alike: of all prompt tokens one replica finds {one} "
         "in its prefix cache, two with the router {router}, and two that take turns {turns}.",
+        "noticed": "A rank was killed {times} times, idle or in a step: the driver knew after {first:.2f} to "
+        "{last:.2f} seconds.",
         "structured": "{shape}, {dtype}",
         "no_structured": "Not measured yet: `python -m benchmarks.structured`.",
         "no_schemas": "Which keywords of JSON schemas are followed, `python -m benchmarks.schemas` shows.",
@@ -159,6 +161,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "dp": "`data_parallel_size=2`，各一个线程",
         "hit_rates": "{groups} 组提示词，每组 {each} 个开头相同：全部提示词词元中，单个副本在前缀缓存里找到 {one}，"
         "两个副本经路由分配找到 {router}，两个副本轮流找到 {turns}。",
+        "noticed": "杀死 rank {times} 次，有空闲时也有计算途中：驱动进程在 {first:.2f} 到 {last:.2f} 秒后得知。",
         "structured": "{shape}，{dtype}",
         "no_structured": "尚未测量：`python -m benchmarks.structured`。",
         "no_schemas": "支持 JSON Schema 的哪些关键字，`python -m benchmarks.schemas` 会列出。",
@@ -543,7 +546,9 @@ def parallel_table(words: Mapping[str, str]) -> str:
         cells = (f"{each['tokens_per_second']:,.0f} | {each['of_one']:.2f}x" for each in (many, few["layouts"][name]))
         lines.append(" | ".join([f"| {words[name]}", *cells]) + " |")
     hits = words["hit_rates"].format(groups=figures["groups"], each=figures["each"], **rates)
-    return "\n".join([*lines, "", hits, "", _source(found, "parallel", words)])
+    waits = figures["seconds_until_noticed"].values()
+    noticed = words["noticed"].format(times=len(waits), first=min(waits), last=max(waits))
+    return "\n".join([*lines, "", hits, "", noticed, "", _source(found, "parallel", words)])
 
 
 def one_process(words: Mapping[str, str]) -> str:

@@ -127,7 +127,7 @@ class Watched:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
-    def forward(self, batch: Batch, kv_cache: object) -> Tensor:
+    def forward(self, batch: Batch, kv_cache: object, arriving: None) -> Tensor:
         self.batches.append(batch)
         return torch.zeros(len(batch.token_ids), 4)
 
@@ -139,7 +139,7 @@ class WatchedGraphs(DecodeGraphs):
         super().__init__(*args)
         self.batches: list[Batch] = []
 
-    def run(self, batch: Batch) -> Tensor:
+    def run(self, batch: Batch, arriving: Tensor | None = None) -> Tensor:
         self.batches.append(batch)
         return torch.zeros(len(batch.token_ids), 4)
 

@@ -7,6 +7,7 @@ import textwrap
 from mini_infer.parallel.group import Store
 
 RECORDED = """
+import os
 import sys
 import torch
 from mini_infer.kernels.cpu.recording import cpu_capture
@@ -22,6 +23,8 @@ with torch.inference_mode():
         x.fill_(number + rank)
         replay()
         print(result[0, 0].item(), result.unique().numel(), first[0, 0].item())
+sys.stdout.flush()
+os._exit(0)  # as a rank ends: gloo's threads may still be at work, and would be torn down beneath them
 """
 
 

@@ -136,7 +136,7 @@ class TestMetrics:
             assert grown(f"{name}_bucket+Inf") == 2
         assert grown("inter_token_latency_seconds_count") == 4 * 6
         assert grown("prefix_cache_queries_total") == 2 * usage["prompt_tokens"]
-        assert grown("prefix_cache_hits_total") >= usage["prompt_tokens"] // 16 * 16
+        assert grown("prefix_cache_hits_total") >= (usage["prompt_tokens"] - 1) // 16 * 16  # the last one is computed
         assert grown("engine_steps_total") >= 14
         for name in ("num_requests_running", "num_requests_waiting", "num_requests_swapped", "kv_cache_usage_perc"):
             assert after[f"mini_infer:{name}"] == 0

@@ -210,10 +210,10 @@ class TestChat:
             "messages": QUESTION,
             "n": 3,
             "seed": 11,
-            "temperature": 1.5,
+            "temperature": 2,
             "max_tokens": 20,
         }
-        (expected,) = offline.chat(QUESTION, SamplingParams(n=3, seed=11, temperature=1.5, max_tokens=20))
+        (expected,) = offline.chat(QUESTION, SamplingParams(n=3, seed=11, temperature=2, max_tokens=20))
         texts = [""] * 3
         if stream:
             for chunk in client.chat.completions.create(**options, stream=True):

@@ -38,6 +38,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "with a KV pool of {pool} MB in full use: {peak} MB, {over} times weights and pool.",
         "kernels": "| operation | shape | reference | `cpu` | speedup | rate | of peak |",
         "kernel": "| bfloat16 | floor | reference | `cpu` | of the floor |",
+        "quantized models": "| weights | load | Mini-Infer | of its bfloat16 | llama.cpp | OpenVINO |",
+        "load": "{requests} × {inputs} in, {outputs} out",
         "quantized": "| tokens | bfloat16 | int8 | int8, groups of 32 | int4, groups of 32 | table, groups of 32 |",
         "tricks": "| trick | measured on | without | with | speedup |",
         "runs": "3. Tasks of 2 MiB instead of one panel | product 1024 to 151936, batch {tokens}",
@@ -133,6 +135,8 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "{pool} MB 的 KV 池全部用满时，内存峰值 {peak} MB，是权重与 KV 池之和的 {over} 倍。",
         "kernels": "| 操作 | 形状 | 参考实现 | `cpu` | 加速比 | 速率 | 占峰值 |",
         "kernel": "| bfloat16 | 下限 | 参考实现 | `cpu` | 占下限 |",
+        "quantized models": "| 权重 | 负载 | Mini-Infer | 与自身 bfloat16 之比 | llama.cpp | OpenVINO |",
+        "load": "{requests} 个请求，各输入 {inputs}、输出 {outputs}",
         "quantized": "| 词元 | bfloat16 | int8 | int8，每组 32 个 | int4，每组 32 个 | 码表，每组 32 个 |",
         "tricks": "| 技巧 | 测量对象 | 不用 | 使用 | 加速比 |",
         "runs": "3. 一个任务 2 MiB，而不是一块面板 | 乘法 1024 到 151936，批大小 {tokens}",
@@ -216,9 +220,9 @@ def results(name: str) -> dict[str, Any]:
     return read
 
 
-def compared() -> list[str]:
-    """The results of `benchmarks.compare`, one for each processor that was met."""
-    return sorted(path.stem for path in RESULTS.glob("compare-cpu-*.json"))
+def compared(what: str = "compare-cpu") -> list[str]:
+    """The results of `benchmarks.compare`, or of another command, one for each processor that was met."""
+    return sorted(path.stem for path in RESULTS.glob(f"{what}-*.json"))
 
 
 def tables(language: str) -> dict[str, str]:
@@ -231,6 +235,9 @@ def tables(language: str) -> dict[str, str]:
         "figures": "\n\n".join(figures_table(name, words, BENCHMARKS_PAGE[language]) for name in compared()),
         "kernels": kernels_table(kernels, words),
         "quantized": quantized_table(results("quantized-cpu"), words),
+        "quantized models": "\n\n".join(
+            quantized_models_table(name, words) for name in compared("quantized-models-cpu")
+        ),
         "tricks": tricks_table(results("tricks-cpu"), words),
         "batching": batching_table(words),
         "quality": quality_table(results("quality"), words),
@@ -363,6 +370,33 @@ def kernels_table(kernels: dict[str, Any], words: Mapping[str, str]) -> str:
         speedup = f"{row['speedup_over_reference']:.1f}x"
         lines.append(f"| `{row['op']}` | {row['shape']} | {times} | {speedup} | {rate} |")
     return "\n".join([*lines, "", _source(kernels, "kernels-cpu", words)])
+
+
+SAME_NUMBERS = {"int8": "Q8_0", "int4": "Q4_0"}
+"""What llama.cpp runs beside weights that we quantise ourselves."""
+
+
+def quantized_models_table(name: str, words: Mapping[str, str]) -> str:
+    """Output tokens per second of whole models, and how many times as fast as a peer with as many bits we are."""
+    found = results(name)
+    figures = found["figures"]
+    lines = [words["quantized models"], "|---|---|---:|---:|---:|---:|"]
+    for model, rows in figures["models"].items():
+        speeds = {(row["weights"], row["load"], row["engine"]): row["tokens_per_second"] for row in rows}
+        for weights, load, engine in speeds:
+            if engine != "Mini-Infer":
+                continue
+            mine = speeds[weights, load, engine]
+            peers = [
+                speeds.get((SAME_NUMBERS.get(weights, weights), load, "llama.cpp")),
+                speeds.get((weights, load, "OpenVINO")),
+            ]
+            requests, inputs, outputs = figures["loads"][model][load]
+            what = words["load"].format(requests=requests, inputs=inputs, outputs=outputs)
+            cells = [f"{mine:,.1f}", f"{mine / speeds['bfloat16', load, engine]:.2f}x"]
+            cells += ["" if peer is None else f"{peer:,.1f}, {mine / peer:.2f}x" for peer in peers]
+            lines.append(f"| {model}, {weights} | {what} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _source(found, name, words)])
 
 
 def tricks_table(tricks: dict[str, Any], words: Mapping[str, str]) -> str:

@@ -26,6 +26,22 @@ def pull_out_the_cable() -> None:
     ip("-n", NAMES[1], "link", "set", "mi-b", "down")
 
 
+UNTIL_IT_IS_CUT = """
+from mini_infer import LLM, SamplingParams
+from mini_infer.exceptions import RankError
+endless = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+with LLM({model!r}, tensor_parallel_size=2, {fields}) as llm:
+    print(llm.generate([[1, 2, 3]], endless, False)[0].token_ids, flush=True)
+    try:
+        while True:
+            llm.generate([[1, 2, 3]] * 4, endless, False)
+            print("again", flush=True)
+    except RankError as error:
+        print("RankError", error, flush=True)
+"""
+"""A driver of two ranks, which computes until one is gone."""
+
+
 def seconds_until_noticed(driver: "subprocess.Popen[str]") -> float:
     """Pull out the cable while a script computes, which says "again" from time to time, until it says RankError."""
     assert driver.stdout is not None

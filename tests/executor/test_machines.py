@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mini_infer.exceptions import InvalidConfigError, RankError
 from mini_infer.executor.rank import ORPHANED
 
 from .layouts import PRESSURE, assert_same, draw_requests, make_model
-from .machines import on, seconds_until_noticed, two_machines
+from .machines import UNTIL_IT_IS_CUT, on, seconds_until_noticed, two_machines
 
 NOTICED = 10.0
 """Seconds after which both sides know that the cable is out, however long a rank may compute."""
@@ -80,21 +79,10 @@ def test_without_a_key_nobody_listens(model: Path, monkeypatch: pytest.MonkeyPat
 
 # ---- two machines ------------------------------------------------------------------------------------------------
 
-DRIVER = """
-import sys, time
-from mini_infer import LLM, SamplingParams
-from mini_infer.exceptions import RankError
-endless = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
-with LLM({model!r}, tensor_parallel_size=2, launch="join", rank_address="10.203.0.1:7007", dtype="float64",
-         device="cpu", kernel_backend="reference", num_gpu_blocks=100, start_timeout=90.0) as llm:
-    print(llm.generate([[1, 2, 3]], endless, False)[0].token_ids, flush=True)
-    try:
-        while True:
-            llm.generate([[1, 2, 3]] * 4, endless, False)
-            print("again", flush=True)
-    except RankError as error:
-        print("RankError", error, flush=True)
-"""
+FIELDS = (
+    'launch="join", rank_address="10.203.0.1:7007", dtype="float64", device="cpu", kernel_backend="reference", '
+    "num_gpu_blocks=100, start_timeout=90.0"
+)
 
 
 @pytest.fixture
@@ -106,7 +94,7 @@ def machines() -> Iterator[None]:
 def test_two_machines_until_the_cable_is_pulled_out(model: Path, machines: None) -> None:
     """Their hostname resolves to a loopback address, as that of many machines does."""
     driver = subprocess.Popen(
-        [*on(0), sys.executable, "-c", textwrap.dedent(DRIVER.format(model=str(model)))],
+        [*on(0), sys.executable, "-c", UNTIL_IT_IS_CUT.format(model=str(model), fields=FIELDS)],
         env={**os.environ, "MINI_INFER_RANK_KEY": KEY},
         stdout=subprocess.PIPE,
         text=True,

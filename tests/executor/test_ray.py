@@ -14,7 +14,7 @@ import pytest
 from mini_infer import LLM, SamplingParams
 
 from .layouts import make_model
-from .machines import ADDRESSES, on, seconds_until_noticed, two_machines
+from .machines import ADDRESSES, UNTIL_IT_IS_CUT, on, seconds_until_noticed, two_machines
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -143,24 +143,10 @@ def test_on_two_machines(model: Path, expected: str, cluster: str) -> None:
     assert machines == str(list(ADDRESSES))
 
 
-UNTIL_IT_IS_CUT = """
-from mini_infer import LLM, SamplingParams
-from mini_infer.exceptions import RankError
-endless = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
-with LLM({model!r}, tensor_parallel_size=2, launch="ray", {fields}) as llm:
-    try:
-        while True:
-            llm.generate([[1, 2, 3]] * 4, endless, False)
-            print("again", flush=True)
-    except RankError as error:
-        print("RankError", error, flush=True)
-"""
-
-
 def test_the_cable_is_pulled_out(model: Path, cluster: str) -> None:
     """Ray itself takes half a minute to miss a machine, and then waits for another one."""
     driver = subprocess.Popen(
-        [*on(0), sys.executable, "-c", textwrap.dedent(UNTIL_IT_IS_CUT.format(model=str(model), fields=FIELDS))],
+        [*on(0), sys.executable, "-c", UNTIL_IT_IS_CUT.format(model=str(model), fields=f'launch="ray", {FIELDS}')],
         env={**os.environ, **ENVIRONMENT, "RAY_ADDRESS": cluster},
         stdout=subprocess.PIPE,
         text=True,

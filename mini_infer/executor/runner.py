@@ -155,17 +155,17 @@ class ModelRunner:
     def _draw_some(self, hidden: Tensor, draws: Draws, most: int) -> Computed:
         """Of ranks that share the last layers one has the logits, draws, and tells the others the tokens."""
         rows, table_rows = send_arrays([draws.rows, draws.table_rows], self.device)
-        logits = self.model.compute_logits(hidden[rows])
+        logits = self.model.compute_logits(hidden.index_select(0, rows))
         group = self.model.share.group
         if len(draws.guides):
             logits = self._guided(logits, hidden, draws)
         if logits is None:
-            self.sampled[table_rows] = group.tell(torch.empty_like(table_rows))
+            self.sampled.index_copy_(0, table_rows, group.tell(torch.empty_like(table_rows)))
             return _NOTHING
         if self.model.config.diffusion is not None:
             logits[:, self.model.config.diffusion.mask_token_id] = -torch.inf  # a gap is no answer
         token_ids, logprobs = sample(logits, draws, self.model.kernels)
-        self.sampled[table_rows] = group.tell(token_ids)
+        self.sampled.index_copy_(0, table_rows, group.tell(token_ids))
         rated = confidences(logits, draws, token_ids) if len(draws.confidences) else None
         asking = np.flatnonzero(draws.num_logprobs >= 0)
         scores = None

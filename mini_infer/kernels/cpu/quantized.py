@@ -73,7 +73,7 @@ def pack_quantized(
     integer = _as_integers(matrix) if dtype is torch.bfloat16 else None
     panels = _Panels.of_matrix(integer or matrix, half=integer is not None)
     product = _ValueProduct(panels, bias, dtype) if integer is None else _IntegerProduct(panels, bias)
-    return product, functools.partial(_rows, panels, dtype)
+    return product, _Rows(panels, dtype)
 
 
 def _as_integers(matrix: QuantizedMatrix) -> QuantizedMatrix | None:
@@ -153,17 +153,56 @@ def _fits_half(numbers: Tensor) -> bool:
     return bool(((wide.half().float() - wide).abs() <= 2**-11 * wide.abs()).all())
 
 
-def _rows(panels: _Panels, dtype: torch.dtype, ids: Tensor) -> Tensor:
-    """Rows of the weight: number r is column r % COLUMNS of panel r // COLUMNS."""
+class _Rows:
+    """Rows of the weight, as values: number r is column r % COLUMNS of panel r // COLUMNS."""
 
-    def gather(some: Tensor) -> Tensor:
-        return some[ids // COLUMNS, :, ids % COLUMNS]
+    def __init__(self, panels: _Panels, dtype: torch.dtype) -> None:
+        self._panels, self._dtype = panels, dtype
+        self._table = torch.empty(0) if panels.table is None else panels.table.contiguous()
+        scale = np.uint16 if panels.scales.dtype is torch.float16 else np.float32
+        has_table, has_offsets = panels.table is not None, panels.offsets is not None
+        self._kernel = _rows_kernel(panels.of, scale, has_table, has_offsets, ELEMENTS[dtype])
+        self._fixed = (
+            panels.codes.data_ptr(),
+            panels.scales.data_ptr(),
+            0 if panels.offsets is None else panels.offsets.data_ptr(),
+            self._table.data_ptr(),
+            panels.shape[1],
+            panels.step,
+            panels.codes.shape[1],
+            panels.scales.shape[1],
+        )
 
-    offsets = None if panels.offsets is None else gather(panels.offsets)
-    codes = gather(panels.codes).view(panels.of)
-    group = panels.step if panels.scales.shape[1] == panels.steps else panels.step * panels.steps
-    rows = QuantizedMatrix(codes, gather(panels.scales), group, offsets, panels.table)
-    return rows.dequantize(dtype)[:, : panels.shape[1]]
+    def __call__(self, ids: Tensor) -> Tensor:
+        ids, inputs = ids.to(torch.int64).contiguous(), self._panels.shape[1]
+        out = torch.empty((len(ids), inputs), dtype=self._dtype)
+        self._kernel(len(ids), ids.data_ptr(), out.data_ptr(), *self._fixed, work=out.numel())
+        return out
+
+
+@functools.cache
+def _rows_kernel(of: torch.dtype, scale: type, has_table: bool, has_offsets: bool, element: type) -> Kernel:
+    name = str(of)
+    in_word = 8 if of is torch.uint8 else 4
+
+    @kernel
+    def rows(args):
+        ids, out = pointer(args[FIRST], np.int64), pointer(args[FIRST + 1], element)
+        codes, scales = pointer(args[FIRST + 2], np.int32), pointer(args[FIRST + 3], scale)
+        offsets, table = pointer(args[FIRST + 4], scale), pointer(args[FIRST + 5], np.float32)
+        num_inputs, step, num_words, num_scales = args[FIRST + 6], args[FIRST + 7], args[FIRST + 8], args[FIRST + 9]
+        for row in tasks(args):
+            panel, column = ids[row] // COLUMNS, ids[row] % COLUMNS
+            for k in range(num_inputs):
+                number = _code(name, codes[(panel * num_words + k // in_word) * COLUMNS + column], k % in_word)
+                decoded = table[np.int64(number)] if has_table else number
+                side = (panel * num_scales + min(k // step, num_scales - 1)) * COLUMNS + column
+                value = decoded * _scale(scales, side)
+                if has_offsets:
+                    value = _finished(value) + _scale(offsets, side)
+                store(out, row * num_inputs + k, value)
+
+    return rows
 
 
 # ---- integers --------------------------------------------------------------------------------------------------------
@@ -414,6 +453,31 @@ def _value_kernel(of: torch.dtype, has_table: bool, has_offsets: bool, element: 
                     store(out, place + i, load(sums, at + i) + shift)
 
     return linear
+
+
+@intrinsic
+def _scale(typing_context, numbers, index):
+    """A float32, or a float16 of which only the bits are known, as a float32."""
+
+    def codegen(context, builder, signature, args):
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        if signature.args[0].dtype == types.float32:
+            return value
+        return builder.fpext(builder.bitcast(value, ir.HalfType()), _NUMBER)
+
+    return types.float32(numbers, types.int64), codegen
+
+
+@intrinsic
+def _finished(typing_context, value):
+    """The same number, rounded: what is added to it is not made one operation with what it came from."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.bitcast(args[0], _WORD)
+        kept = builder.asm(ir.FunctionType(_WORD, [_WORD]), "", "=r,0", [bits], False)
+        return builder.bitcast(kept, _NUMBER)
+
+    return types.float32(types.float32), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -141,6 +141,12 @@ async def nobody(target: Target, tally: Tally) -> None:
     await asyncio.sleep(max(0.0, target.left))
 
 
+async def keep_a_core_busy(target: Target, tally: Tally) -> None:
+    """No attack on the server: as much of the machine as attackers take who do nothing but send and read."""
+    while target.left > 0:
+        sum(range(10_000))
+
+
 async def fill_the_queue(target: Target, tally: Tally) -> None:
     """Ten batches of a thousand; what was queued is cancelled when the time is over."""
     body = json.dumps({"prompts": ["Once"] * 1024, "max_tokens": 100, "ignore_eos": True}).encode()
@@ -186,6 +192,7 @@ _MESSAGE = {"role": "user", "content": ""}
 
 ATTACKS: dict[str, Attack] = {
     "nobody": nobody,
+    "a busy core": keep_a_core_busy,
     "logit_bias": repeating(
         "/v1/completions",
         [_BIAS | {"logit_bias": {str(i): 0.001 for i in range(size)}} for size in (4096, 1024)],

@@ -58,7 +58,12 @@ SERIOUS = {
     "M11 the prefix cache tells": [f"{DOOR}::TestKeys", f"{HTTP}::TestLimits::test_keys_that_are_wrong"],
     "M12 logits that are no numbers": [f"{DOOR}::TestEnds::test_logits_that_are_no_numbers_are_an_error"],
     "M13 clients that never read": [f"{CONNECTIONS}::test_a_client_that_never_reads"],
-    "M14 bodies held back": [f"{DOOR}::TestSizes::test_bodies_of_all_together", HOSTILE],
+    "M14 bodies held back": [
+        f"{DOOR}::TestSizes::test_bodies_of_all_together",
+        f"{DOOR}::TestSizes::test_a_body_that_is_thrown_away_comes_no_faster",
+        "serving/test_pools.py::test_of_a_request",
+        HOSTILE,
+    ],
     "M15 stop_token_ids": [
         TOO_LARGE,
         "engine/test_sampler.py::test_min_tokens_bans_stop_tokens_until_there_are_that_many",

@@ -56,7 +56,10 @@ class Increments(AsyncIterator[Increment]):
             self._num_open -= increment is None
         if isinstance(increment, Exception):
             self._num_open = 0
-            raise increment
+            try:
+                raise increment
+            finally:
+                del increment  # or else the error would refer to itself
         if increment.finish_reason == "error":
             self._num_open = 0
             error = next(r.error for r in self.requests if r.request_id == increment.request_id)

@@ -196,6 +196,6 @@ def _preemption_costs(local: "Local") -> PreemptionCosts:
 
 
 def _fair_size(local: "Local") -> int:
-    """On a CPU a step takes about twice as long with 32 sequences as with one, on a GPU with some hundreds: there the
+    """On a CPU a step takes about twice as long with 16 sequences as with one, on a GPU with some hundreds: there the
     weights' way through memory hides so many products."""
-    return 32 if local.device.type == "cpu" else 512
+    return 16 if local.device.type == "cpu" else 256

@@ -8,7 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from mini_infer.config import CheckpointOptions
 from mini_infer.engine.detokenizer import Detokenizer
@@ -24,6 +30,9 @@ _TEMPLATE_OPTIONS = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
 } - {"tools", "documents"}
 """Names that are no variables of a chat template, but say what is rendered and how."""
+
+_MANY = 1024
+"""Ids from which on it takes long to make text of them."""
 
 Renderer: TypeAlias = Callable[[str, Mapping[str, Any]], str]
 """Makes text of a chat template and its variables, among them ``messages``."""
@@ -56,6 +65,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path, config: CheckpointOptions, vocab_size: int) -> None:
         self.hf, self.end_token_ids = _read(directory, config)
+        self._has_plain_decoder = getattr(type(self.hf), "_decode", None) is PreTrainedTokenizerFast._decode
         self._vocab_size = vocab_size
         vocab: dict[str, int] = self.hf.get_vocab()
         self._longest_token = max(map(len, vocab), default=1)
@@ -211,6 +221,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, exactly: nothing is tidied up."""
+        if len(token_ids) > _MANY and self._has_plain_decoder:  # in a way that lets other threads run meanwhile
+            texts: list[str] = self.hf.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens)
+            return texts[0]
         text: str = self.hf.decode(
             token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )

@@ -1,7 +1,8 @@
 """What each caller may have while others want something, too: of the seats, of the blocks, and of a step.
 
 A caller is whoever the requests come from: a connection, a key. Sequences that nobody is named for are one caller's.
-With one caller, or with little to do, nothing here changes anything.
+With little to do nothing here changes anything; with one caller, steps only get no longer than somebody who comes next
+would wait for.
 """
 
 from collections import Counter, defaultdict
@@ -13,8 +14,12 @@ from mini_infer.scheduler.sequence import Sequence
 RESERVED = 8
 """One seat in so many is for callers who have none, so that they need not wait for somebody else's sequences to end."""
 
-_PROMPT_TOKENS, _PROMPT_TOKENS_BESIDE = 8, 2
+_PROMPT_TOKENS, _PROMPT_TOKENS_BESIDE = 16, 4
 """Tokens of one caller's prompts in a step, for each sequence of its fair size: alone, and beside others."""
+
+_DECODES = 8
+"""Sequences that a step decodes for a caller who is alone, for each of its fair size. More at once would hardly be
+faster, and the next to come waits for a step as long as that."""
 
 
 def seats_for_one(max_num_seqs: int) -> int:
@@ -53,7 +58,7 @@ class StepShares:
 
     A step of many sequences takes longer than one of few, and whoever is in it waits for all of them. So once a step
     has more than ``fair_size`` sequences ready, callers with few keep their pace, and those with many take turns among
-    their own.
+    their own. So do, beyond eight times that, those of a caller who is alone and whose name is known.
 
     Args:
         fair_size: sequences that a step may decode without making anybody wait noticeably.
@@ -75,9 +80,11 @@ class StepShares:
             return ready
         demands = Counter([sequence.caller for sequence in ready])
         others = [caller for caller in waiting_callers if caller not in demands]
-        if len(demands) + len(others) == 1:
+        is_alone = len(demands) + len(others) == 1
+        if is_alone and None in demands:
             return ready
-        share = fair_share([*demands.values(), *(1 for _ in others)], self._fair_size)
+        size = _DECODES * self._fair_size if is_alone else self._fair_size
+        share = fair_share([*demands.values(), *(1 for _ in others)], size)
         if share >= max(demands.values()):
             return ready
         by_caller: defaultdict[Hashable, list[Sequence]] = defaultdict(list)

@@ -126,10 +126,13 @@ class Answer(Response):
                     await self._give_up(work, send)
                 elif work.done():
                     work.result()
+            except ApiError:
+                raise  # not from itself, which would be a cycle, too
             except Exception as error:
                 raise as_api_error(error) from error
             finally:
                 await _cancel(work, left)
+                del work  # whose error refers to this frame, and so to the request: both would wait for the collector
 
     async def _give_up(self, work: "asyncio.Future[None]", send: Send) -> None:
         await _cancel(work)

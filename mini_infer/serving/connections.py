@@ -2,11 +2,15 @@
 
 import asyncio
 import logging
+import math
 import os
 import time
 from typing import Any, ClassVar, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mini_infer.serving.pools import SMALL
 
 HEADER_SECONDS = 20.0
 """How long a connection may take until a request's headers are there."""
@@ -25,6 +29,13 @@ MAX_CONNECTIONS = 8192
 
 READ_BYTES = 1 << 14
 """Read at once: a request in chunks of one byte takes long to parse, and others have their turn in between."""
+
+BYTES_PER_SECOND = 16 << 20
+"""How fast all bodies together may come in, beyond the first 64 KiB of each. Taking in a MiB costs the event loop some
+milliseconds, whether it is used or thrown away."""
+
+BURST = 1 << 20
+"""Bytes that may come at any speed after a pause."""
 
 _SPARE_FILES = 64
 """Files that everything else may open."""
@@ -53,15 +64,37 @@ def max_connections() -> int:
     return max(8, min(MAX_CONNECTIONS, soft - lowest - BACKLOG - _SPARE_FILES))
 
 
+class Pace:
+    """How fast something may come, all together: whoever brings some waits until it is paid for, in turn.
+
+    Args:
+        per_second: how much.
+        burst: how much at once, after a pause.
+    """
+
+    def __init__(self, per_second: float, burst: float) -> None:
+        self._per_second = per_second
+        self._burst_seconds = burst / per_second
+        self._paid_at = -math.inf
+
+    def wait(self, amount: float, now: float) -> float:
+        """For how many seconds from ``now`` whoever brought so much should bring no more."""
+        self._paid_at = max(self._paid_at, now - self._burst_seconds) + amount / self._per_second
+        return max(0.0, self._paid_at - now)
+
+
 class Connection(H11Protocol):
     """Uvicorn's, with limits. ``bounded`` makes the class that a server uses."""
 
     most: ClassVar[int]
+    pace: ClassVar[Pace]
     idle: "ClassVar[dict[Connection, None]]"
     """Those of this server that wait for a request, the oldest first."""
 
     _deadline: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
+    _slowed: asyncio.TimerHandle | None = None
+    _num_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -75,7 +108,12 @@ class Connection(H11Protocol):
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.IDLE:  # a request begins
+            self._num_bytes = 0
         super().data_received(data)
+        self._num_bytes += len(data)
+        if self._num_bytes > SMALL and (seconds := self.pace.wait(len(data), self.loop.time())) > 0:
+            self._slow_down(seconds)
         if not self._waits():
             self._forget_waiting()
         elif self._deadline is None and not self.transport.is_closing():
@@ -88,8 +126,9 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_waiting()
-        if self._stalled is not None:
-            self._stalled.cancel()
+        for timer in (self._stalled, self._slowed):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -101,6 +140,18 @@ class Connection(H11Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
+
+    def _slow_down(self, seconds: float) -> None:
+        """Read nothing for a while, whether it would be used or only thrown away."""
+        if self._slowed is not None:
+            self._slowed.cancel()
+        self.transport.pause_reading()
+        self._slowed = self.loop.call_later(seconds, self._read_on)
+
+    def _read_on(self) -> None:
+        self._slowed = None
+        if not self.flow.read_paused:  # or else whoever takes the data reads on
+            self.transport.resume_reading()
 
     def _waits(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -126,6 +177,7 @@ def bounded(num_connections: int) -> type[Connection]:
 
     class Bounded(Connection):
         most = num_connections
+        pace = Pace(BYTES_PER_SECOND, BURST)
         idle: ClassVar[dict[Connection, None]] = {}
 
     return Bounded

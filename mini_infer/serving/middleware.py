@@ -182,25 +182,33 @@ class BoundBody:
             await self._app(scope, receive, send)
             return
         try:
-            messages = await asyncio.wait_for(self._take_in(scope, receive), self._timeout)
+            taken = await asyncio.wait_for(self._take_in_or_refuse(scope, receive), self._timeout)
         except asyncio.TimeoutError:
-            error = ApiError(
+            taken = ApiError(
                 408,
                 f"the body was not there within {self._timeout:g} seconds",
                 code="slow_body",
                 headers={"connection": "close"},
             )
-            await respond(error)(scope, receive, send)
+        if isinstance(taken, ApiError):
+            await respond(taken)(scope, receive, send)
+            return
+        messages = taken
+        if messages[0]["type"] == "http.disconnect":
+            return  # nobody waits for an answer
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _take_in_or_refuse(self, scope: Scope, receive: Receive) -> list[Message] | ApiError:
+        """As ``_take_in``. An error that ``wait_for`` raises refers to itself by its traceback: what was refused would
+        be held until the collector comes."""
+        try:
+            return await self._take_in(scope, receive)
         except ApiError as error:
-            await respond(error)(scope, receive, send)
-        else:
-            if messages[0]["type"] == "http.disconnect":
-                return  # nobody waits for an answer
-
-            async def replay() -> Message:
-                return messages.pop() if messages else await receive()
-
-            await self._app(scope, replay, send)
+            return error.with_traceback(None)
 
     async def _take_in(self, scope: Scope, receive: Receive) -> list[Message]:
         """All of the body as one message; what else came instead, if the client left."""

@@ -42,13 +42,16 @@ class Pool:
         job = asyncio.wrap_future(self._executor.submit(function))
         job.add_done_callback(self._done)  # a caller who has left does not end the work
         try:
-            return await asyncio.wait_for(asyncio.shield(job), self._timeout)
-        except asyncio.TimeoutError:
-            raise _busy(f"not done within {self._timeout:g} seconds ({self._name}); send less at once") from None
+            await asyncio.wait({job}, timeout=self._timeout)
+            if not job.done():
+                raise _busy(f"not done within {self._timeout:g} seconds ({self._name}); send less at once")
+            return job.result()
         except (Exception, asyncio.CancelledError):
             raise
         except BaseException as error:  # a panic in a tokenizer is none of Python's ordinary exceptions
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        finally:
+            del job  # whose error refers to this frame: all that the work read would wait for the collector
 
     def _done(self, job: "asyncio.Future[T]") -> None:
         self._num_jobs -= 1

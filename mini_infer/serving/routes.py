@@ -95,12 +95,12 @@ def parse_body(raw: bytes, model: type[_Body], most_values: int, status: int) ->
 
 def has_more_values(raw: bytes, most: int) -> bool:
     """Whether a body of JSON holds more numbers, strings, lists and objects than that, found without reading it."""
-    if _num_values(raw) <= most:
-        return False
-    raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # so that every quote begins or ends a string
-    number, within_string = 0, False
-    for start in range(0, len(raw), _PIECE):
-        parts = raw[start : start + _PIECE].split(b'"')
+    pieces = (raw[start : start + _PIECE] for start in range(0, len(raw), _PIECE))
+    number, within_string, held = 0, False, b""
+    for piece in pieces:
+        piece = (held + piece).replace(b"\\\\", b"")
+        held = b"\\" if piece.endswith(b"\\") else b""  # which belongs to what begins the next piece
+        parts = piece.removesuffix(held).replace(b'\\"', b"").split(b'"')  # every quote begins or ends a string
         number += _num_values(b"".join(parts[within_string::2]))
         within_string ^= len(parts) % 2 == 0
         if number > most:

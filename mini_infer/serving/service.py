@@ -55,7 +55,7 @@ class Pools:
         return cls(
             bodies=Pool("bodies", 1),
             prompts=Pool("prompts", 2),
-            tokens=Pool("tokens", 2),
+            tokens=Pool("tokens", 1),
             templates=Pool("templates", 2),
             answers=Pool("answers", 2, max_waiting=1 << 20, timeout=None),
         )

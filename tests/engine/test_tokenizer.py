@@ -130,6 +130,21 @@ class TestTexts:
             assert ours.encode(text, 100) == [*hf.encode(text, add_special_tokens=False), *end]
 
 
+class TestLongTexts:
+    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("skips", [False, True])
+    def test_many_ids_have_the_text_that_transformers_gives(self, tmp_path: Path, seed: int, skips: bool) -> None:
+        rng = random.Random(seed)
+        save_tokenizer(tmp_path)
+        tokenizer = Tokenizer(tmp_path, EngineConfig(model=str(tmp_path)), VOCAB_SIZE)
+        ids = rng.choices(range(VOCAB_SIZE), k=module._MANY + rng.randint(1, 3000))
+        expected = tokenizer.hf.decode(ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+        assert tokenizer.decode(ids, skip_special_tokens=skips) == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(tokenizer.hf), "decode", None)  # which would keep the interpreter all the while
+            assert tokenizer.decode(tuple(ids), skip_special_tokens=skips) == expected
+
+
 class TestTokensThatTheModelLacks:
     """A tokenizer may have more of them than the embedding has rows."""
 

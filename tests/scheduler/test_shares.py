@@ -53,11 +53,24 @@ def test_everybody_has_its_turn(seed: int) -> None:
 
 
 def test_alone_a_caller_has_the_whole_step() -> None:
-    ready = [of("a", i) for i in range(100)]
+    ready = [of("a", i) for i in range(64)]
     shares = StepShares(8)
     assert shares.choose(ready, ()) == shares.choose(ready, {"a"}) == ready
     assert len(shares.choose(ready, {"a", "b"})) == 7  # b is about to get its turn
-    assert shares.choose([of(None, i) for i in range(100)], {None}) != []
+
+
+def test_alone_a_caller_makes_no_step_too_long_for_the_next() -> None:
+    """Its sequences take turns beyond eight times the fair size; those of a program of its own do not."""
+    ready = [of("a", i) for i in range(100)]
+    shares = StepShares(8)
+    turns: Counter[Sequence] = Counter()
+    for _ in range(100):
+        chosen = shares.choose(ready, {"a"})
+        assert len(chosen) == 64
+        turns.update(chosen)
+    assert set(turns.values()) == {64}
+    own = [of(None, i) for i in range(100)]
+    assert shares.choose(own, {None}) == shares.choose(own, ()) == own
 
 
 def run_step(scheduler: Scheduler) -> Counter[Hashable]:
@@ -154,7 +167,7 @@ def test_growing_takes_from_who_has_more_than_a_share() -> None:
 @pytest.mark.parametrize(("caller", "alone", "beside"), [("many", 32, 8), (None, 100, 100)])
 def test_one_callers_prompts_do_not_make_a_step_long(caller: Hashable, alone: int, beside: int) -> None:
     """A named caller has so many tokens of prompts in a step, alone and beside others; a program of its own has all."""
-    scheduler = Scheduler(64, 60, 4, fair_size=4, max_num_batched_tokens=100)
+    scheduler = Scheduler(64, 60, 4, fair_size=2, max_num_batched_tokens=100)
     for i in range(50):
         scheduler.add(of(caller, i, num_prompt=30))
     assert _prompt_tokens(scheduler) == {caller: alone}

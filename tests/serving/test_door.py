@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from mini_infer.serving import events, routes, serve, templates
 from mini_infer.serving.admission import Budget
 from mini_infer.serving.answers import Whole
 from mini_infer.serving.app import check_options
+from mini_infer.serving.connections import READ_BYTES, Connection, Pace
 from mini_infer.serving.errors import ApiError
+from mini_infer.serving.pools import SMALL
 from mini_infer.serving.server import Server, _bind
 from tests.engine.executors import runner_of
 
@@ -171,6 +174,7 @@ class TestSizes:
                 except OSError:  # refused, and closed
                     continue
             assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+            wait_until(lambda: len(select.select(connections, [], [], 0)[0]) >= 4)  # more than eight never fit
             num_refused = 0
             for connection in connections:
                 connection.settimeout(0.2)
@@ -180,6 +184,53 @@ class TestSizes:
         finally:
             for connection in connections:
                 connection.close()
+
+    def test_a_body_that_is_thrown_away_comes_no_faster(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is refused by what it says of its length, and then paid for nevertheless; meanwhile nothing is read."""
+        paid: list[float] = []
+        while_slowed: list[Any] = []
+        wait, take = Pace.wait, Connection.data_received
+
+        def watched_wait(pace: Pace, amount: float, now: float) -> float:
+            paid.append(amount)
+            return wait(pace, amount, now)
+
+        def watched_take(connection: Connection, data: bytes) -> None:
+            while_slowed.append(connection._slowed)
+            take(connection, data)
+
+        monkeypatch.setattr(Pace, "wait", watched_wait)
+        monkeypatch.setattr(Connection, "data_received", watched_take)
+        size = 6 << 20
+        head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n"
+        with socket.create_connection(server.address, timeout=60) as connection:
+            connection.sendall(head.encode() + b" " * size)
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answers = b""
+            while b"200 OK" not in answers and (more := connection.recv(4096)):
+                answers += more
+        assert answers.startswith(b"HTTP/1.1 413") and b"200 OK" in answers
+        assert size - SMALL - READ_BYTES <= sum(paid) <= size + len(head) + 100
+        assert set(while_slowed) == {None}
+
+    @pytest.mark.parametrize("seed", range(10))
+    def test_a_pace(self, seed: int) -> None:
+        """However many bring however much: in any time no more than is paid for, and what each has in hand."""
+        rng = random.Random(seed)
+        pace = Pace(100.0, 30.0)
+        free_at = [0.0] * rng.randint(1, 20)
+        brought: list[tuple[float, float]] = []
+        while len(brought) < 500:
+            who = min(range(len(free_at)), key=free_at.__getitem__)
+            now, amount = free_at[who], rng.uniform(0, 10)
+            brought.append((now, amount))
+            free_at[who] = now + pace.wait(amount, now) + rng.choice([0, 0, rng.random()])
+        for _ in range(200):
+            start, end = sorted(rng.choices(brought, k=2))
+            total = sum(amount for now, amount in brought if start[0] <= now <= end[0])
+            assert total <= 30 + 100 * (end[0] - start[0]) + 10 * len(free_at) + 1e-6
+        assert Pace(100.0, 30.0).wait(30.0, now=5.0) == pytest.approx(0)
+        assert Pace(100.0, 30.0).wait(40.0, now=5.0) == pytest.approx(0.1)
 
     def test_a_budget(self) -> None:
         budget = Budget("things", 10)

@@ -26,14 +26,19 @@ NEIGHBOURS = (0, 1, 2)
 
 
 @contextmanager
-def busy(count: int) -> Iterator[None]:
-    """So many processes that want a core each, at this process's own priority."""
+def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes that want a core each, at this process's own priority, and count already."""
+    program = "import os\nos.write(1, b'.')\nwhile True: pass"
     with ExitStack() as stack:
+        processes = []
         for _ in range(count):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+            processes.append(stack.enter_context(process))
             stack.callback(process.kill)
-        time.sleep(0.5 if count else 0)  # until they count
-        yield
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.read(1)
+        yield processes
 
 
 def measure(llm: LLM, workload: Workload, rounds: int) -> dict[str, Any]:

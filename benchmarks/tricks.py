@@ -7,7 +7,7 @@ are those that can be taken out of it.
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -17,30 +17,31 @@ from rich.console import Console
 
 from benchmarks.compare import random_checkpoint
 from benchmarks.report import save
+from benchmarks.shapes import SHAPES
 from mini_infer import LLM, SamplingParams, kernels
 from mini_infer.kernels.cpu import linear
 
-ROUNDS = 15
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 32
 
 console = Console()
 
 
-def in_turns(before: Callable[[], float], after: Callable[[], float]) -> dict[str, float]:
+def in_turns(rounds: int, before: Callable[[], float], after: Callable[[], float]) -> dict[str, float]:
     """Medians of the seconds that both report, alternating, and the median of the rounds' ratios."""
     before(), after()  # compile, and touch the memory
-    rounds = [(before(), after()) for _ in range(ROUNDS)]
+    seconds = [(before(), after()) for _ in range(rounds)]
     return {
-        "before_ms": round(1e3 * statistics.median(first for first, _ in rounds), 3),
-        "after_ms": round(1e3 * statistics.median(second for _, second in rounds), 3),
-        "speedup": round(statistics.median(first / second for first, second in rounds), 3),
+        "before_ms": round(1e3 * statistics.median(first for first, _ in seconds), 3),
+        "after_ms": round(1e3 * statistics.median(second for _, second in seconds), 3),
+        "speedup": round(statistics.median(first / second for first, second in seconds), 3),
     }
 
 
-def long_runs(num_tokens: int) -> dict[str, float]:
-    """A product whose tasks are one panel of weights, and 2 MiB of them."""
-    multiply, _ = linear.pack_linear(torch.randn(151936, 1024).bfloat16(), None)
-    x = torch.randn(num_tokens, 1024).bfloat16()
+def long_runs(shape: str, num_tokens: int, rounds: int) -> dict[str, float]:
+    """The output layer's product, whose tasks are one panel of weights, and 2 MiB of them."""
+    vocab_size, hidden_size = SHAPES[shape]["vocab_size"], SHAPES[shape]["hidden_size"]
+    multiply, _ = linear.pack_linear(torch.randn(vocab_size, hidden_size).bfloat16(), None)
+    x = torch.randn(num_tokens, hidden_size).bfloat16()
 
     def seconds(run: int) -> float:
         with patch.object(linear, "RUN", run):
@@ -48,12 +49,12 @@ def long_runs(num_tokens: int) -> dict[str, float]:
             multiply(x)
             return time.perf_counter() - start
 
-    return in_turns(lambda: seconds(1), lambda: seconds(linear.RUN))
+    return in_turns(rounds, lambda: seconds(1), lambda: seconds(linear.RUN))
 
 
-def drawing(batch: int) -> dict[str, float]:
-    """A token of Qwen3's vocabulary at random, from the 50 likeliest: PyTorch's operations, and one kernel."""
-    logits = torch.randn(batch, 151936).bfloat16()
+def drawing(shape: str, batch: int, rounds: int) -> dict[str, float]:
+    """A token of the vocabulary at random, from the 50 likeliest: PyTorch's operations, and one kernel."""
+    logits = torch.randn(batch, SHAPES[shape]["vocab_size"]).bfloat16()
     columns = (
         np.full(batch, 0.8),
         np.full(batch, 50),
@@ -68,10 +69,10 @@ def drawing(batch: int) -> dict[str, float]:
         by.draw_tokens(logits, *columns)
         return time.perf_counter() - start
 
-    return in_turns(lambda: seconds(composed), lambda: seconds(fused))
+    return in_turns(rounds, lambda: seconds(composed), lambda: seconds(fused))
 
 
-def recording(shape: str, batch: int) -> dict[str, float]:
+def recording(shape: str, batch: int, rounds: int) -> dict[str, float]:
     """A decode step called from Python, and replayed."""
     model = str(random_checkpoint(shape))
     prompts = [[1 + i] * PROMPT_TOKENS for i in range(batch)]
@@ -85,25 +86,32 @@ def recording(shape: str, batch: int) -> dict[str, float]:
     called, replayed = (
         LLM(model, enforce_eager=eager, max_model_len=256, num_gpu_blocks=16 * batch) for eager in (True, False)
     )
-    return in_turns(lambda: step_seconds(called), lambda: step_seconds(replayed))
+    with called, replayed:
+        return in_turns(rounds, lambda: step_seconds(called), lambda: step_seconds(replayed))
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(shape: str, rounds: int) -> Iterator[dict[str, Any]]:
     for num_tokens in (1, 16):
-        yield {"trick": "runs", "shape": "qwen3-0.6b", "tokens": num_tokens, **long_runs(num_tokens)}
-    yield {"trick": "drawing", "shape": "qwen3-0.6b", "tokens": 16, **drawing(16)}
-    for shape, batch in (("tiny", 1), ("tiny", 64), ("qwen3-0.6b", 1)):
-        yield {"trick": "recording", "shape": shape, "tokens": batch, **recording(shape, batch)}
+        yield {"trick": "runs", "shape": shape, "tokens": num_tokens, **long_runs(shape, num_tokens, rounds)}
+    yield {"trick": "drawing", "shape": shape, "tokens": 16, **drawing(shape, 16, rounds)}
+    for decoded, batch in (("tiny", 1), ("tiny", 64), (shape, 1)):
+        yield {"trick": "recording", "shape": decoded, "tokens": batch, **recording(decoded, batch, rounds)}
 
 
-def main() -> None:
-    """Measure on this machine and write benchmarks/results/tricks-cpu.json."""
+def main(
+    shape: Annotated[str, typer.Option(help=f"The larger of both models: {', '.join(SHAPES)}.")] = "qwen3-0.6b",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that does not count.")] = 15,
+    keep: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/tricks-cpu.json.")] = False,
+) -> None:
+    """Measure on this machine."""
     rows = []
-    for row in measure():
+    for row in measure(shape, rounds):
         rows.append(row)
         console.print(row)
-    figures = {"dtype": "bfloat16", "rounds": ROUNDS, "threads": torch.get_num_threads(), "tricks": rows}
-    console.print(f"written to {save('tricks-cpu', 'python -m benchmarks.tricks', figures)}")
+    if keep:
+        command = f"python -m benchmarks.tricks --shape {shape} --rounds {rounds} --save"
+        figures = {"dtype": "bfloat16", "rounds": rounds, "threads": torch.get_num_threads(), "tricks": rows}
+        console.print(f"written to {save('tricks-cpu', command, figures)}")
 
 
 if __name__ == "__main__":

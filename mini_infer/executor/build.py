@@ -141,7 +141,7 @@ def make_runner(config: EngineConfig, loaded: Loaded, num_blocks: int, max_model
 
 
 def _mention_what_means_nothing_here(config: EngineConfig, device: torch.device) -> None:
-    if device.type == "cpu" and "cpu" in broken_backends():
+    if device.type == "cpu" and "cpu" in broken_backends("cpu"):
         logger.warning("the fast CPU kernels need numba, and it is not here: pip install 'mini-infer[cpu]'")
     if device.type == "cpu" and config.kv_cache_dtype == "fp8":
         logger.warning("kv_cache_dtype='fp8' is slow on a CPU, whose kernels know int8")

@@ -259,19 +259,24 @@ def _choose(op: str, device: str, wanted: str) -> Implementation:
 
 
 def _best_first(ops: Iterable[str], device: str | None) -> list[Implementation]:
-    broken_backends()
+    broken_backends(device)
     rows = [row for row in _table.values() if row.op in ops and (device is None or row.device in (device, _ANY_DEVICE))]
     return sorted(rows, key=lambda row: -row.priority)  # stable: a tie keeps the order of registration
 
 
 @cache
-def broken_backends() -> dict[str, str]:
+def broken_backends(device: str | None = None) -> dict[str, str]:
     """Import our optional backends and the installed packages', once; return why those that gave no backend did not.
 
     A broken package is reported and left out rather than raised: it must not stop who never asked for it.
+
+    Args:
+        device: leave out those of ours that cannot serve it, as Triton serves no CPU unless it is interpreted.
     """
     broken = {}
     for entry_point in (*_OPTIONAL, *entry_points(group=ENTRY_POINT_GROUP)):
+        if (entry_point.name, device) == ("triton", "cpu") and "TRITON_INTERPRET" not in os.environ:
+            continue
         try:
             entry_point.load()
         except Exception as error:

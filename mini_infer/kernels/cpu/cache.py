@@ -24,6 +24,7 @@ import numba
 import torch
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,10 @@ class KernelFile:
             if content:
                 logger.warning("%s is damaged; the kernel is compiled again", path)
             return None
-        target_context.refresh()
+        if _is_of_this_package(self._function):
+            rtsys.initialize(target_context)  # all that our kernels call; the rest is half of Numba, a long import
+        else:
+            target_context.refresh()
         return CompileResult._rebuild(target_context, *pickle.loads(data))
 
     def save_overload(self, signature: Any, result: Any) -> None:
@@ -113,7 +117,7 @@ def _path(function: Callable[..., None]) -> Path | None:
     if directory is None:
         return None
     sources = _SOURCES
-    if not function.__module__.startswith("mini_infer.kernels.cpu."):
+    if not _is_of_this_package(function):
         try:
             sources += hashlib.sha256(Path(function.__code__.co_filename).read_bytes()).digest()
         except OSError:  # a notebook's cell, say
@@ -126,6 +130,10 @@ def _path(function: Callable[..., None]) -> Path | None:
         *_machine(),
     )
     return directory / f"{function.__name__}-{_key(depends_on)}"
+
+
+def _is_of_this_package(function: Callable[..., None]) -> bool:
+    return function.__module__.startswith(f"{__package__}.")
 
 
 def choices_file() -> Path | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ from rich.console import Console
 
 from mini_infer import kernels
 from mini_infer.cli.kernels import measure_products
-from mini_infer.kernels.cpu import amx, choice, linear, onednn, prefill_attention
+from mini_infer.kernels.cpu import amx, choice, linear, onednn, paged_attention, prefill_attention, tile
+from mini_infer.kernels.cpu.jit import observer
 from mini_infer.kernels.cpu.recording import cpu_capture
 from mini_infer.kernels.cpu.tile import COLUMNS
 
-from .tiles_in_software import CONFIG, FAULTS, amx_in_software
+from .tiles_in_software import CONFIG, FAULTS, amx_in_software, bfmmla
 from .truth import PagedCase, check, draw
 
 HERE = linear.candidates(torch.empty(512, 512, dtype=torch.bfloat16))
@@ -94,12 +96,35 @@ def test_the_amx_kernel_gives_the_product(software: None) -> None:
         check_product(multiply(x), x, weight, None)
 
 
+@pytest.fixture
+def matrices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """BFMMLA is written out."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tile, "_multiply_matrices", bfmmla)
+    monkeypatch.setattr(prefill_attention, "_kernel", functools.cache(prefill_attention._kernel.__wrapped__))
+    monkeypatch.setattr(linear, "_kernel", functools.cache(linear._kernel.__wrapped__))
+
+
+def test_arms_matrix_instruction_gives_the_product(matrices: None) -> None:
+    for tokens, inputs, outputs in ((1, 4, 64), (5, 20, 70), (6, 32, 64), (13, 64, 3)):
+        x, weight = draw(1, tokens, inputs, dtype=torch.bfloat16), draw(2, outputs, inputs, dtype=torch.bfloat16)
+        multiply, _ = linear._in_panels(weight, None, {1: "bfmmla"})
+        check_product(multiply(x), x, weight, None)
+
+
+def test_arms_matrix_instruction_gives_prompt_attention(matrices: None) -> None:
+    check_prompts(PagedCase.make(seed=3, **SMALL, head_dim=64, dtype=torch.bfloat16), "bfmmla")
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for an x86 processor")
-def test_the_amx_kernel_compiles_to_its_instructions(tmp_path: Path) -> None:
-    program = """
+@pytest.mark.parametrize(
+    "made", ['linear._kernel(np.uint16, "amx")', 'prefill_attention._kernel(np.uint16, np.uint16, "amx", 64)']
+)
+def test_the_amx_kernels_compile_to_their_instructions(made: str, tmp_path: Path) -> None:
+    program = f"""
         import numpy as np
-        from mini_infer.kernels.cpu import linear
-        kernel = linear._kernel(np.uint16, "amx")
+        from mini_infer.kernels.cpu import linear, prefill_attention
+        kernel = {made}
         kernel._address
         print(kernel._code._library.get_asm_str())
     """
@@ -131,10 +156,35 @@ def test_a_process_that_may_not_have_tiles_does_without(monkeypatch: pytest.Monk
 SMALL = {"lengths": [(300, 40), (17, 17), (70, 1), (150, 33)], "block_size": 16, "num_kv_heads": 2, "group": 2}
 
 
+DECODES = {**SMALL, "lengths": [(300, 1), (17, 1), (1, 1), (64, 1), (150, 1)], "group": 3}
+BF16 = torch.bfloat16
+
+
+def in_either_layout(case: PagedCase) -> list[PagedCase]:
+    """The case, and the same with the caches as the kernels lay them out, where copying is quicker."""
+    keys, values = kernels.allocate_kv_cache(*case.key_cache.shape, case.key_cache.dtype, "cpu")
+    own = keys.copy_(case.key_cache), values.copy_(case.value_cache)
+    return [case, replace(case, key_cache=own[0], value_cache=own[1])]
+
+
 def check_prompts(case: PagedCase, kind: str) -> None:
-    arguments = case.query, case.key_cache, case.value_cache, case.block_tables, case.context_lens, case.query_start
-    out = prefill_attention._attend(kind, *arguments, case.query.shape[2] ** -0.5, case.window, case.span)
-    check(out, case.truth(), case.query.dtype)
+    for each in in_either_layout(case):
+        arguments = each.query, each.key_cache, each.value_cache, each.block_tables, each.context_lens, each.query_start
+        out = prefill_attention.attend(kind, *arguments, each.query.shape[2] ** -0.5, each.window, each.span)
+        check(out, each.truth(), each.query.dtype)
+
+
+def check_decodes(case: PagedCase, kind: str) -> None:
+    for each in in_either_layout(case):
+        arguments = each.query, each.key_cache, each.value_cache, each.block_tables, each.context_lens
+        scale = each.query.shape[2] ** -0.5
+        if kind != paged_attention.BLOCKS:
+            out = prefill_attention.attend(kind, *arguments, None, scale, each.window, 1)
+        elif each is case:
+            continue  # it reads the kernels' own layout only
+        else:
+            out = paged_attention._by_blocks(*arguments, scale, each.window, None)
+        check(out, each.truth(), each.query.dtype)
 
 
 @pytest.mark.parametrize("kind", prefill_attention.candidates(torch.bfloat16, 64))
@@ -148,6 +198,58 @@ def test_the_amx_kernel_gives_prompt_attention(software: None, monkeypatch: pyte
     for chunk in (4096, 64):
         monkeypatch.setattr(prefill_attention, "CHUNK", chunk)
         check_prompts(PagedCase.make(seed=2, **SMALL, head_dim=64, dtype=torch.bfloat16), "amx")
+
+
+@pytest.mark.parametrize("kind", paged_attention.candidates(BF16, 64))
+@pytest.mark.parametrize("window", [None, 45])
+def test_every_candidate_gives_decode_attention(kind: str, window: int | None) -> None:
+    check_decodes(PagedCase.make(seed=4, **DECODES, head_dim=64, dtype=BF16, window=window), kind)
+
+
+@pytest.mark.skipif(COLUMNS != 64, reason="processors with AMX have AVX-512, and panels of 64")
+def test_the_amx_kernel_gives_decode_attention(software: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for chunk, window, group in ((4096, None, 3), (64, 45, 3), (64, None, 17)):
+        monkeypatch.setattr(prefill_attention, "CHUNK", chunk)
+        sizes = {**DECODES, "group": group}
+        check_decodes(PagedCase.make(seed=5, **sizes, head_dim=64, dtype=BF16, window=window), "amx")
+
+
+@torch.inference_mode()
+def test_what_is_measured_during_a_recording_is_no_part_of_it(place: Path) -> None:
+    case = in_either_layout(PagedCase.make(seed=7, **DECODES, head_dim=64, dtype=BF16))[1]
+    paged_attention._kind.cache_clear()
+    query, launches = case.query, []
+    caches, tables, ends = (case.key_cache, case.value_cache), case.block_tables, case.context_lens
+    run = kernels.resolve("cpu", "cpu").paged_attention
+
+    def attend() -> Tensor:
+        token = observer.set(launches.append)
+        try:
+            return run(query, *caches, tables, ends)
+        finally:
+            observer.reset(token)
+
+    replay, result = cpu_capture()(lambda: run(query, *caches, tables, ends))
+    query.copy_(draw(8, *query.shape, dtype=BF16))
+    result.fill_(torch.nan)
+    replay()
+    assert torch.equal(result, attend()) and len(launches) == 1
+    paged_attention._kind.cache_clear()
+    choice.forget()
+    attend()
+    assert len(launches) == 2
+
+
+def test_decode_attention_is_measured_where_heads_share_keys(place: Path) -> None:
+    for group in (1, 2):
+        case = PagedCase.make(seed=6, **{**DECODES, "group": group}, head_dim=64, dtype=BF16)
+        paged_attention._kind.cache_clear()
+        with kernels.use_backend("cpu"):
+            for each in in_either_layout(case):
+                arguments = each.query, each.key_cache, each.value_cache, each.block_tables, each.context_lens
+                check(kernels.paged_attention(*arguments), each.truth(), BF16)
+        measured = list(place.glob("choices.json"))
+        assert len(measured) == (group > 1 and len(paged_attention.candidates(BF16, 64)) > 1)
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------

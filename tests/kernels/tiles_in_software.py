@@ -1,4 +1,4 @@
-"""AMX's instructions as Intel's manual describes them, for processors that do not have them.
+"""Instructions on tiles as the manuals describe them, for processors that do not have them: AMX's, and Arm's BFMMLA.
 
 The kernel's own loops, addresses and configurations run; only the instructions are replaced. What the processor would
 refuse, or what the manual leaves undefined, is noted in `FAULTS`.
@@ -6,9 +6,11 @@ refuse, or what the manual leaves undefined, is noted in `FAULTS`.
 
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 
 from mini_infer.kernels.cpu import amx
 from mini_infer.kernels.cpu.jit import load as load_number
@@ -117,3 +119,23 @@ def dot(sums, x, w):
                 place = sums * 256 + row * 16 + column
                 for half in range(2):
                     numbers[place] += bfloat16(x, row, 2 * k + half) * bfloat16(w, k, 2 * column + half)
+
+
+def bfmmla(builder: Any, sums: Any, x: Any, w: Any) -> Any:
+    """As `tile` writes the instruction: Arm, Architecture Reference Manual for A-profile, BFMMLA."""
+    word, number = ir.IntType(32), ir.FloatType()
+
+    def widened(numbers: Any, place: int) -> Any:
+        bits = builder.bitcast(numbers, ir.VectorType(ir.IntType(16), 8))
+        half = builder.zext(builder.extract_element(bits, ir.Constant(word, place)), word)
+        return builder.bitcast(builder.shl(half, ir.Constant(word, 16)), number)
+
+    for row in range(2):
+        for column in range(2):
+            place = ir.Constant(word, 2 * row + column)
+            total = builder.extract_element(sums, place)
+            for k in range(4):
+                product = builder.fmul(widened(x, 4 * row + k), widened(w, 4 * column + k))
+                total = builder.fadd(total, product)
+            sums = builder.insert_element(sums, total, place)
+    return sums

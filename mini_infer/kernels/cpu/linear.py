@@ -3,8 +3,9 @@
     y[m, n] = Σ_k x[m, k] * weight[n, k] + bias[n]
 
 Several ways stand side by side. Those of this file read the same panels, so that each number of tokens can have its
-own: "dot", "split" (see `tile`) and "amx". The fourth, "onednn", is what PyTorch brings along; it has an order of its
-own, and a weight is held once, so it serves a weight for all numbers of tokens or for none. `choice` has measured.
+own: "dot", "split" and "bfmmla" (see `tile`), and "amx". One more, "onednn", is what PyTorch brings along; it has an
+order of its own, and a weight is held once, so it serves a weight for all numbers of tokens or for none. `choice` has
+measured.
 
 The weight is cut into panels of 64 output features (`COLUMNS`); within a panel the numbers lie in the order in which a
 `tile` reads them, so that memory is read from front to back:
@@ -44,7 +45,7 @@ from mini_infer.kernels.cpu.jit import (
     store,
     tasks,
 )
-from mini_infer.kernels.cpu.tile import COLUMNS, LINE, PAIRS, ROWS, VECTORS, tiles
+from mini_infer.kernels.cpu.tile import COLUMNS, LINE, MATRICES, PAIRS, ROWS, VECTORS, tiles
 from mini_infer.kernels.reference import linear as reference
 from mini_infer.kernels.registry import register
 
@@ -100,6 +101,8 @@ def candidates(weight: Tensor) -> list[str]:
         return ["fma"]
     num_outputs, num_inputs = weight.shape
     names = ["dot", "split"] if PAIRS else ["split"]
+    if MATRICES and num_inputs % 4 == 0:
+        names.append("bfmmla")
     if amx.is_there() and num_inputs % amx.DEPTH == 0:
         names.append("amx")
     if onednn.is_there() and num_outputs <= _TALL * num_inputs:

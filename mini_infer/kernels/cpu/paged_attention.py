@@ -20,16 +20,21 @@ far, and with the next one it becomes a mean of the two, as in an online softmax
 Of codes of 8 bits, a token's scores are multiplied by its key's scale and its weights by its value's: one number each,
 and not one for every feature.
 
+Where query heads share keys, `prefill_attention`'s tiles of bfloat16 pairs are candidates beside this, AMX's among
+them: their rows are those heads, and what is copied once is multiplied by all. `choice` measures which is faster.
+
 Bytes: every key and value once; floor: bytes / memory bandwidth.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from mini_infer.kernels.cpu import choice, prefill_attention
 from mini_infer.kernels.cpu.jit import (
     CACHE_ELEMENTS,
     ELEMENTS,
@@ -48,15 +53,22 @@ from mini_infer.kernels.cpu.jit import (
     thread_number,
 )
 from mini_infer.kernels.cpu.kv_cache import has_fast_layout
+from mini_infer.kernels.cpu.prefill_attention import PAIRED
 from mini_infer.kernels.cpu.softmax import largest_score, weigh
 from mini_infer.kernels.cpu.tile import LANES, ROWS, VECTORS, tile, widest
 from mini_infer.kernels.reference import attention as reference
+
+BLOCKS = "blocks"
+"""The candidate of this file."""
 
 CHUNK = 4096
 """Tokens whose scores are kept at a time."""
 
 AHEAD = 2
 """How many pieces before its turn a piece, one head's part of a block, is fetched from memory."""
+
+TRIAL_BYTES = 64 << 20
+"""Keys and values of the sequences with which candidates are timed, at most 64 of them: more than caches hold."""
 
 
 @register_fast("paged_attention", reference.paged_attention)
@@ -70,13 +82,64 @@ def paged_attention(
     sliding_window: int | None,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    num_seqs, num_heads, head_dim = query.shape
+    _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     known = key_cache.dtype in CACHE_ELEMENTS and has_fast_layout(key_cache, value_cache)
     if not known or not widest(block_size) or not widest(head_dim):
         return reference.paged_attention(
             query, key_cache, value_cache, block_tables, context_lens, scale, sliding_window, kv_scales
         )
+    arguments = query, key_cache, value_cache, block_tables, context_lens
+    kind = _kind(query.dtype, num_heads, num_kv_heads, head_dim, block_size) if kv_scales is None else BLOCKS
+    if kind != BLOCKS:
+        return prefill_attention.attend(kind, *arguments, None, scale, sliding_window, 1)
+    return _by_blocks(*arguments, scale, sliding_window, kv_scales)
+
+
+@functools.cache
+def _kind(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> str:
+    """How such heads decode on this processor: as this file has it, or by a kind of `prefill_attention`."""
+    names = candidates(dtype, head_dim)
+    if num_heads == num_kv_heads or len(names) == 1:
+        return BLOCKS
+    num_seqs = min(max(TRIAL_BYTES // (4 * prefill_attention.TRIAL * num_kv_heads * head_dim), 1), 64)
+    key = f"paged_attention {num_heads} heads over {num_kv_heads} of {head_dim}"
+    found = choice.times(key, names, [num_seqs])
+    if found is None:
+        shape = num_seqs, 1, dtype, num_heads, num_kv_heads, head_dim, block_size
+        with ThreadPoolExecutor(1) as aside:  # this thread may be making a recording, which must not see the trial
+            found = aside.submit(_measure, key, names, shape).result()
+    return choice.fastest(found)[num_seqs]
+
+
+def _measure(key: str, names: list[str], shape: tuple[int, int, torch.dtype, int, int, int, int]) -> choice.Times:
+    arguments = prefill_attention.trial(*shape)
+    return choice.measure(key, {name: functools.partial(_run, name, arguments) for name in names}, [shape[0]])
+
+
+def candidates(dtype: torch.dtype, head_dim: int) -> list[str]:
+    """The ways to decode on this processor; the first is taken unless another is measured to be faster."""
+    return [BLOCKS, *(name for name in prefill_attention.candidates(dtype, head_dim) if name in PAIRED)]
+
+
+def _run(kind: str, arguments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], _: int) -> Tensor:
+    if kind == BLOCKS:
+        return _by_blocks(*arguments, 1.0, None, None)
+    return prefill_attention.attend(kind, *arguments, None, 1.0, None, 1)
+
+
+def _by_blocks(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    kv_scales: Tensor | None,
+) -> Tensor:
+    num_seqs, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
     query, block_tables = query.contiguous(), block_tables.to(torch.int32).contiguous()
     context_lens = context_lens.to(torch.int32).contiguous()
     out = torch.empty_like(query)

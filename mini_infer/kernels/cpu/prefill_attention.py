@@ -1,4 +1,4 @@
-"""Prompt attention: chunks of new tokens over the paged cache.
+"""Prompt attention: chunks of new tokens over the paged cache; and decode attention by the same tiles.
 
 A task is one KV head of one sequence. Many queries read the same keys and values, so the task first copies them out of
 their blocks, into the order in which tiles read them fastest, and then takes six queries of one head at a time, or
@@ -12,6 +12,9 @@ A long context is cut into chunks of `CHUNK` tokens, so that copies and scores t
 each query has so far, its highest score, the sum of its weights and the weighted sum, waits in memory for the next one.
 
 Each query block computes no more tokens than its last query sees, so causality (a span of 1) saves half of the work.
+
+In a decode step a sequence has one new token, and the rows of a tile are its query heads that share a KV head: one of
+AMX takes sixteen for the price of one. `paged_attention` measures whether that repays the copying.
 
 FLOPs: 4 * D per query, head and visible token. Floor: FLOPs / the processor's peak; the copy is D / queries of that.
 With bfloat16 the weights are rounded to bfloat16 before they multiply the values, except by "widen". Codes of 8 bits
@@ -45,11 +48,14 @@ from mini_infer.kernels.cpu.jit import (
 )
 from mini_infer.kernels.cpu.kv_cache import allocate_kv_cache
 from mini_infer.kernels.cpu.softmax import largest_score, weigh
-from mini_infer.kernels.cpu.tile import COLUMNS, LANES, PAIRS, ROWS, VECTORS, tiles, widest
+from mini_infer.kernels.cpu.tile import COLUMNS, LANES, MATRICES, PAIRS, ROWS, VECTORS, interleave, tiles, widest
 from mini_infer.kernels.reference import attention as reference
 
 CHUNK = 4096
 """Tokens that are copied and scored at a time; a multiple of `COLUMNS`."""
+
+PAIRED = ("dot", "amx", "bfmmla")
+"""Kinds whose tiles take bfloat16 in pairs."""
 
 TRIAL = 256
 """Tokens of the prompt with which candidates are timed."""
@@ -74,7 +80,7 @@ def paged_prefill_attention(
     if not widest(head_dim) or key_cache.dtype not in CACHE_ELEMENTS:
         return reference.paged_prefill_attention(*arguments, scale, sliding_window, span, kv_scales)
     kind = _kind(query.dtype, num_heads, num_kv_heads, head_dim, block_size)
-    return _attend(kind, *arguments, scale, sliding_window, span, kv_scales)
+    return attend(kind, *arguments, scale, sliding_window, span, kv_scales)
 
 
 @functools.cache
@@ -86,52 +92,65 @@ def _kind(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, 
     key = f"paged_prefill_attention {num_heads} heads over {num_kv_heads} of {head_dim}"
     found = choice.times(key, names, [TRIAL])
     if found is None:
-        caches = allocate_kv_cache(
-            -(-TRIAL // block_size), block_size, num_kv_heads, head_dim, dtype, torch.device("cpu")
-        )
-        for cache in caches:
-            cache.fill_(1)
-        query = torch.randn(TRIAL, num_heads, head_dim).to(dtype)
-        tables, ends = torch.arange(caches[0].shape[0], dtype=torch.int32)[None], torch.tensor([TRIAL])
-        arguments = query, *caches, tables, ends, torch.tensor([0, TRIAL]), head_dim**-0.5, None, 1
-        runs = {name: functools.partial(_run, name, arguments) for name in names}
-        found = choice.measure(key, runs, [TRIAL])
+        query, *cache = trial(1, TRIAL, dtype, num_heads, num_kv_heads, head_dim, block_size)
+        arguments = query, *cache, torch.tensor([0, TRIAL]), head_dim**-0.5, None, 1
+        found = choice.measure(key, {name: functools.partial(_run, name, arguments) for name in names}, [TRIAL])
     return choice.fastest(found)[TRIAL]
+
+
+def trial(
+    num_seqs: int,
+    num_queries: int,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Query, caches, block tables and context lengths of sequences of `TRIAL` tokens, to time candidates with."""
+    num_blocks = -(-TRIAL // block_size)
+    cpu = torch.device("cpu")
+    keys, values = allocate_kv_cache(num_seqs * num_blocks, block_size, num_kv_heads, head_dim, dtype, cpu)
+    keys.fill_(1), values.fill_(1)
+    query = torch.randn(num_seqs * num_queries, num_heads, head_dim).to(dtype)
+    tables = torch.arange(num_seqs * num_blocks, dtype=torch.int32).view(num_seqs, num_blocks)
+    return query, keys, values, tables, torch.full((num_seqs,), TRIAL)
 
 
 def candidates(dtype: torch.dtype, head_dim: int) -> list[str]:
     """The ways to multiply on this processor; the first is taken unless another is measured to be faster."""
     if dtype is torch.float32:
         return ["fma"]
-    names = ["dot", "widen"] if PAIRS else ["widen"]
+    names = ["dot", "widen"] if PAIRS else ["widen", "bfmmla"] if MATRICES else ["widen"]
     return [*names, "amx"] if amx.is_there() and PAIRS and head_dim % COLUMNS == 0 else names
 
 
 def _run(kind: str, arguments: tuple[Any, ...], _: int) -> Tensor:
-    return _attend(kind, *arguments)
+    return attend(kind, *arguments)
 
 
-def _attend(
+def attend(
     kind: str,
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
-    query_start: Tensor,
+    query_start: Tensor | None,
     scale: float,
     sliding_window: int | None,
     span: int,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
+    """Attention by one of the `candidates`; without ``query_start``, of one new token for each sequence."""
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     dtype = query.dtype
-    query = query.contiguous() if kind in ("dot", "amx") else query.float().contiguous()
+    query = query.contiguous() if kind in PAIRED else query.float().contiguous()
     block_tables = block_tables.to(torch.int32).contiguous()
     context_lens = context_lens.to(torch.int32).contiguous()
-    query_start = query_start.to(torch.int32).contiguous()
-    out = torch.zeros(query.shape, dtype=dtype)
+    query_start = None if query_start is None else query_start.to(torch.int32).contiguous()
+    out = (torch.empty if query_start is None else torch.zeros)(query.shape, dtype=dtype)
     num_seqs, max_blocks = block_tables.shape
     room = min(-(-max_blocks * block_size // COLUMNS) * COLUMNS, CHUNK)  # tokens of a thread
     room_bytes = room * (2 * head_dim * dtype.itemsize + _most_rows(kind) * 8)
@@ -144,7 +163,7 @@ def _attend(
         value_cache.data_ptr(),
         block_tables.data_ptr(),
         context_lens.data_ptr(),
-        query_start.data_ptr(),
+        0 if query_start is None else query_start.data_ptr(),
         out.data_ptr(),
         -(-scratch.data_ptr() // 64) * 64,
         room_bytes,
@@ -172,7 +191,7 @@ def _most_rows(kind: str) -> int:
 @functools.cache
 def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Kernel:
     scaled = cache_element is not element
-    pairs, with_amx, most_rows = kind in ("dot", "amx"), kind == "amx", _most_rows(kind)
+    pairs, with_amx, most_rows = kind in PAIRED, kind == "amx", _most_rows(kind)
     step = 2 if pairs else 1  # how many k a tile takes as one
     size = np.dtype(element).itemsize
     x_size = 2 if pairs else 4
@@ -193,8 +212,13 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
         scale, window, span = as_float(args[FIRST + 15]), args[FIRST + 16], args[FIRST + 17]
         kv_scales = pointer(args[FIRST + 26], np.uint16)
         keys, values = FIRST + 18, FIRST + 22  # where the caches' strides begin: block, slot, head, feature
+        key_cache_at, value_cache_at = args[FIRST + 1], args[FIRST + 2]
+        straight = block_size % LANES == 0 and args[keys + 1] == 1 and args[keys + 3] == block_size
+        straight = straight and args[values + 1] == head_dim and args[values + 3] == 1  # as `kv_cache` lays them out
         group = num_heads // num_kv_heads
-        x_stride = num_heads * head_dim * x_size
+        decodes = args[FIRST + 5] == 0  # then rows of a tile are one token's heads; otherwise one head's tokens
+        row_step, heads, is_later = (1, 1, 0) if decodes else (num_heads, group, 1)
+        x_stride = row_step * head_dim * x_size
 
         packed_keys_at = args[FIRST + 7] + thread_number(args) * args[FIRST + 8]
         packed_values_at = packed_keys_at + room * head_dim * size
@@ -209,10 +233,16 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
 
         for task in tasks(args):
             sequence, kv_head = task // num_kv_heads, task % num_kv_heads
-            first_query, num_queries = np.int64(query_start[sequence]), np.int64(query_start[sequence + 1])
-            num_queries -= first_query
             context = np.int64(context_lens[sequence])
-            first_position = context - num_queries
+            if decodes:
+                first_row, num_queries, first_position = sequence * num_heads, group, context - 1
+                if context == 0:  # a spare row of a recording
+                    for i in range(group * head_dim):
+                        store(out, (first_row + kv_head * group) * head_dim + i, np.float32(0))
+            else:
+                first_query = np.int64(query_start[sequence])
+                num_queries = np.int64(query_start[sequence + 1]) - first_query
+                first_row, first_position = first_query * num_heads, context - num_queries
             oldest = max(0, first_position - window + 1) if window > 0 else 0
             first_start = oldest // COLUMNS * COLUMNS
             for start in range(first_start, context, room):  # a chunk of the context, and tokens are counted from there
@@ -220,16 +250,18 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                 alone = start == first_start and stop >= context
                 if start == first_start and not alone:
                     for row in range(num_queries):
-                        for head in range(kv_head * group, (kv_head + 1) * group):
-                            kept = ((first_query + row) * num_heads + head) * (head_dim + 2)
+                        for head in range(kv_head * group, kv_head * group + heads):
+                            kept = (first_row + row * row_step + head) * (head_dim + 2)
                             waiting[kept + head_dim] = np.float32(-np.inf)  # its highest score, the sum of its weights
                             for i in range(head_dim):
                                 waiting[kept + i] = np.float32(0)
                             waiting[kept + head_dim + 1] = np.float32(0)
 
                 # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]; zeros after the end
-                for token in range(start, stop):
-                    number = token - start
+                following = start
+                while following < stop:
+                    token = following
+                    number, following = token - start, token + 1
                     to = number // COLUMNS * COLUMNS * head_dim + number % COLUMNS * step
                     to_value = number // step * step * head_dim + number % step
                     if token >= context:
@@ -241,14 +273,29 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                         slot = token % block_size
                         key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
                         value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
-                        if scaled:
+                        if pairs and not scaled and straight and token + LANES <= context:
+                            for i in range(0, head_dim, 2):
+                                from_key = key_cache_at + (key + i * args[keys + 3]) * size
+                                interleave(
+                                    packed_keys_at + (to + i * COLUMNS) * size, from_key, from_key + block_size * size
+                                )
+                            for j in range(0, LANES, 2):
+                                for i in range(0, head_dim, LANES):
+                                    from_value = value_cache_at + (value + j * head_dim + i) * size
+                                    interleave(
+                                        packed_values_at + (to_value + j * head_dim + 2 * i) * size,
+                                        from_value,
+                                        from_value + head_dim * size,
+                                    )
+                            following = token + LANES
+                        elif scaled:
                             side = (block * num_kv_heads + kv_head) * 2 * block_size + slot
                             key_scale, value_scale = load(kv_scales, side), load(kv_scales, side + block_size)
                             for i in range(head_dim):
-                                number = load(key_cache, key + i * args[keys + 3]) * key_scale
-                                store(packed_keys, to + i // step * step * COLUMNS + i % step, number)
-                                number = load(value_cache, value + i * args[values + 3]) * value_scale
-                                store(packed_values, to_value + i * step, number)
+                                exact = load(key_cache, key + i * args[keys + 3]) * key_scale
+                                store(packed_keys, to + i // step * step * COLUMNS + i % step, exact)
+                                exact = load(value_cache, value + i * args[values + 3]) * value_scale
+                                store(packed_values, to_value + i * step, exact)
                         else:
                             for i in range(head_dim):
                                 packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[
@@ -256,13 +303,14 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                                 ]
                                 packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
 
-                for head in range(kv_head * group, (kv_head + 1) * group):
+                for head in range(kv_head * group, kv_head * group + heads):
                     for row in range(0, num_queries, most_rows):
                         num_rows = min(most_rows, num_queries - row)
-                        x = query + ((first_query + row) * num_heads + head) * head_dim * x_size
-                        last = first_position + row + num_rows - 1
+                        x = query + (first_row + row * row_step + head) * head_dim * x_size
+                        position = first_position + row * is_later  # of the first row
+                        last = position + (num_rows - 1) * is_later
                         seen = min(context, (last // span + 1) * span)
-                        low = max(0, first_position + row - window + 1) // COLUMNS * COLUMNS if window > 0 else 0
+                        low = max(0, position - window + 1) // COLUMNS * COLUMNS if window > 0 else 0
                         low = max(low, start) - start
                         high = min((seen + COLUMNS - 1) // COLUMNS * COLUMNS, stop) - start
                         if low >= high:
@@ -283,7 +331,7 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                                     head_dim // step, scores_at + number * COLUMNS * 4, room * 4, 0, 0,
                                 )  # fmt: skip
                         for i in range(num_rows):
-                            position = first_position + row + i
+                            position = first_position + (row + i) * is_later
                             since = max(low, position - window + 1 - start) if window > 0 else low
                             since = min(since, high)
                             until = max(since, min(high, min(context, (position // span + 1) * span) - start))
@@ -296,7 +344,7 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                             if alone:
                                 factors[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)
                             else:
-                                kept = ((first_query + row + i) * num_heads + head) * (head_dim + 2) + head_dim
+                                kept = (first_row + (row + i) * row_step + head) * (head_dim + 2) + head_dim
                                 top = waiting[kept]
                                 largest = top if top > largest else largest
                                 waiting[kept] = largest
@@ -318,7 +366,7 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                                     0, 0,
                                 )  # fmt: skip
                             for i in range(num_rows):
-                                place = (first_query + row + i) * num_heads + head
+                                place = first_row + (row + i) * row_step + head
                                 if alone:
                                     to = place * head_dim + column
                                     for j in range(columns):
@@ -330,8 +378,8 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
 
                 if stop >= context and not alone:
                     for row in range(num_queries):
-                        for head in range(kv_head * group, (kv_head + 1) * group):
-                            place = (first_query + row) * num_heads + head
+                        for head in range(kv_head * group, kv_head * group + heads):
+                            place = first_row + row * row_step + head
                             kept = place * (head_dim + 2)
                             for i in range(head_dim):
                                 store(out, place * head_dim + i, waiting[kept + i] / waiting[kept + head_dim + 1])

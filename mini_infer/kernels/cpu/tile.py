@@ -11,7 +11,7 @@ Per k it loads R + 4 vectors for 4 R multiply-adds, so that arithmetic, not load
 R = 1 it reads w exactly once, as fast as memory gives it. Goto and van de Geijn, Anatomy of High-Performance Matrix
 Multiplication, 2008, https://doi.org/10.1145/1356052.1356053
 
-Five kinds, by what w holds and what the processor has:
+Six kinds, by what w holds and what the processor has:
 
     "fma"     w float32, x float32
     "widen"   w bfloat16, x float32: each w is widened on the way in; half the bytes from memory
@@ -20,14 +20,17 @@ Five kinds, by what w holds and what the processor has:
               and whose lower half is the other once it is shifted up; two multiply-adds
     "dot"     w and x bfloat16, in pairs along k: one AVX-512 BF16 instruction adds x[k] w[k] + x[k+1] w[k+1], in
               float32, for 16 columns
+    "bfmmla"  the same w and x on Arm: one BFMMLA instruction multiplies four k of two rows with two columns; two
+              neighbouring rows of pairs in w, zipped, hold four k of each column
 
-"split" and "dot" read the same memory. Which of them is faster is the processor's secret: "dot" does with one
+"split", "dot" and "bfmmla" read the same memory. Which of them is faster is the processor's secret: "dot" does with one
 instruction what "split" needs four for, and on some processors that one takes as long. `choice` measures it.
 
 Numba's loops give LLVM no say over registers, so this one loop is written in LLVM's own language, by a Python function
 that unrolls it. Everything around it is plain Numba.
 """
 
+import platform
 from typing import Any, Literal
 
 from llvmlite import ir
@@ -36,7 +39,7 @@ from numba.extending import intrinsic, overload
 
 from mini_infer.kernels.cpu.jit import has_feature
 
-Kind = Literal["fma", "widen", "int8", "split", "dot"]
+Kind = Literal["fma", "widen", "int8", "split", "dot", "bfmmla"]
 
 LANES = 16 if has_feature("avx512f") else 8
 """float32 numbers in a vector register. (An Arm processor's hold 4; there LLVM takes two for one.)"""
@@ -51,6 +54,9 @@ LINE = 64
 
 PAIRS = has_feature("avx512bf16")
 """Whether bfloat16 can be multiplied as "dot"."""
+
+MATRICES = platform.machine() in ("aarch64", "arm64", "ARM64") and has_feature("bf16")
+"""Whether it can as "bfmmla"."""
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -70,6 +76,8 @@ _SUMS = ir.VectorType(_F32, LANES)
 _WORDS = ir.VectorType(_I32, LANES)
 _HALVES = ir.VectorType(_I16, LANES)
 _PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_FOUR_SUMS, _FOUR_WORDS, _TWO_LONGS = ir.VectorType(_F32, 4), ir.VectorType(_I32, 4), ir.VectorType(_I64, 2)
+_EIGHT_BFLOATS = ir.VectorType(_BFloat(), 8)
 
 
 @intrinsic(prefer_literal=True)
@@ -100,7 +108,7 @@ def tile(
         x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot"
             ``[rows, count, 2]``, bfloat16, and for "split" the same in float32.
         w, w_stride: the same of w ``[count, columns]``; for "dot" and "split" ``[count, columns, 2]``.
-        count: how many k; at least one is always computed.
+        count: how many k, for "bfmmla" an even number of pairs; at least one or two are always computed.
         out, out_stride: the same of the sums, float32 ``[rows, columns]``.
         ahead, ahead_stride: where those lines are at the first k, and how many bytes further at each following one.
     """
@@ -109,7 +117,11 @@ def tile(
         return None
 
     def codegen(context, builder, signature, args):
-        _write_tile(builder, *(constant.literal_value for constant in constants), *args[5:])
+        values = [constant.literal_value for constant in constants]
+        if values[0] == "bfmmla":
+            _write_matrix_tile(builder, *values[1:], *args[5:])
+        else:
+            _write_tile(builder, *values, *args[5:])
         return context.get_dummy_value()
 
     return types.void(*constants, *[types.int64] * 9), codegen
@@ -168,6 +180,88 @@ def _write_tile(
         builder.store(sum_, place, align=4)
 
 
+def _write_matrix_tile(
+    builder: Any,
+    rows: int,
+    vectors: int,
+    accumulate: int,
+    lines: int,
+    x: Any,
+    x_stride: Any,
+    w: Any,
+    w_stride: Any,
+    count: Any,
+    out: Any,
+    out_stride: Any,
+    ahead: Any,
+    ahead_stride: Any,
+) -> None:
+    """The loop for "bfmmla", whose sums are two rows by two columns each; an odd last row stands for both."""
+    if accumulate:
+        raise NotImplementedError("nobody adds to what out holds by bfmmla")
+    one, two = ir.Constant(_I64, 1), ir.Constant(_I64, 2)
+    pairs_of = [(row, min(row + 1, rows - 1)) for row in range(0, rows, 2)]
+    places = [(pair, column) for column in range(0, vectors * LANES, 2) for pair in pairs_of]
+    before, loop, after = builder.block, builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.end")
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    k = builder.phi(_I64)
+    sums = [builder.phi(_FOUR_SUMS) for _ in places]
+    both_k = [k, builder.add(k, one)]
+    w_rows = [builder.add(w, builder.mul(at, w_stride)) for at in both_k]
+    x_column = builder.add(x, builder.shl(k, two))
+    x_rows = [
+        builder.load(
+            _at(builder, builder.add(x_column, builder.mul(x_stride, ir.Constant(_I64, row))), 0, _I64), align=4
+        )
+        for row in range(rows)
+    ]
+    x_pairs = [_bfloats(builder, [x_rows[row] for row in pair]) for pair in pairs_of]
+    new = []
+    for column in range(0, vectors * LANES, 4):
+        upper, lower = (builder.load(_at(builder, row, 4 * column, _FOUR_WORDS), align=4) for row in w_rows)
+        for half in (0, 2):
+            order = ir.Constant(_FOUR_WORDS, [half, half + 4, half + 1, half + 5])
+            w_pair = builder.bitcast(builder.shuffle_vector(upper, lower, order), _EIGHT_BFLOATS)
+            new += [_multiply_matrices(builder, sums[len(new) + i], x, w_pair) for i, x in enumerate(x_pairs)]
+    for at in both_k:
+        for line in range(lines):
+            _fetch(builder, builder.add(ahead, builder.mul(at, ahead_stride)), LINE * line)
+    next_k = builder.add(k, two)
+    builder.cbranch(builder.icmp_signed("<", next_k, count), loop, after)
+    zero = ir.Constant(_FOUR_SUMS, [0.0] * 4)
+    for phi, first, following in zip(
+        [k, *sums], [ir.Constant(_I64, 0), *[zero] * len(sums)], [next_k, *new], strict=True
+    ):
+        phi.add_incoming(first, before)
+        phi.add_incoming(following, loop)
+
+    builder.position_at_end(after)
+    for (pair, column), sum_ in zip(places, new, strict=True):
+        halves = builder.bitcast(sum_, _TWO_LONGS)
+        for half, row in reversed(list(enumerate(pair))):  # of a row that stands for both either half will do
+            out_row = builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row)))
+            value = builder.extract_element(halves, ir.Constant(_I32, half))
+            builder.store(value, _at(builder, out_row, 4 * column, _I64), align=4)
+
+
+def _bfloats(builder: Any, values: list[Any]) -> Any:
+    """Eight bfloat16 of two numbers with 64 bits."""
+    both = ir.Constant(_TWO_LONGS, ir.Undefined)
+    for place, value in enumerate(values):
+        both = builder.insert_element(both, value, ir.Constant(_I32, place))
+    return builder.bitcast(both, _EIGHT_BFLOATS)
+
+
+def _multiply_matrices(builder: Any, sums: Any, x: Any, w: Any) -> Any:
+    """``sums [2, 2] + x [2, 4] · w [2, 4] transposed``, one instruction."""
+    kind = ir.FunctionType(_FOUR_SUMS, [_FOUR_SUMS, _EIGHT_BFLOATS, _EIGHT_BFLOATS])
+    name = "llvm.aarch64.neon.bfmmla"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, [sums, x, w])
+
+
 def _at(builder: Any, address: Any, offset: int, what: Any) -> Any:
     return builder.inttoptr(builder.add(address, ir.Constant(_I64, offset)), what.as_pointer())
 
@@ -224,6 +318,21 @@ def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
         name, operands, values = f"llvm.fma.v{LANES}f32", [_SUMS] * 3, [w, x, sums]
     function = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(_SUMS, operands), name)
     return builder.call(function, values)
+
+
+@intrinsic
+def interleave(typing_context, to, first, second):
+    """Write `LANES` pairs of 16 bits, one of each from either address."""
+
+    def codegen(context, builder, signature, args):
+        to, *sources = args
+        halves = [builder.load(_at(builder, source, 0, _HALVES), align=2) for source in sources]
+        order = ir.Constant(ir.VectorType(_I32, 2 * LANES), [i // 2 + i % 2 * LANES for i in range(2 * LANES)])
+        pairs = builder.shuffle_vector(*halves, order)
+        builder.store(pairs, _at(builder, to, 0, pairs.type), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def tiles(

@@ -277,18 +277,27 @@ def broken_backends(device: str | None = None) -> dict[str, str]:
     for entry_point in (*_OPTIONAL, *entry_points(group=ENTRY_POINT_GROUP)):
         if (entry_point.name, device) == ("triton", "cpu") and "TRITON_INTERPRET" not in os.environ:
             continue
-        try:
-            entry_point.load()
-        except Exception as error:
-            broken[entry_point.name] = f"{entry_point.value} failed to load: {type(error).__name__}: {error}"
-            if entry_point in _OPTIONAL and isinstance(error, ModuleNotFoundError):
-                continue  # not installed, which is nobody's mistake
-            logger.exception("kernel backend %r (%s) failed to load", entry_point.name, entry_point.value)
-            continue
-        if all(row.backend != entry_point.name for row in _table.values()):
-            broken[entry_point.name] = f"{entry_point.value} registered nothing under this name"
-            logger.error("kernel backend %r: %s", entry_point.name, broken[entry_point.name])
+        reason = _why_broken(entry_point)
+        if reason is not None:
+            broken[entry_point.name] = reason
     return broken
+
+
+@cache
+def _why_broken(entry_point: EntryPoint) -> str | None:
+    """Import a backend; why it gave none."""
+    try:
+        entry_point.load()
+    except Exception as error:
+        # What is not installed is nobody's mistake.
+        if entry_point not in _OPTIONAL or not isinstance(error, ModuleNotFoundError):
+            logger.exception("kernel backend %r (%s) failed to load", entry_point.name, entry_point.value)
+        return f"{entry_point.value} failed to load: {type(error).__name__}: {error}"
+    if all(row.backend != entry_point.name for row in _table.values()):
+        reason = f"{entry_point.value} registered nothing under this name"
+        logger.error("kernel backend %r: %s", entry_point.name, reason)
+        return reason
+    return None
 
 
 def _check_op(op: str) -> None:

@@ -15,9 +15,10 @@ HAS_TORCH := -c 'from importlib.metadata import version; \
 demo: $(VENV)/core.stamp
 	@$(BIN)/mini-infer demo
 
-# One process per core. The tests of a file stay together: the blocks of a page build on each other.
+# One process per core. The tests of a file stay together: the blocks of a page build on each other. The longest files
+# come first (tests/conftest.py), not those with most tests, which is what pytest-xdist would do.
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -q -n auto --dist loadfile
+	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m ''

@@ -53,6 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORD] = write
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A Chinese page has the code of its English twin, token by token (tests/docs/test_twins.py); so by default only
+    that is run, unless somebody names the other."""
+    for item in items:
+        if item.path.name == "zh.md" and not any(argument.endswith("zh.md") for argument in config.args):
+            item.add_marker(pytest.mark.slow)
+
+
 # --- exercises -------------------------------------------------------------------------------------
 
 
@@ -108,6 +117,7 @@ def parity(request: pytest.FixtureRequest, answer: ModuleType, explain: Callable
             )
         tests = _ParityTests(op, lambda: request.config.stash[RECORD](event="alive"))
         options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--kernel-backend", "mine"]
+        options += ["-m", ""]  # interpreted, too, in every dtype
         pytest.main([str(ROOT / "tests" / "kernels"), f"--rootdir={ROOT}", *options], plugins=[tests])
         if tests.failure:
             pytest.fail(tests.failure, pytrace=False)

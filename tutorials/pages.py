@@ -44,6 +44,7 @@ PRELOADED = [
     "mini_infer.engine.llm_engine",
     "mini_infer.kernels.triton",
     "mini_infer.kernels.cpu",
+    "tutorials.pages",
 ]
 
 

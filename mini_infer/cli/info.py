@@ -15,7 +15,7 @@ from rich.table import Table
 
 import mini_infer
 from mini_infer import kernels
-from mini_infer.config import EngineConfig
+from mini_infer.config import EngineConfig, ParallelOptions
 from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.executor.device import resolve_cache_dtype, resolve_device, resolve_dtype
 from mini_infer.executor.ranks import check_layout, lay_out
@@ -150,8 +150,7 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     chosen = kernels.resolve(device, config.kernel_backend)  # refuses an unknown one
     backends = {op: chosen.backend_of(op) for op in kernels.OPS}
     # What a tokenizer needs is all files but the weights: nobody wants to fetch these to learn that they do not fit.
-    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    directory = resolve_tokenizer(str(config.model), config.revision, cache_dir)
+    directory = resolve_tokenizer(str(config.model), config.revision, config.cache_dir)
     shape = read_config(directory)
     dtype = resolve_dtype(config.dtype, shape.dtype, device)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype)
@@ -266,7 +265,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device, weight_byt
     )
 
 
-def _shares(config: EngineConfig) -> list[Share]:
+def _shares(config: ParallelOptions) -> list[Share]:
     """Of each rank of a replica, who need not be there for it."""
     mesh = replace(Mesh.of(config), replicas=1)
     places = [mesh.place(rank) for rank in range(mesh.size)]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mini_infer import kernels
-from mini_infer.config import EngineConfig
+from mini_infer.config import CheckpointOptions, EngineConfig
 from mini_infer.engine.tokenizer import Tokenizer
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.executor.device import on, resolve_cache_dtype, resolve_dtype
@@ -72,9 +72,8 @@ def _tokens(config: EngineConfig, text: Path) -> list[int]:
     return token_ids
 
 
-def _path(config: EngineConfig) -> Path:
-    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    return resolve_model(str(config.model), config.revision, cache_dir)
+def _path(config: CheckpointOptions) -> Path:
+    return resolve_model(str(config.model), config.revision, config.cache_dir)
 
 
 def _load(config: EngineConfig, window: int) -> Decoder:

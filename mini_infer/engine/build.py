@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_infer.config import EngineConfig
+from mini_infer.config import CacheOptions, EngineConfig
 from mini_infer.engine.describe import Describer
 from mini_infer.engine.generation_config import GenerationDefaults
 from mini_infer.engine.intake import Intake
@@ -66,10 +66,9 @@ def build(config: EngineConfig) -> Parts:
     from mini_infer.executor.ranks import build_ranks, lay_out
     from mini_infer.models import read_config, resolve_model, resolve_tokenizer
 
-    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    directory = resolve_model(str(config.model), config.revision, cache_dir)
+    directory = resolve_model(str(config.model), config.revision, config.cache_dir)
     tokenizer_directory = (
-        directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, cache_dir)
+        directory if config.tokenizer is None else resolve_tokenizer(str(config.tokenizer), None, config.cache_dir)
     )
     model_config = read_config(directory)
     config = _for_diffusion(config, model_config)
@@ -182,7 +181,7 @@ def _with_trace_of_its_own(config: EngineConfig, replica: int) -> EngineConfig:
     return replace(config, trace=path.with_name(f"{path.stem}.{replica}{path.suffix}"))
 
 
-def make_router(config: EngineConfig, replicas: "Sequence[Local]") -> Router:
+def make_router(config: CacheOptions, replicas: "Sequence[Local]") -> Router:
     """What shares requests out among replicas."""
     num_blocks = min(local.num_gpu_blocks for local in replicas) if config.enable_prefix_caching else 0
     return Router(len(replicas), config.block_size, num_blocks)

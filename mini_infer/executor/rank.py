@@ -17,7 +17,6 @@ import threading
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 from mini_infer.executor.wire import output_to_json, pack_message, unpack_message, unpack_step
@@ -124,8 +123,7 @@ def _run(
             tuple(setup["store"]), rank, stages, shards, device, interface_of(machine or "127.0.0.1"), setup["timeout"]
         )
         peers = Peers(Share(group, rank // shards, stages), link)
-        cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-        directory = resolve_model(str(config.model), config.revision, cache_dir)
+        directory = resolve_model(str(config.model), config.revision, config.cache_dir)
         loaded = load(config, directory, read_config(directory), device, peers)
         memory = loaded.memory
         if memory.warning is not None:

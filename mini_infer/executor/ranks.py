@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mini_infer import exceptions
-from mini_infer.config import EngineConfig
+from mini_infer.config import EngineConfig, ParallelOptions
 from mini_infer.exceptions import InvalidConfigError, MiniInferError, RankError
 from mini_infer.executor.build import Local
 from mini_infer.executor.device import expand_devices, resolve_device
@@ -331,7 +331,7 @@ def build_ranks(
     return [_local(future.result()) for future in starting]
 
 
-def _make_launcher(config: EngineConfig, devices: Sequence[str]) -> Launcher:
+def _make_launcher(config: ParallelOptions, devices: Sequence[str]) -> Launcher:
     if config.launch == "join":
         return Joined(config.rank_address, shared_key())
     if config.launch == "ray":
@@ -353,7 +353,7 @@ def _local(executor: RankExecutor) -> Local:
     )
 
 
-def check_layout(config: EngineConfig, model_config: ModelConfig) -> None:
+def check_layout(config: ParallelOptions, model_config: ModelConfig) -> None:
     """Refuse what cannot be shared out.
 
     Raises:

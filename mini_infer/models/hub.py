@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -45,7 +46,10 @@ MODEL_FILES = (*TOKENIZER_FILES, "generation_config.json", SINGLE_FILE, INDEX_FI
 """Everything the engine reads, and nothing else: repositories often hold the same weights in several formats."""
 
 
-def resolve_model(model: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+Folder: TypeAlias = str | os.PathLike[str] | None
+
+
+def resolve_model(model: str | Path, revision: str | None = None, cache_dir: Folder = None) -> Path:
     """The directory that holds `model`, or the GGUF file that it is, fetched from the Hub unless it is here already.
 
     Args:
@@ -79,7 +83,7 @@ def resolve_model(model: str | Path, revision: str | None = None, cache_dir: str
     return _fetch_gguf(str(model), tag, revision, cache_dir)
 
 
-def resolve_tokenizer(tokenizer: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+def resolve_tokenizer(tokenizer: str | Path, revision: str | None = None, cache_dir: Folder = None) -> Path:
     """As `resolve_model`, but without the weights, unless they are in one file with the tokenizer."""
     name, tag = _tagged(tokenizer)
     local = _local(name)
@@ -155,7 +159,7 @@ def _gguf_names(name: str, revision: str | None, snapshot: Path | None) -> list[
     return sorted(file for file in names if file.lower().endswith(".gguf"))
 
 
-def _fetch_gguf(name: str, tag: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+def _fetch_gguf(name: str, tag: str, revision: str | None, cache_dir: Folder) -> Path:
     snapshot = _fetch(name, revision, cache_dir, ("config.json",))
     chosen = _choose(_described(name, revision), _gguf_names(name, revision, snapshot), tag)
     parts = re.sub(r"-00001-of-(\d{5})\.", r"-*-of-\1.", chosen)
@@ -166,9 +170,10 @@ def _described(name: str, revision: str | None) -> str:
     return name if revision is None else f"{name} at revision {revision}"
 
 
-def _fetch(name: str, revision: str | None, cache_dir: str | Path | None, files: tuple[str, ...]) -> Path:
+def _fetch(name: str, revision: str | None, cache_dir: Folder, files: tuple[str, ...]) -> Path:
+    kept = None if cache_dir is None else Path(cache_dir)
     try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=list(files)))
+        return Path(snapshot_download(name, revision=revision, cache_dir=kept, allow_patterns=list(files)))
     except Exception as error:  # a broken transfer raises whatever huggingface_hub's current HTTP library raises
         raise ModelNotFoundError(_explanation(error, name, revision)) from error
 

@@ -39,14 +39,31 @@ class Checkpoint:
     stopping_path: Path
     reference: PreTrainedModel
 
+    def engine(self, *, stopping: bool = False, **fields: Any) -> LLM:
+        path = self.stopping_path if stopping else self.path
+        return LLM(path, **{"dtype": "float64", "max_model_len": MAX_LEN, "block_size": 4, **fields})
 
-@pytest.fixture(scope="module", params=VARIED_FAMILIES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    paths = [tmp_path_factory.mktemp(f"{request.param}-{name}") for name in ("plain", "stopping")]
-    options: dict[str, Any] = {"seed": 3, "num_hidden_layers": 2}
-    make_engine_checkpoint(paths[0], request.param, **options)
-    make_engine_checkpoint(paths[1], request.param, **options, eos_token_id=STOP_TOKENS)
-    return Checkpoint(paths[0], paths[1], reference_model(paths[0], torch.float64))
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """By family."""
+    made = {}
+    for family in VARIED_FAMILIES:
+        paths = [tmp_path_factory.mktemp(f"{family}-{name}") for name in ("plain", "stopping")]
+        options: dict[str, Any] = {"seed": 3, "num_hidden_layers": 2}
+        make_engine_checkpoint(paths[0], family, **options)
+        make_engine_checkpoint(paths[1], family, **options, eos_token_id=STOP_TOKENS)
+        made[family] = Checkpoint(paths[0], paths[1], reference_model(paths[0], torch.float64))
+    return made
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints: dict[str, Checkpoint], request: pytest.FixtureRequest) -> Checkpoint:
+    """One that has a sliding window; a test may be parametrised by another family."""
+    return checkpoints[getattr(request, "param", "mistral")]
+
+
+each_family = pytest.mark.parametrize("checkpoint", VARIED_FAMILIES, indirect=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,21 +177,19 @@ class MakeEngine(Protocol):
 
 @pytest.fixture
 def make_engine(checkpoint: Checkpoint) -> MakeEngine:
-    def make(*, stopping: bool = False, **fields: Any) -> LLM:
-        path = checkpoint.stopping_path if stopping else checkpoint.path
-        return LLM(path, **{"dtype": "float64", "max_model_len": MAX_LEN, "block_size": 4, **fields})
-
-    return make
+    return checkpoint.engine
 
 
 # ---- equal to transformers ---------------------------------------------------------------------------------------
 
 
+@each_family
+@pytest.mark.parametrize("num_cases", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_completions_are_those_of_transformers(
-    checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str]
+    checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str], num_cases: int
 ) -> None:
     engines = {stopping: make_engine(stopping=stopping) for stopping in (False, True)}
-    for seed in range(50):
+    for seed in range(num_cases):
         case = draw_case(random.Random(seed))
         check_outputs(search(engines[case.stopping], case), case, checkpoint.reference, tally)
     for engine in engines.values():
@@ -211,14 +226,12 @@ def draw_tight_fields(draw: random.Random) -> dict[str, Any]:
     }
 
 
-def check_under_pressure(
-    checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str], seed: int
-) -> EngineStats:
+def check_under_pressure(checkpoint: Checkpoint, tally: Counter[str], seed: int) -> EngineStats:
     """Several searches in one batch, among requests that sample: nobody notices that memory is short."""
     draw = random.Random(seed)
     case = draw_case(draw, num_prompts=draw.randint(1, 4))
     fields = draw_tight_fields(draw)
-    engine = make_engine(stopping=case.stopping, **fields)
+    engine = checkpoint.engine(stopping=case.stopping, **fields)
     params = [SamplingParams(n=n, seed=n, max_tokens=16) for n in (1, 2, 3)]
     ids = [engine.add_request(case.prompts[0], own, priority=draw.randint(-1, 1)) for own in params]
     check_outputs(search(engine, case), case, checkpoint.reference, tally)
@@ -228,30 +241,28 @@ def check_under_pressure(
             pass
         sampled.append([completion.token_ids for completion in output.outputs])
     assert_nothing_left(engine)
-    alone = make_engine(stopping=case.stopping)
+    alone = checkpoint.engine(stopping=case.stopping)
     for own, tokens in zip(params, sampled, strict=True):
         (output,) = alone.generate([case.prompts[0]], own, use_tqdm=False)
         assert tokens == [completion.token_ids for completion in output.outputs]
     return engine.stats()
 
 
-def check_seeds_under_pressure(
-    checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str], seeds: range
-) -> None:
-    stats = [check_under_pressure(checkpoint, make_engine, tally, seed) for seed in seeds]
+def check_seeds_under_pressure(checkpoints: list[Checkpoint], tally: Counter[str], seeds: range) -> None:
+    """Each seed with the checkpoint whose turn it is."""
+    stats = [check_under_pressure(checkpoints[seed % len(checkpoints)], tally, seed) for seed in seeds]
     assert sum(s.num_swap_preemptions for s in stats) > 0
     assert sum(s.num_recompute_preemptions for s in stats) > 0
 
 
-def test_pressure_changes_nothing(checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str]) -> None:
-    check_seeds_under_pressure(checkpoint, make_engine, tally, range(12))
+def test_pressure_changes_nothing(checkpoints: dict[str, Checkpoint], tally: Counter[str]) -> None:
+    check_seeds_under_pressure(list(checkpoints.values()), tally, range(16))
 
 
+@each_family
 @pytest.mark.slow
-def test_pressure_changes_nothing_in_many_workloads(
-    checkpoint: Checkpoint, make_engine: MakeEngine, tally: Counter[str]
-) -> None:
-    check_seeds_under_pressure(checkpoint, make_engine, tally, range(12, 112))
+def test_pressure_changes_nothing_in_many_workloads(checkpoint: Checkpoint, tally: Counter[str]) -> None:
+    check_seeds_under_pressure([checkpoint], tally, range(112))
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])

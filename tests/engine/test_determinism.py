@@ -16,7 +16,10 @@ NUM_REQUESTS = 50
 MAX_TOKENS = 14
 
 
-@pytest.fixture(scope="module", params=VARIED_FAMILIES)
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in VARIED_FAMILIES if family != "mistral"]
+
+
+@pytest.fixture(scope="module", params=["mistral", *OTHERS])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / request.param
     return make_engine_checkpoint(path, request.param, 11, torch.float64)

@@ -13,10 +13,8 @@ from tests.models.checkpoints import VARIED_FAMILIES
 MAX_LEN = 96
 
 
-@pytest.fixture(scope="module", params=VARIED_FAMILIES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(request.param)
-    return make_engine_checkpoint(path, request.param, seed=3, num_hidden_layers=2)
+def make_checkpoint(path: Path, family: str) -> Path:
+    return make_engine_checkpoint(path / family, family, seed=3, num_hidden_layers=2)
 
 
 def draw_prompts(draw: random.Random) -> list[list[int]]:
@@ -96,17 +94,20 @@ def check_workload(checkpoint: Path, alone: LLM, seed: int) -> EngineStats:
     return engine.stats()
 
 
-def check_workloads(checkpoint: Path, seeds: range) -> None:
-    alone = LLM(checkpoint, dtype="float64", max_model_len=MAX_LEN)
-    stats = [check_workload(checkpoint, alone, seed) for seed in seeds]
+def check_workloads(checkpoints: list[Path], seeds: range) -> None:
+    """Each seed with the checkpoint whose turn it is."""
+    alone = [LLM(checkpoint, dtype="float64", max_model_len=MAX_LEN) for checkpoint in checkpoints]
+    stats = [
+        check_workload(checkpoints[seed % len(checkpoints)], alone[seed % len(checkpoints)], seed) for seed in seeds
+    ]
     # The workloads are of no use if they never get into trouble.
     assert sum(s.num_swap_preemptions for s in stats) > 0
     assert sum(s.num_recompute_preemptions for s in stats) > 0
     assert max(s.prefix_hit_rate for s in stats) > 0.2
 
 
-def test_tokens_are_what_they_would_be_alone(checkpoint: Path) -> None:
-    check_workloads(checkpoint, range(10))
+def test_tokens_are_what_they_would_be_alone(tmp_path: Path) -> None:
+    check_workloads([make_checkpoint(tmp_path, family) for family in VARIED_FAMILIES], range(16))
 
 
 def test_codes_survive_swaps_copies_and_sharing(tmp_path: Path) -> None:
@@ -128,5 +129,6 @@ def test_auto_weighs_the_whole_model_against_the_copies() -> None:
 
 
 @pytest.mark.slow
-def test_tokens_are_what_they_would_be_alone_in_many_workloads(checkpoint: Path) -> None:
-    check_workloads(checkpoint, range(10, 60))
+@pytest.mark.parametrize("family", VARIED_FAMILIES)
+def test_tokens_are_what_they_would_be_alone_in_many_workloads(tmp_path: Path, family: str) -> None:
+    check_workloads([make_checkpoint(tmp_path, family)], range(60))

@@ -64,6 +64,26 @@ def cases(target: str) -> dict[str, Any]:
     return {case.label: case for case in found.values()}
 
 
+def enough(target: str, model: str) -> list[str]:
+    """Labels of cases of a model in which each kernel meets every dtype, constant and option that a launch can choose.
+
+    Few of them meet all; which ones changes from target to target, so that most combinations are met somewhere.
+    """
+    met_by = {
+        label: {(case.kernel.fn.__name__, *choice) for part in case[2:] for choice in part.items()}
+        for label, case in cases(target).items()
+        if model in label
+    }
+    labels = list(met_by)
+    first = list(SHARED_MEMORY).index(target) * len(labels) // len(SHARED_MEMORY)
+    labels = labels[first:] + labels[:first]
+    chosen, missing = list[str](), set[Any]().union(*met_by.values())
+    while missing:
+        chosen.append(max(labels, key=lambda label: len(met_by[label] & missing)))
+        missing -= met_by[chosen[-1]]
+    return chosen
+
+
 def compile_all(work: Iterable[tuple[str, str]]) -> Iterator[Compiled]:
     """Compile (target, label) pairs on all cores; Triton's cache on disk makes a second time cheap."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mini_infer import kernels
 from mini_infer.exceptions import KernelError
 
 from . import truth
+from .cases import INTERPRETED
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,11 +35,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", choices, ids="-".join, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     deselected = {item for item in items if here in item.path.parents and not _concerns(config, item)}
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
+    if INTERPRETED:
+        _take_dtypes_in_turn([item for item in items if here in item.path.parents])
+
+
+def _take_dtypes_in_turn(items: list[pytest.Item]) -> None:
+    """Interpreted, a kernel takes a hundred times longer: a test meets each of its dtypes and each of its other
+    parameters, but all of their pairs are for the slow tests."""
+    tests: dict[Any, dict[str, dict[torch.dtype, pytest.Item]]] = {}
+    for item in items:
+        others = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        if dtype := others.pop("dtype", None):
+            tests.setdefault(item.function, {}).setdefault(str(others), {})[dtype] = item  # type: ignore[attr-defined]
+    for cases in tests.values():
+        for number, by_dtype in enumerate(cases.values()):
+            turn = (number + number // len(by_dtype)) % len(by_dtype)  # others that repeat meet another one then
+            for item in [*by_dtype.values()][:turn] + [*by_dtype.values()][turn + 1 :]:
+                item.add_marker(pytest.mark.slow)
 
 
 def _concerns(config: pytest.Config, item: pytest.Item) -> bool:

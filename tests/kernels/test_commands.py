@@ -32,12 +32,12 @@ def parity(backend: str) -> tuple[int, str]:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreted run")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests beside this one run Triton compiled on this GPU")
-def test_triton_interpreted(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_interpreted(chosen: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The smaller half of the table, in two processes: whether to interpret is settled when triton is imported."""
+    command = ("tests/kernels", "--kernel-backend", "triton", "-m", chosen)
     halves = [
-        start(
-            "tests/kernels", "--kernel-backend", "triton", "-k", which, TRITON_INTERPRET="1", PYTHONIOENCODING="utf-8"
-        )
+        start(*command, "-k", which, TRITON_INTERPRET="1", PYTHONIOENCODING="utf-8")
         for which in ("attention or prefill or decode", "not (attention or prefill or decode)")
     ]
     outputs = [half.communicate(timeout=600)[0] for half in halves]

@@ -1,17 +1,18 @@
 """Every Triton kernel compiles for seven GPUs, fits their shared memory and keeps its numbers in registers.
 
-No GPU is needed. All that a launch can choose is compiled for each target: for the largest of the models in
-`compile_cases.MODELS`, and in the slow tests for all of them.
+No GPU is needed. Each dtype, constant and option that a launch can choose is compiled for each target, for the largest
+of the models in `compile_cases.MODELS`; the slow tests compile all of their combinations, for all models.
 """
 
 from collections import defaultdict
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 
 import pytest
 
 from .cases import INTERPRETED
-from .compiling import SHARED_MEMORY, Compiled, cases, compile_all
+from .compiling import SHARED_MEMORY, Compiled, cases, compile_all, enough
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
@@ -22,10 +23,9 @@ LARGEST = "Llama-3-8B"
 
 @pytest.fixture(scope="module", params=[LARGEST, pytest.param("all models", marks=pytest.mark.slow)])
 def compiled(request: pytest.FixtureRequest) -> dict[str, list[Compiled]]:
-    model = LARGEST if request.param == LARGEST else ""
     results = defaultdict(list)
-    work = [(target, label) for target in SHARED_MEMORY for label in cases(target) if model in label]
-    for result in compile_all(work):
+    labels = partial(enough, model=LARGEST) if request.param == LARGEST else cases
+    for result in compile_all([(target, label) for target in SHARED_MEMORY for label in labels(target)]):
         results[result.target].append(result)
     return results
 

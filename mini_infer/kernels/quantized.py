@@ -18,7 +18,8 @@ def rotated(numbers: Tensor) -> Tensor:
 
     Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, 2024, https://arxiv.org/abs/2404.00456
     """
-    return (numbers.unflatten(-1, (-1, ROTATED)) @ _HADAMARD.to(numbers)).flatten(-2)
+    turned: Tensor = numbers.unflatten(-1, (-1, ROTATED)) @ _HADAMARD.to(numbers)
+    return turned.flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)

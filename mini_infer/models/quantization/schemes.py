@@ -50,7 +50,8 @@ def rotated_int8(weight: Tensor) -> QuantizedMatrix:
     scales = weight.new_empty((len(weight), weight.shape[1] // ROTATED), dtype=torch.bfloat16)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        groups = rotated(weight[rows].float()).unflatten(1, (-1, ROTATED))
+        turned = rotated(weight[rows].double())  # whose last bits may depend on what else is there: codes shall not
+        groups = turned.float().unflatten(1, (-1, ROTATED))
         scales[rows] = groups.abs().amax(dim=2) / 127
         coded = _divided(groups, scales[rows].float()[..., None])
         codes[rows] = coded.round_().clamp_(-127, 127).flatten(1)

@@ -164,7 +164,7 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     def weight_bytes(part: Decoder) -> int:
         if coded and in_files is not None:
             return in_files * part.num_parameters // decoder.num_parameters
-        return _weight_bytes(part, config.quantization)
+        return _weight_bytes(part, config.quantization, device.type)
 
     ranks = [Rank.of(number, part, cache_dtype, weight_bytes(part)) for number, part in enumerate(parts)]
     fullest = max(parts, key=lambda part: block_bytes(shape.cache_specs(cache_dtype, part.share), 1))
@@ -205,9 +205,9 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     plan.check(str(device))
 
 
-def _weight_bytes(model: Decoder, scheme: str | None) -> int:
+def _weight_bytes(model: Decoder, scheme: str | None, device: str) -> int:
     """What a model's weights take once they are quantised, which asks for their shapes alone."""
-    quantize(model, scheme)
+    quantize(model, scheme, device)
     linear = [module for module in model.modules() if isinstance(module, Linear) and module.scheme is not None]
     saved = sum(module.weight.nbytes - bytes_of(module.scheme(module.weight)) for module in linear if module.scheme)
     return model.weight_bytes - saved

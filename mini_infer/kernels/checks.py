@@ -11,7 +11,7 @@ from torch import Tensor
 from mini_infer.exceptions import KernelError
 from mini_infer.kernels.attention import AttentionMetadata
 from mini_infer.kernels.host import Floats, Ints
-from mini_infer.kernels.quantized import QuantizedMatrix
+from mini_infer.kernels.quantized import ROTATED, QuantizedMatrix
 
 _FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 _SCALES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -313,6 +313,8 @@ def _pack_quantized(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.d
         check(op, "matrix.table", matrix.table, (16,), dtypes={torch.float32}, device=device)
         if matrix.codes.dtype is not torch.uint8:
             raise KernelError(f"{op}: a table is for 4-bit codes in uint8; got codes {describe(matrix.codes)}")
+    if matrix.rotated and inputs % ROTATED:
+        raise KernelError(f"{op}: what is rotated has a multiple of {ROTATED} inputs; got {inputs}")
     if dtype not in _FLOATS:
         raise KernelError(f"{op}: dtype must be {_names(_FLOATS)}; got {dtype}")
     if bias is not None:

@@ -262,6 +262,8 @@ class Linear(Weighted):
             matrices.append(cut(found, mine, self.inputs.within(inputs), self.dtype))
             if "bias" in some:
                 biases.append(some["bias"][mine.start : mine.stop].to(self.dtype))
+        if self._is_coded_before_it_is_cut:
+            self.scheme = None  # as above
         self._pack(join(matrices, self.dtype), torch.cat(biases) if biases else None)
 
     def finish(self) -> None:

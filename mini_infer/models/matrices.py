@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mini_infer.exceptions import InvalidCheckpointError
 from mini_infer.kernels import QuantizedMatrix
+from mini_infer.kernels.quantized import ROTATED
 from mini_infer.parallel.slices import Span
 
 
@@ -68,9 +69,9 @@ def scattered(matrix: QuantizedMatrix, index: Tensor) -> QuantizedMatrix:
 def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
     """The matrices one below the other.
 
-    If one has plain numbers, or inputs in an order that not all share, or 8-bit floating point meets another kind, the
-    result has plain numbers, in ``dtype``. Else it has codes: those of the parts where they are of one kind, and int8
-    with the smallest group's scales where not.
+    If one has plain numbers, or inputs in an order or a rotation that not all share, or 8-bit floating point meets
+    another kind, the result has plain numbers, in ``dtype``. Else it has codes: those of the parts where they are of
+    one kind, and int8 with the smallest group's scales where not.
     """
     if len(matrices) == 1:
         return matrices[0].to(dtype) if isinstance(matrices[0], Tensor) else matrices[0]
@@ -80,8 +81,8 @@ def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
         assert isinstance(together, QuantizedMatrix)
         return Ordered(together, ordered[0].order)
     quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
-    floats = {matrix.codes.dtype is torch.float8_e4m3fn for matrix in quantized}
-    if len(quantized) < len(matrices) or len(floats) > 1:
+    sorts = {(matrix.codes.dtype is torch.float8_e4m3fn, matrix.rotated) for matrix in quantized}
+    if len(quantized) < len(matrices) or len(sorts) > 1:
         plain = [m.to(dtype) if isinstance(m, Tensor) else m.dequantize(dtype) for m in matrices]
         return torch.cat(plain)
     group = math.gcd(*(_group(matrix) for matrix in quantized))
@@ -99,6 +100,7 @@ def join(matrices: Sequence[Matrix], dtype: torch.dtype) -> Matrix:
         if alike[0].offsets is None
         else torch.cat([m.offsets.to(scales) for m in alike if m.offsets is not None]),
         table=alike[0].table,
+        rotated=alike[0].rotated,
     )
 
 
@@ -106,11 +108,14 @@ def cut(matrix: Matrix, outputs: Span, inputs: Span, dtype: torch.dtype) -> Matr
     """Some of the outputs of a matrix, and of its inputs.
 
     What is cut between inputs that share a scale gets scales for smaller groups. What would then have a scale for each
-    input has plain numbers, in ``dtype``, and so has what has its inputs in another order, if it is cut between inputs.
+    input has plain numbers, in ``dtype``, and so has what has its inputs in another order, if it is cut between inputs,
+    or what is cut between inputs that were rotated together.
     """
     if isinstance(matrix, Ordered):
         if inputs.is_whole:
             return replace(matrix, matrix=_some_outputs(matrix.matrix, outputs))
+        matrix = matrix.dequantize(dtype)
+    elif isinstance(matrix, QuantizedMatrix) and matrix.rotated and inputs.cover(ROTATED) != inputs:
         matrix = matrix.dequantize(dtype)
     if isinstance(matrix, Tensor):
         return matrix[outputs.start : outputs.stop, inputs.start : inputs.stop]

@@ -125,7 +125,7 @@ def load_model(
     _mention_longrope(config)
     with _explaining_memory(directory, config, dtype, device, kernels, share):
         model = Decoder(config, dtype, device, kernels, share)
-        quantize(model, quantization, share.group)
+        quantize(model, quantization, device.type, share.group)
         fills = _fills(model, names, checkpoint)
         all_fills = fills if share.is_whole else _fills(Decoder(config, dtype, "meta", kernels), names, checkpoint)
         _check(stored, [part for fill in all_fills for part in fill.parts], config, directory)

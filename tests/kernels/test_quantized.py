@@ -1,5 +1,7 @@
 """Products with quantised weights, against float64; the weight's values spelled out one by one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -184,6 +186,48 @@ def test_large_and_small_numbers(backend: str) -> None:
         truth = x.double() @ given.dequantize(torch.float64).T
         assert float((product(x).double() - truth).norm() / truth.norm()) < 1e-2
     assert not product(torch.zeros(2, 64, dtype=torch.bfloat16)).any()
+
+
+def hadamard(size: int) -> Tensor:
+    """The definition: 1 where the two numbers have an even number of bits in common, else -1; over √32."""
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(32)] for i in range(32)]
+    return torch.block_diag(*(size // 32) * [torch.tensor(signs, dtype=torch.float64) / 32**0.5])
+
+
+def test_what_is_rotated_stands_for_what_it_was() -> None:
+    for kind in KINDS:
+        given = matrix(kind, 5, 96, 32)
+        turned, truth = replace(given, rotated=True), values(given) @ hadamard(96)
+        torch.testing.assert_close(turned.dequantize(torch.float64), truth, rtol=0, atol=1e-13)
+        torch.testing.assert_close(turned.rows(torch.tensor([4, 0])).dequantize(torch.float64), truth[[4, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [16, 32, 96])
+@pytest.mark.parametrize("kind", ["int8", "symmetric", "fp8"])
+@on_backends("pack_quantized")
+def test_rotated_products(backend: str, kind: str, group: int, dtype: torch.dtype) -> None:
+    given = replace(matrix(kind, 70, 96, group), rotated=True)
+    for tokens in (1, 13):
+        check_product(given, tokens, dtype)
+    ids, rows = torch.tensor([69, 0, 3]), kernels.pack_quantized(given, None, dtype).rows
+    torch.testing.assert_close(rows(ids), given.dequantize(dtype)[ids], rtol=2**-7, atol=1e-5)
+
+
+@on_backends("pack_quantized")
+def test_a_rotation_spreads_what_stands_out(backend: str) -> None:
+    """One number 300 times as large as its neighbours leaves these a bit or two where it is alone."""
+    x = draw(1, 9, 64, dtype=torch.bfloat16)
+    x[:, 7] = 300
+    x[4, 40], x[6, 3] = torch.nan, torch.inf
+    given = replace(matrix("int8", 100, 64, 32), rotated=True)
+    y, truth = (
+        kernels.pack_quantized(given, None, torch.bfloat16)(x).double(),
+        x.double() @ given.dequantize().T.double(),
+    )
+    finite = [row not in (4, 6) for row in range(9)]
+    assert y.isfinite().all(-1).tolist() == finite and not y[[4, 6]].isfinite().any()
+    assert float((y[finite] - truth[finite]).norm() / truth[finite].norm()) < 5e-3
 
 
 def test_an_x_that_does_not_fit() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mini_infer.kernels import QuantizedMatrix, register
+from mini_infer.kernels.quantized import rotated
 
 
 def product(x: Tensor, matrix: QuantizedMatrix) -> Tensor:
@@ -77,6 +78,8 @@ def pack_quantized(matrix: QuantizedMatrix, bias: Tensor | None, dtype: torch.dt
     """
 
     def multiply(x: Tensor) -> Tensor:
+        if matrix.rotated:  # its inputs were turned, and so x is, too · 它的输入旋转过，x 也要旋转
+            x = rotated(x.to(torch.promote_types(dtype, torch.float32)))
         result = product(x.reshape(-1, x.shape[-1]), matrix)
         if bias is not None:
             result = result + bias.to(result.dtype)

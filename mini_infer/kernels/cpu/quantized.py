@@ -10,7 +10,8 @@ There are two ways through them.
 
 - *Integers*, for bfloat16 x and codes that are integers. x is rounded to 8 bits first, with a scale for every step of
   at most 32 neighbouring numbers (as llama.cpp does), and `integer_tile` multiplies. An x costs a 127th of its
-  step's largest at most, which for a normal distribution is 0.6 % of the result, as much as bfloat16's own roundings.
+  step's largest at most, which for a normal distribution is 0.6 % of the result. Where the weight is rotated, x is,
+  too; then no number of a step is much larger than the others, whatever the model.
 - *Values*, for float32 x, and for codes that are no integers. A step of a panel is turned into float32 in the first
   cache, and `tile` multiplies that with all tokens. Nothing is rounded.
 
@@ -47,7 +48,7 @@ from mini_infer.kernels.cpu.jit import (
 )
 from mini_infer.kernels.cpu.linear import RUN, TOKENS, _pack, _widened
 from mini_infer.kernels.cpu.tile import COLUMNS, ROWS, VECTORS, tiles
-from mini_infer.kernels.quantized import QuantizedMatrix
+from mini_infer.kernels.quantized import ROTATED, QuantizedMatrix
 from mini_infer.kernels.reference import quantized as reference
 from mini_infer.kernels.registry import register
 
@@ -67,7 +68,8 @@ def pack_quantized(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     outputs, inputs = matrix.shape
     whole_row = matrix.group >= inputs
-    if dtype not in ELEMENTS or 0 in (outputs, inputs) or not (whole_row or matrix.group % 8 == 0):
+    unit = ROTATED if matrix.rotated else 8
+    if dtype not in ELEMENTS or 0 in (outputs, inputs) or not (whole_row or matrix.group % unit == 0):
         return reference.pack_quantized(matrix, bias, dtype)
     bias = None if bias is None else bias.contiguous()
     integer = _as_integers(matrix) if dtype is torch.bfloat16 else None
@@ -108,8 +110,7 @@ class _Panels:
         step: how many inputs are multiplied before they are scaled.
         steps: of a row; the last may be padded.
         of: the dtype of the matrix's codes.
-        table: as the matrix has it.
-        shape: of the matrix.
+        table, rotated, shape: as the matrix has them.
     """
 
     codes: Tensor
@@ -119,6 +120,7 @@ class _Panels:
     steps: int
     of: torch.dtype
     table: Tensor | None
+    rotated: bool
     shape: tuple[int, int]
 
     @classmethod
@@ -145,7 +147,10 @@ class _Panels:
             return some.to(torch.float16 if as_half else torch.float32).contiguous()
 
         offsets = None if matrix.offsets is None else spread(matrix.offsets)
-        return cls(packed, spread(matrix.scales), offsets, step, steps, matrix.codes.dtype, matrix.table, matrix.shape)
+        return cls(
+            packed, spread(matrix.scales), offsets, step, steps, matrix.codes.dtype, matrix.table, matrix.rotated,
+            matrix.shape,
+        )  # fmt: skip
 
 
 def _fits_half(numbers: Tensor) -> bool:
@@ -161,7 +166,7 @@ class _Rows:
         self._table = torch.empty(0) if panels.table is None else panels.table.contiguous()
         scale = np.uint16 if panels.scales.dtype is torch.float16 else np.float32
         has_table, has_offsets = panels.table is not None, panels.offsets is not None
-        self._kernel = _rows_kernel(panels.of, scale, has_table, has_offsets, ELEMENTS[dtype])
+        self._kernel = _rows_kernel(panels.of, scale, has_table, has_offsets, panels.rotated, ELEMENTS[dtype])
         self._fixed = (
             panels.codes.data_ptr(),
             panels.scales.data_ptr(),
@@ -181,7 +186,9 @@ class _Rows:
 
 
 @functools.cache
-def _rows_kernel(of: torch.dtype, scale: type, has_table: bool, has_offsets: bool, element: type) -> Kernel:
+def _rows_kernel(
+    of: torch.dtype, scale: type, has_table: bool, has_offsets: bool, rotates: bool, element: type
+) -> Kernel:
     name = str(of)
     in_word = 8 if of is torch.uint8 else 4
 
@@ -191,6 +198,8 @@ def _rows_kernel(of: torch.dtype, scale: type, has_table: bool, has_offsets: boo
         codes, scales = pointer(args[FIRST + 2], np.int32), pointer(args[FIRST + 3], scale)
         offsets, table = pointer(args[FIRST + 4], scale), pointer(args[FIRST + 5], np.float32)
         num_inputs, step, num_words, num_scales = args[FIRST + 6], args[FIRST + 7], args[FIRST + 8], args[FIRST + 9]
+        turned_at = buffer(ROTATED)
+        turned = pointer(turned_at, np.float32)
         for row in tasks(args):
             panel, column = ids[row] // COLUMNS, ids[row] % COLUMNS
             for k in range(num_inputs):
@@ -200,7 +209,14 @@ def _rows_kernel(of: torch.dtype, scale: type, has_table: bool, has_offsets: boo
                 value = decoded * _scale(scales, side)
                 if has_offsets:
                     value = _finished(value) + _scale(offsets, side)
-                store(out, row * num_inputs + k, value)
+                if rotates:
+                    turned[k % ROTATED] = value
+                    if k % ROTATED == ROTATED - 1:
+                        _rotate(turned_at)
+                        for i in range(ROTATED):
+                            store(out, row * num_inputs + k + 1 - ROTATED + i, turned[i])
+                else:
+                    store(out, row * num_inputs + k, value)
 
     return rows
 
@@ -218,7 +234,7 @@ class _IntegerProduct:
         num_panels, num_words, _ = panels.codes.shape
         num_steps, num_scales = panels.steps, panels.scales.shape[1]
         self._kernel = _integer_kernel(kind, halves, panels.offsets is not None)
-        self._quantize = _quantize_kernel(kind != "int8")
+        self._quantize = _quantize_kernel(kind != "int8", panels.rotated)
         self._num_runs = -(-panels.codes.nbytes // RUN), num_panels
         self._fixed = (
             panels.codes.data_ptr(),
@@ -268,8 +284,8 @@ def _bytes(panels: _Panels) -> tuple[Kind, int, Tensor]:
 
 
 @functools.cache
-def _quantize_kernel(apart: bool) -> Kernel:
-    """Round x to 8 bits; `apart`: each eight with those at even places first."""
+def _quantize_kernel(apart: bool, rotates: bool) -> Kernel:
+    """Round x to 8 bits, or x rotated; `apart`: each eight with those at even places first."""
 
     @kernel
     def quantize(args):
@@ -278,6 +294,8 @@ def _quantize_kernel(apart: bool) -> Kernel:
         inputs, num_steps, step, zero = args[FIRST + 3], args[FIRST + 4], args[FIRST + 5], args[FIRST + 6]
         whole = pointer(buffer(STEP), np.int32)
         bits = pointer(buffer(1), np.uint16)
+        turned_at = buffer(STEP)
+        turned = pointer(turned_at, np.float32)
         for row in tasks(args):
             for number in range(num_steps):
                 first, to = row * inputs + number * step, (row * num_steps + number) * step
@@ -287,12 +305,20 @@ def _quantize_kernel(apart: bool) -> Kernel:
                     size = np.uint16(x[first + i] & 0x7FFF)
                     top = max(top, size)
                 bits[0] = top
-                scale, total = load(bits, 0) * np.float32(1 / 127), np.int32(0)
+                largest, total = load(bits, 0), np.int32(0)
+                if rotates:
+                    for i in range(STEP):
+                        turned[i] = load(x, first + i)
+                    _rotate(turned_at)
+                    largest = np.float32(0)
+                    for i in range(STEP):
+                        largest = max(largest, abs(turned[i]))
+                scale = largest * np.float32(1 / 127)
                 inverse = np.float32(1) / scale if scale > np.float32(1e-38) else np.float32(0)
-                if top >= 0x7F80:  # some are not finite, and so nothing of the row shall be
+                if top >= 0x7F80 or largest == np.inf:  # some are not finite, and so nothing of the row shall be
                     scale, count = np.float32(np.nan), 0
                 for i in range(count):
-                    whole[i] = nearest(load(x, first + i) * inverse)
+                    whole[i] = nearest((turned[i] if rotates else load(x, first + i)) * inverse)
                     total += whole[i]
                 for i in range(count, step):
                     whole[i] = 0
@@ -390,7 +416,10 @@ class _ValueProduct:
     def __call__(self, x: Tensor) -> Tensor:
         outputs, inputs = self._panels.shape
         rows = x.reshape(-1, inputs).contiguous()
-        rows = _widened(rows) if self._dtype is torch.bfloat16 else rows
+        if self._panels.rotated:
+            rows = _rotated(rows)
+        elif self._dtype is torch.bfloat16:
+            rows = _widened(rows)
         num_tokens = rows.shape[0]
         out = torch.empty((*x.shape[:-1], outputs), dtype=self._dtype)
         num_chunks = -(-num_tokens // CHUNK)
@@ -400,6 +429,47 @@ class _ValueProduct:
             scratch.data_ptr(), work=self._work,
         )  # fmt: skip
         return out
+
+
+def _rotated(x: Tensor) -> Tensor:
+    """x as float32, its neighbours rotated, by a kernel of ours, which can be recorded."""
+    turned = torch.empty(x.shape, dtype=torch.float32)
+    _rotate_kernel(ELEMENTS[x.dtype])(len(x), x.data_ptr(), turned.data_ptr(), x.shape[1], work=2 * x.numel())
+    return turned
+
+
+@functools.cache
+def _rotate_kernel(element: type) -> Kernel:
+    @kernel
+    def rotate(args):
+        x, turned, width = pointer(args[FIRST], element), pointer(args[FIRST + 1], np.float32), args[FIRST + 2]
+        for row in tasks(args):
+            for first in range(row * width, (row + 1) * width, ROTATED):
+                for i in range(first, first + ROTATED):
+                    turned[i] = load(x, i)
+                _rotate(args[FIRST + 1] + 4 * first)
+
+    return rotate
+
+
+@intrinsic
+def _rotate(typing_context, address):
+    """Rotate 32 float32 where they are, as `kernels.quantized` does: five times sums and differences of pairs."""
+
+    def codegen(context, builder, signature, args):
+        vector, places = ir.VectorType(_NUMBER, ROTATED), range(ROTATED)
+        place = builder.inttoptr(args[0], vector.as_pointer())
+        root = ir.Constant(vector, [ROTATED**-0.5] * ROTATED)
+        values = builder.fmul(builder.load(place, align=4), root)
+        for distance in (1, 2, 4, 8, 16):
+            order = ir.Constant(ir.VectorType(_WORD, ROTATED), [i ^ distance for i in places])
+            others = builder.shuffle_vector(values, values, order)
+            signs = ir.Constant(vector, [-1.0 if i & distance else 1.0 for i in places])
+            values = builder.fadd(others, builder.fmul(values, signs))
+        builder.store(values, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @functools.cache

@@ -158,11 +158,17 @@ def num_splits(tiles: int, num_steps: int, device: Device) -> int:
 
 
 def fits(matrix: QuantizedMatrix, dtype: torch.dtype) -> bool:
-    """A group is one of the tile's powers of two, or a row."""
+    """A group is one of the tile's powers of two, or a row; and nothing is rotated, which nobody does for GPUs."""
     outputs, inputs = matrix.shape
     halves = 2 if matrix.codes.dtype is torch.uint8 else 1
     power = matrix.group % (8 * halves) == 0 and triton.next_power_of_2(matrix.group) == matrix.group
-    return dtype is not torch.float64 and outputs > 0 and inputs > 0 and (power or matrix.group >= inputs)
+    return (
+        not matrix.rotated
+        and dtype is not torch.float64
+        and outputs > 0
+        and inputs > 0
+        and (power or matrix.group >= inputs)
+    )
 
 
 def pack_quantized(

@@ -1,8 +1,11 @@
-"""Few bits from many: int8 with a scale for each output, and int4 with a scale for each 32 inputs of one.
+"""Few bits from many: int8 with a scale for each output or each 32 inputs of one, and int4 with one for 32 inputs.
 
-Both are symmetric, so that a code of 0 is 0 and a product needs no correction. 8 bits are enough for the largest weight
-of a row to be the unit. Of 4 bits that would waste half: for each group some smaller units are tried, and that with
-which the squared error is least is kept.
+All are symmetric, so that a code of 0 is 0 and a product needs no correction. 8 bits are enough for the largest weight
+to be the unit. Of 4 bits that would waste half: for each group some smaller units are tried, and that with which the
+squared error is least is kept.
+
+On a CPU, x is rounded to 8 bits as well, which costs more than rounding the weights does where a few of its numbers are
+much larger than their neighbours. There int8 is rotated, which spreads them.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mini_infer.kernels import QuantizedMatrix
+from mini_infer.kernels.quantized import ROTATED, rotated
 from mini_infer.models.linear import Linear
 from mini_infer.models.matrices import packed
 from mini_infer.parallel.group import ALONE, Group
@@ -38,6 +42,20 @@ def int8(weight: Tensor, group: Group = ALONE) -> QuantizedMatrix:
         rows = slice(start, start + _ROWS_AT_ONCE)
         codes[rows] = _divided(weight[rows].float(), scales[rows]).round_().clamp_(-127, 127)
     return QuantizedMatrix(codes, scales, weight.shape[1])
+
+
+def rotated_int8(weight: Tensor) -> QuantizedMatrix:
+    """Rotated, and then a scale for each `ROTATED` inputs of an output, bfloat16."""
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = weight.new_empty((len(weight), weight.shape[1] // ROTATED), dtype=torch.bfloat16)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        turned = rotated(weight[rows].double())  # whose last bits may depend on what else is there: codes shall not
+        groups = turned.float().unflatten(1, (-1, ROTATED))
+        scales[rows] = groups.abs().amax(dim=2) / 127
+        coded = _divided(groups, scales[rows].float()[..., None])
+        codes[rows] = coded.round_().clamp_(-127, 127).flatten(1)
+    return QuantizedMatrix(codes, scales, ROTATED, rotated=True)
 
 
 def int4(weight: Tensor, group: int = INT4_GROUP) -> QuantizedMatrix:
@@ -75,11 +93,13 @@ def _divided(weight: Tensor, scales: Tensor) -> Tensor:
 SCHEMES: Mapping[str, Callable[[Tensor], QuantizedMatrix]] = {"int8": int8, "int4": int4}
 
 
-def quantize(model: nn.Module, scheme: str | None, group: Group = ALONE) -> None:
+def quantize(model: nn.Module, scheme: str | None, device: str, group: Group = ALONE) -> None:
     """Have every projection of a model that is not filled yet be quantised as soon as it is.
 
     The output projection, which may be the embedding, too, becomes int8 with either scheme: it is where four bits cost
-    most. Norms, biases and an embedding of its own stay as they are. Ranks of a group have the codes of the whole.
+    most. Norms, biases and an embedding of its own stay as they are. On the ``device`` type "cpu" int8 is rotated;
+    GPUs round x for long prompts only, and want a scale for each output then. Ranks of a group have the codes of the
+    whole.
     """
     if scheme is None:
         return
@@ -87,5 +107,7 @@ def quantize(model: nn.Module, scheme: str | None, group: Group = ALONE) -> None
         if isinstance(module, Linear):
             if scheme == "int4" and path != "output" and module.inputs.total % 2 == 0:
                 module.scheme, module.scheme_step = int4, INT4_GROUP
+            elif device == "cpu" and module.inputs.total % ROTATED == 0:
+                module.scheme, module.scheme_step = rotated_int8, ROTATED
             else:
                 module.scheme = int8 if module.inputs.is_whole else partial(int8, group=group)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mini_infer import kernels
 from mini_infer.kernels import QuantizedMatrix
 from mini_infer.models import load_model, read_config
-from mini_infer.models.quantization.schemes import int4, int8
+from mini_infer.models.quantization.schemes import int4, int8, rotated_int8
 
 from ..checkpoints import make_checkpoint
 from ..test_decoder import PagedRun
@@ -36,6 +36,17 @@ def test_int8_is_within_half_a_step(seed: int) -> None:
     assert matrix.codes.dtype is torch.int8 and matrix.scales.shape == (len(weight), 1)
     step = weight.double().abs().amax(1, keepdim=True) / 127
     assert ((matrix.dequantize(torch.float64) - weight.double()).abs() <= 0.5 * step * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rotated_int8_is_within_half_a_step_of_its_group(seed: int) -> None:
+    """An error is the same length whether rotated or not."""
+    weight = torch.cat([weights(3 * seed + place)[:1].double().repeat(1, 32)[:, :64] for place in range(3)])
+    groups = weight.unflatten(1, (-1, 32)) - rotated_int8(weight.float()).dequantize(torch.float64).unflatten(
+        1, (-1, 32)
+    )
+    step = weight.unflatten(1, (-1, 32)).norm(dim=2) / 127  # no rotated number is larger than the length of all
+    assert (groups.norm(dim=2) <= 0.5 * 32**0.5 * step * (1 + 2**-6)).all()
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -72,9 +83,9 @@ def test_a_model_quantised_while_it_loads(tmp_path: Path, scheme: str, tied: boo
     identity = torch.eye(64)
     (layer, other) = (m.layers[0].feed_forward.gate_up_proj for m in (model, plain))
     weight = other(identity).T
-    expected = (int8 if scheme == "int8" else int4)(weight).dequantize()
+    expected = (rotated_int8 if scheme == "int8" else int4)(weight).dequantize()
     torch.testing.assert_close(layer(x), x @ expected.T, rtol=1e-4, atol=1e-4)
-    output = int8(plain.compute_logits(identity).T).dequantize()
+    output = rotated_int8(plain.compute_logits(identity).T).dequantize()
     torch.testing.assert_close(model.compute_logits(x), x @ output.T, rtol=1e-4, atol=1e-4)
     tokens = [1, 5, 7, 3]
     (result,) = PagedRun(model, [tokens], 4, torch.float32).finish(0)

@@ -13,6 +13,7 @@ from mini_infer.compat.options import ENGINE_ALIASES, SAMPLING_ALIASES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mini_infer"
+ASSETS = {f"mini_infer/assets/{model}/model.safetensors" for model in ("tutor", "diffusion_tutor")}
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -35,7 +36,7 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mini_infer/")}
     there = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
     assert held == {name for name in there if "__pycache__" not in name}
-    assert {"mini_infer/py.typed", "mini_infer/assets/tutor/model.safetensors"} <= held
+    assert ASSETS | {"mini_infer/py.typed"} <= held
 
 
 @pytest.mark.slow

@@ -1,19 +1,17 @@
 """``mini-infer demo --diffusion``: answers fill in, step by step."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from mini_infer import LLM, SamplingParams
 from mini_infer.cli.terminal import draw_canvas
-from mini_infer.config import BUNDLED_MODEL
 from mini_infer.engine.detokenizer import canvas_cells
 from mini_infer.engine.loop import Flight, NullObserver, StepResult
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.scheduler import Sequence
 
-TUTOR = Path(BUNDLED_MODEL).with_name("diffusion_tutor")
+TUTOR = "diffusion-tutor"
 QUESTIONS = ("What is a KV cache?", "什么是分页注意力？")
 WAYS = {
     "one token a step · 每步一个词元": SamplingParams(temperature=0, gen_length=64, steps=64, block_length=16),
@@ -56,13 +54,8 @@ def run_canvas_demo(console: Console, model: str | None) -> None:
         model: a diffusion model's directory or Hub name; None is the bundled diffusion tutor.
 
     Raises:
-        InvalidConfigError: it is no diffusion model, or none is bundled.
+        InvalidConfigError: it is no diffusion model.
     """
-    if model is None and not TUTOR.is_dir():
-        raise InvalidConfigError(
-            "no diffusion tutor is bundled here: name a model with --model, or make the tutor with "
-            "`python -m tools.train_tutor --diffusion`"
-        )
     with LLM(model or TUTOR) as llm:
         llm.watch(CanvasView(console, llm))
         assert llm.model_config.diffusion is not None

@@ -28,7 +28,7 @@ class GenerationDefaults:
     def from_directory(
         cls, directory: Path, tokenizer_ends: Collection[int], vocab_size: int, writes_masks: bool = False
     ) -> "GenerationDefaults":
-        """Read them. Those of a diffusion model, which writes masks, name an option that only such a model has.
+        """Read them. Those of a diffusion model, which writes masks, name options that only such a model has.
 
         Every token that any of three places names as the end of a sequence is one: ``generation_config.json``,
         ``config.json`` and the tokenizer. They often differ, a base model's config beside a chat's tokenizer for
@@ -48,6 +48,7 @@ class GenerationDefaults:
             given["temperature"] = 0.0
         if writes_masks:
             given["remasking"] = "low_confidence"
+            given["block_length"] = generation.get("block_length")
         try:
             sampling = SamplingParams(max_tokens=100, **given)
         except InvalidRequestError as error:

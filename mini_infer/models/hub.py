@@ -1,7 +1,7 @@
 """Finding a checkpoint: a directory or a GGUF file on this machine, or a name on the Hugging Face Hub.
 
 Where a directory or a repository holds GGUF files and no other weights, one of them is the model: ``NAME:Q4_K_M`` says
-which. ``smollm2`` is a small model that comes as a Python package.
+which. ``smollm2`` is a small model that comes as a Python package, ``diffusion-tutor`` one that comes with this one.
 
 Access token, cache, offline mode and mirror are huggingface_hub's business: HF_TOKEN or ``hf auth login``, HF_HOME,
 HF_HUB_OFFLINE and HF_ENDPOINT mean here what they mean there.
@@ -42,6 +42,9 @@ TOKENIZER_FILES = (
 PACKAGED = "smollm2"
 """SmolLM2-135M-Instruct, by its name here."""
 
+BUNDLED = {"diffusion-tutor": Path(__file__).parents[1] / "assets" / "diffusion_tutor"}
+"""Models that come along, by their names here. The tutor needs none: it is meant where no model is named."""
+
 MODEL_FILES = (*TOKENIZER_FILES, "generation_config.json", SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors")
 """Everything the engine reads, and nothing else: repositories often hold the same weights in several formats."""
 
@@ -53,8 +56,8 @@ def resolve_model(model: str | Path, revision: str | None = None, cache_dir: Fol
     """The directory that holds `model`, or the GGUF file that it is, fetched from the Hub unless it is here already.
 
     Args:
-        model: a directory, a GGUF file, or a Hub name such as ``Qwen/Qwen3-0.6B``; ``:Q4_K_M`` behind a directory or
-            name chooses among its GGUF files.
+        model: a directory, a GGUF file, ``diffusion-tutor``, or a Hub name such as ``Qwen/Qwen3-0.6B``; ``:Q4_K_M``
+            behind a directory or name chooses among its GGUF files.
         revision: branch, tag or commit on the Hub; means nothing for a directory.
         cache_dir: where downloads are kept; None is huggingface_hub's own place.
 
@@ -108,6 +111,8 @@ def _local(name: str | Path) -> Path | None:
         return directory
     if name == PACKAGED:
         return _packaged()
+    if name in BUNDLED:
+        return BUNDLED[str(name)]
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         problem = "is not a directory" if directory.exists() else "does not exist"
         raise ModelNotFoundError(

@@ -34,13 +34,10 @@ def test_every_step_is_a_line_and_every_mask_a_cell(tmp_path: Path) -> None:
     assert [int(line[:3]) for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_no_diffusion_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_diffusion_model_is_refused(tmp_path: Path) -> None:
     make_engine_checkpoint(tmp_path)
     with pytest.raises(InvalidConfigError, match="writes one token after the other"):
         canvas.run_canvas_demo(Console(file=io.StringIO()), str(tmp_path))
-    monkeypatch.setattr(canvas, "TUTOR", tmp_path / "nowhere")
-    with pytest.raises(InvalidConfigError, match="no diffusion tutor is bundled here"):
-        canvas.run_canvas_demo(Console(file=io.StringIO()), None)
 
 
 @pytest.mark.parametrize("width", [40, 100])

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import resource
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -590,6 +591,18 @@ def test_what_a_canvas_cannot_have_is_refused(model: Model, option: dict[str, ob
         model.llm.generate([[7] * 10], sampling({}, **option))
     with pytest.raises(InvalidRequestError, match="no beams"):
         model.llm.beam_search([[7] * 10], 2, 5)
+
+
+def test_a_checkpoint_may_name_its_block_length(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(model.path, path)
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": False, "block_length": 5}))
+    with LLM(path, dtype="float64", device="cpu") as llm:
+        by_itself = llm.generate([[7, 8, 9]], max_tokens=20)[0]
+    blocks = sampling({"gen_length": 20, "block_length": 5}, ignore_eos=False)
+    assert by_itself.token_ids == model.llm.generate([[7, 8, 9]], blocks)[0].token_ids
+    whole = sampling({"gen_length": 20}, ignore_eos=False)
+    assert by_itself.token_ids != model.llm.generate([[7, 8, 9]], whole)[0].token_ids
 
 
 def test_more_than_a_step_can_compute_is_refused(model: Model) -> None:

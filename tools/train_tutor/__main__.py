@@ -15,7 +15,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
@@ -162,20 +161,18 @@ def make_diffusion(
 
     if only_evaluate:
         report = json.loads(report_file.read_text(encoding="utf-8"))
-        model = DiffusionModel(config)
-        weights = load_file(out / "model.safetensors")
-        model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
     else:
         model = train_diffusion(config, tokenizer, corpus.documents, TUTOR, recipe, state, on_step, CHECKPOINT_EVERY)
         report = {
             "date": date.today().isoformat(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "recipe": asdict(recipe),
+            "went_on_from": recipe.steps - len(losses),
             "loss": mean_loss(),
             "minutes": round((time.monotonic() - started) / 60),
         }
     console.print("Evaluating.")
-    report["scores"] = {"float32": evaluate_diffusion(model, config, tokenizer, suites(corpus.glossary), at_most)}
+    report["scores"] = {"float32": evaluate_diffusion(out, suites(corpus.glossary), at_most)}
     write_json(report_file, report)
     export_cards(report, out, DIFFUSION_CARDS)
     console.print_json(data=report)

@@ -1,8 +1,9 @@
 """The diffusion tutor: the same corpus, learnt by a masked-diffusion model in LLaDA's format.
 
-Of an answer, filled up with end-of-text, a share t is masked; the model sees both sides of every gap and says what
-belongs there. The question is never masked, but for a few rows in which all of it is, so that guidance has a model
-without a question to compare with.
+An answer, filled up with end-of-text, is seen as decoding sees it: written up to a block, of the block a share t is
+masked, and behind it everything. The model sees both sides of every gap and says what belongs there. Where the block is
+the whole answer, that is LLaDA's own training. The question is never masked, but for a few rows in which all of it is,
+so that guidance has a model without a question to compare with.
 
 Nie et al., Large Language Diffusion Models, 2025, https://arxiv.org/abs/2502.09992
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 
-from .corpus import END, END_OF_TEXT, START, Exchange, Segment, chat
+from mini_infer import LLM, SamplingParams
+
+from .corpus import END_OF_TEXT, START, Exchange, Segment
 from .optimizer import Optimizers, Schedule
 from .tokenizer import MAX_LENGTH, VOCAB_SIZE
 from .train import encode
@@ -31,13 +34,20 @@ EMBEDDING_SIZE = VOCAB_SIZE + 32  # the mask, and rows that nobody uses
 FILL = 16
 """Rows are filled with end-of-text up to a multiple of so many tokens."""
 
-MORE_FILL = (0, 0, 0, 0, FILL, FILL, 2 * FILL, 6 * FILL)
+MORE_FILL = (0, 0, 0, 0, 0, 0, FILL, 4 * FILL)
 """And then with so many more, drawn for each batch: an answer may be short and the room for it long."""
+
+BLOCK_LENGTH = 16
+"""In blocks of so many tokens the model writes best; its `generation_config.json` says so."""
+
+BLOCKS = (8, BLOCK_LENGTH, BLOCK_LENGTH, 32, 1 << 20)
+"""Lengths of blocks, one drawn for each row; the last is longer than any answer."""
 
 
 @dataclass(frozen=True)
 class DiffusionRecipe(Schedule):
-    steps: int = 2400
+    steps: int = 5700
+    tokens_per_step: int = 3072
     peak_lr: float = 1.5e-3
     muon_scale: float = 4.0
     warmup_steps: int = 100
@@ -47,6 +57,8 @@ class DiffusionRecipe(Schedule):
     average: float = 0.998
     """What a step leaves of the running average of the weights, which is what is exported."""
     without_question: float = 0.05
+    behind: float = 0.25
+    """What all gaps behind the block weigh together, where those in the block weigh 1."""
 
 
 def model_config(tokenizer: Tokenizer) -> dict:
@@ -193,7 +205,7 @@ def rows(tokenizer: Tokenizer, documents: Iterator[list[Segment]], seed: int, lo
         is_chat = first.startswith(START) and not first.startswith(f"{START}tools")  # calls are left to the other tutor
         if not is_chat and len(document) != 2:
             continue
-        turn = rng.choice([i for i, segment in enumerate(document) if segment.learn])
+        turn = rng.choice([i for i, segment in enumerate(document) if segment.learn][:2])
         question, _ = encode(tokenizer, document[:turn])
         answer, _ = encode(tokenizer, document[turn : turn + 1])
         if len(question) + len(answer) <= longest:
@@ -215,24 +227,27 @@ def batches(source: Iterator[Row], recipe: DiffusionRecipe, rng: random.Random) 
 
 
 def masked(
-    batch: list[Row], width: int, config: dict, without_question: float, rng: random.Random
+    batch: list[Row], width: int, config: dict, recipe: DiffusionRecipe, rng: random.Random
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows with gaps ``[B, width]``, what belongs there, and each gap's weight, zero where there is none.
 
-    Of an answer with L tokens exactly ceil(tL) are masked, each weighing 1 / (tL) and so a row 1; the t of a batch
+    Of a block with L tokens exactly ceil(tL) are masked, each weighing 1 / ceil(tL), and so a row 1; the t of a batch
     are spread evenly over (0, 1].
     """
     ids = torch.tensor([r.question + r.answer + [config["eos_token_id"]] * (width - len(r)) for r in batch])
     seen, weights = ids.clone(), torch.zeros(ids.shape)
     shift = rng.random()
     for i, row in enumerate(batch):
-        begin, length = len(row.question), width - len(row.question)
+        length = rng.choice(BLOCKS)
+        begin = len(row.question) + length * rng.randrange(-(-len(row.answer) // length))
+        end = min(begin + length, width)
         share = (i + shift) / len(batch)
-        gaps = torch.randperm(length)[: max(1, math.ceil(share * length))] + begin
-        seen[i, gaps] = config["mask_token_id"]
+        gaps = torch.randperm(end - begin)[: max(1, math.ceil(share * (end - begin)))] + begin
+        seen[i, gaps] = seen[i, end:] = config["mask_token_id"]
         weights[i, gaps] = 1 / len(gaps)
-        if rng.random() < without_question:
-            seen[i, :begin] = config["mask_token_id"]
+        weights[i, end:] = recipe.behind / max(1, width - end)
+        if rng.random() < recipe.without_question:
+            seen[i, : len(row.question)] = config["mask_token_id"]
     return seen, ids, weights
 
 
@@ -268,7 +283,7 @@ def train_diffusion(
     rng = random.Random(seed)
     source = batches(rows(tokenizer, documents(seed), seed, recipe.longest_row), recipe, rng)
     for step in range(begin, recipe.steps):
-        seen, ids, weights = masked(*next(source), config, recipe.without_question, rng)
+        seen, ids, weights = masked(*next(source), config, recipe, rng)
         gaps = weights > 0
         with torch.autocast("cpu", torch.bfloat16):
             logits = model.logits(model(seen)[gaps])
@@ -287,54 +302,15 @@ def train_diffusion(
     return average.eval()
 
 
-@torch.inference_mode()
-def decode(
-    model: DiffusionModel, config: dict, questions: Sequence[list[int]], gen_length: int, block_length: int
-) -> list[list[int]]:
-    """One token a step, the most certain of its block first. Questions of one length go together, unpadded."""
-    answers: list[list[int]] = [[] for _ in questions]
-    lengths: dict[int, list[int]] = {}
-    for i, question in enumerate(questions):
-        lengths.setdefault(len(question), []).append(i)
-    mask = config["mask_token_id"]
-    for begin, members in lengths.items():
-        ids = torch.tensor([questions[i] + [mask] * gen_length for i in members])
-        for step in range(gen_length):
-            end = begin + (step // block_length + 1) * block_length
-            logits = model.logits(model(ids)[:, begin:end]).float()
-            logits[..., mask] = -math.inf
-            best, tokens = logits.log_softmax(-1).max(-1)
-            place = best.masked_fill(ids[:, begin:end] != mask, -math.inf).argmax(-1, keepdim=True)
-            ids[:, begin:end].scatter_(1, place, tokens.gather(1, place))
-        for i, row in zip(members, ids[:, begin:].tolist(), strict=True):
-            answers[i] = row
-    return answers
-
-
-def until_end(tokenizer: Tokenizer, answer: list[int]) -> list[int]:
-    """What was said before the first token that ends it."""
-    ends = {tokenizer.token_to_id(END), tokenizer.token_to_id(END_OF_TEXT)}
-    return answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))]
-
-
-def evaluate_diffusion(
-    model: DiffusionModel,
-    config: dict,
-    tokenizer: Tokenizer,
-    suites: dict[str, list[Exchange]],
-    at_most: int,
-    gen_length: int = 64,
-    block_length: int = 16,
-) -> dict:
-    """How many answers are right word for word, of as many from each suite, spread evenly over it."""
+def evaluate_diffusion(directory: Path, suites: dict[str, list[Exchange]], at_most: int) -> dict:
+    """How many answers are right word for word, of as many from each suite, spread evenly over it: 64 masks, one of
+    them written in each pass, computed in float32."""
     scores = {}
-    for name, exchanges in suites.items():
-        chosen = exchanges[:: max(1, len(exchanges) // at_most)][:at_most]
-        questions = [encode(tokenizer, chat([exchange])[:1])[0] for exchange in chosen]
-        answers = decode(model, config, questions, gen_length, block_length)
-        right = [
-            tokenizer.decode(until_end(tokenizer, answer)) == exchange.answer
-            for answer, exchange in zip(answers, chosen, strict=True)
-        ]
-        scores[name] = {"correct": sum(right), "total": len(right)}
+    params = SamplingParams(temperature=0, gen_length=64, steps=64, block_length=BLOCK_LENGTH)
+    with LLM(directory, dtype="float32", device="cpu", max_num_batched_tokens=8192) as llm:
+        for name, exchanges in suites.items():
+            chosen = exchanges[:: max(1, len(exchanges) // at_most)][:at_most]
+            outputs = llm.chat([[{"role": "user", "content": exchange.question}] for exchange in chosen], params)
+            right = [output.text == exchange.answer for output, exchange in zip(outputs, chosen, strict=True)]
+            scores[name] = {"correct": sum(right), "total": len(right)}
     return scores

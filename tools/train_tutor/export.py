@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 
 from .corpus import END, END_OF_TEXT
-from .diffusion import MASK, DiffusionModel
+from .diffusion import BLOCK_LENGTH, MASK, DiffusionModel
 from .questions import HeldOut
 from .tokenizer import save_tokenizer
 
@@ -25,7 +25,7 @@ DIFFUSION_CARDS = {"MODEL_CARD.md": "card.diffusion.en.md", "MODEL_CARD.zh.md": 
 def export_model(model: Qwen3ForCausalLM, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
     """Write the checkpoint in bfloat16; the tied output matrix is not stored twice."""
     weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
-    _export(weights, config, tokenizer, directory)
+    _export(weights, config, tokenizer, directory, {})
 
 
 def export_mean(tutors: Sequence[Path], directory: Path) -> None:
@@ -37,17 +37,22 @@ def export_mean(tutors: Sequence[Path], directory: Path) -> None:
     weights = [load_file(tutor / "model.safetensors") for tutor in tutors]
     mean = {name: torch.stack([each[name].float() for each in weights]).mean(0) for name in weights[0]}
     config = json.loads((tutors[-1] / "config.json").read_text(encoding="utf-8"))
-    _export(mean, config, Tokenizer.from_file(str(tutors[-1] / "tokenizer.json")), directory)
+    _export(mean, config, Tokenizer.from_file(str(tutors[-1] / "tokenizer.json")), directory, {})
 
 
 def export_diffusion(model: DiffusionModel, config: dict, tokenizer: Tokenizer, directory: Path) -> None:
     """The same in LLaDA's names, with a tokenizer that knows the mask."""
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    _export(weights, config, tokenizer, directory, mask_token=MASK)
+    _export(weights, config, tokenizer, directory, {"block_length": BLOCK_LENGTH}, mask_token=MASK)
 
 
 def _export(
-    weights: dict[str, torch.Tensor], config: dict, tokenizer: Tokenizer, directory: Path, **tokens: str
+    weights: dict[str, torch.Tensor],
+    config: dict,
+    tokenizer: Tokenizer,
+    directory: Path,
+    generation: dict,
+    **tokens: str,
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
@@ -59,6 +64,7 @@ def _export(
             "do_sample": False,
             "eos_token_id": [tokenizer.token_to_id(END), tokenizer.token_to_id(END_OF_TEXT)],
             "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+            **generation,
         },
     )
     save_tokenizer(tokenizer, directory, **tokens)

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -104,7 +105,7 @@ def read(path: Path) -> Page:
             if child.type == "image":
                 found["pictures"].append(Piece(line, str(child.attrs["src"])))
             elif child.type == "link_open" and not str(child.attrs["href"]).startswith("mailto:"):
-                found["links"].append(Piece(line, str(child.attrs["href"])))
+                found["links"].append(Piece(line, unquote(str(child.attrs["href"]))))
             line += child.type in ("softbreak", "hardbreak")
     return Page(
         path=path,

@@ -95,9 +95,10 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for name in ("config.json", "generation_config.json"):
         told = json.loads((model / name).read_text())
         longer = {"max_position_embeddings": 65_536} if "max_position_embeddings" in told else {}
-        (model / name).write_text(json.dumps(told | longer | {"eos_token_id": told["pad_token_id"]}))
+        (model / name).write_text(json.dumps(told | longer | {"eos_token_id": -1}))  # which no token has
     told = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(told | {"eos_token": told["pad_token"]}))
+    del told["eos_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(told))
     engine = AsyncLLMEngine(
         model=model, dtype="float32", num_gpu_blocks=20_000, max_num_seqs=2, max_waiting=1, enforce_eager=True
     )  # not replayed: an answer should last longer than it takes to press a button

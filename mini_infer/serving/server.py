@@ -34,7 +34,7 @@ FLUSH_SECONDS = 5
 JOIN_SECONDS = 10.0
 """How long the step under way may take once everybody has been told."""
 
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 """How long one thread may keep the others from Python: the engine's asks for its turn several times in each step."""
 
 TIDY_SECONDS = 5.0

@@ -28,12 +28,12 @@ PROGRAM = """
         for rows in (1, tile.ROWS):
             function = ir.Function(module, ir.FunctionType(ir.VoidType(), [number] * 9), f"{kind}_{rows}")
             builder = ir.IRBuilder(function.append_basic_block())
-            tile._write_tile(builder, kind, rows, tile.VECTORS, 0, 1, *function.args)
+            tile._write_tile(builder, kind, rows, tile.VECTORS, 0, 1, function.args)
             builder.ret_void()
     for rows in (1, tile.ROWS):
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [number] * 9), f"bfmmla_{rows}")
         builder = ir.IRBuilder(function.append_basic_block())
-        tile._write_matrix_tile(builder, rows, tile.VECTORS, 0, 1, *function.args)
+        tile._write_matrix_tile(builder, rows, tile.VECTORS, 0, 1, function.args)
         builder.ret_void()
     compiled = llvm.parse_assembly(str(module))
     compiled.verify()

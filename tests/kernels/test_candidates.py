@@ -24,9 +24,9 @@ from rich.console import Console
 from mini_infer import kernels
 from mini_infer.cli.kernels import measure_products
 from mini_infer.kernels.cpu import amx, choice, linear, onednn, paged_attention, prefill_attention, tile
-from mini_infer.kernels.cpu.jit import observer
+from mini_infer.kernels.cpu.jit import FIRST, kernel, observer, tasks
 from mini_infer.kernels.cpu.recording import cpu_capture
-from mini_infer.kernels.cpu.tile import COLUMNS
+from mini_infer.kernels.cpu.tile import COLUMNS, LANES, VECTORS, tiles
 
 from .tiles_in_software import CONFIG, FAULTS, amx_in_software, bfmmla
 from .truth import PagedCase, check, draw
@@ -110,6 +110,27 @@ def test_arms_matrix_instruction_gives_the_product(matrices: None) -> None:
         x, weight = draw(1, tokens, inputs, dtype=torch.bfloat16), draw(2, outputs, inputs, dtype=torch.bfloat16)
         multiply, _ = linear._in_panels(weight, None, {1: "bfmmla"})
         check_product(multiply(x), x, weight, None)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_arms_matrix_instruction_adds_to_what_is_there(matrices: None, rows: int) -> None:
+    columns, pairs = VECTORS * LANES, 4
+    x = draw(1, rows, 2 * pairs, dtype=torch.bfloat16)
+    w = draw(2, columns, 2 * pairs, dtype=torch.bfloat16)
+    packed = w.view(columns, pairs, 2).transpose(0, 1).contiguous()
+    out = draw(3, rows, columns, dtype=torch.float32)
+    wanted = out.double() + x.double() @ w.double().T
+
+    @kernel
+    def add(args):
+        for _ in tasks(args):
+            tiles(
+                "bfmmla", rows, VECTORS, 1, 0, args[FIRST], 4 * pairs, args[FIRST + 1], 4 * columns, pairs,
+                args[FIRST + 2], 4 * columns, 0, 0,
+            )  # fmt: skip
+
+    add(1, x.data_ptr(), packed.data_ptr(), out.data_ptr())
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_arms_matrix_instruction_gives_prompt_attention(matrices: None) -> None:

@@ -31,6 +31,7 @@ that unrolls it. Everything around it is plain Numba.
 """
 
 import platform
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from llvmlite import ir
@@ -119,32 +120,19 @@ def tile(
     def codegen(context, builder, signature, args):
         values = [constant.literal_value for constant in constants]
         if values[0] == "bfmmla":
-            _write_matrix_tile(builder, *values[1:], *args[5:])
+            _write_matrix_tile(builder, *values[1:], args[5:])
         else:
-            _write_tile(builder, *values, *args[5:])
+            _write_tile(builder, *values, args[5:])
         return context.get_dummy_value()
 
     return types.void(*constants, *[types.int64] * 9), codegen
 
 
 def _write_tile(
-    builder: Any,
-    kind: Kind,
-    rows: int,
-    vectors: int,
-    accumulate: int,
-    lines: int,
-    x: Any,
-    x_stride: Any,
-    w: Any,
-    w_stride: Any,
-    count: Any,
-    out: Any,
-    out_stride: Any,
-    ahead: Any,
-    ahead_stride: Any,
+    builder: Any, kind: Kind, rows: int, vectors: int, accumulate: int, lines: int, operands: Sequence[Any]
 ) -> None:
-    """Write the loop in LLVM's language."""
+    """Write the loop in LLVM's language; ``operands`` are the numbers that a tile is called with, in their order."""
+    x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride = operands
     places = [(row, vector) for row in range(rows) for vector in range(vectors)]
     out_rows = [builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row))) for row in range(rows)]
     outs = [_at(builder, out_rows[row], 4 * LANES * vector, _SUMS) for row, vector in places]
@@ -181,27 +169,21 @@ def _write_tile(
 
 
 def _write_matrix_tile(
-    builder: Any,
-    rows: int,
-    vectors: int,
-    accumulate: int,
-    lines: int,
-    x: Any,
-    x_stride: Any,
-    w: Any,
-    w_stride: Any,
-    count: Any,
-    out: Any,
-    out_stride: Any,
-    ahead: Any,
-    ahead_stride: Any,
+    builder: Any, rows: int, vectors: int, accumulate: int, lines: int, operands: Sequence[Any]
 ) -> None:
     """The loop for "bfmmla", whose sums are two rows by two columns each; an odd last row stands for both."""
-    if accumulate:
-        raise NotImplementedError("nobody adds to what out holds by bfmmla")
+    x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride = operands
     one, two = ir.Constant(_I64, 1), ir.Constant(_I64, 2)
     pairs_of = [(row, min(row + 1, rows - 1)) for row in range(0, rows, 2)]
     places = [(pair, column) for column in range(0, vectors * LANES, 2) for pair in pairs_of]
+    out_rows = [builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row))) for row in range(rows)]
+    starts = [ir.Constant(_FOUR_SUMS, [0.0] * 4)] * len(places)
+    if accumulate:
+        held = [
+            [builder.load(_at(builder, out_rows[row], 4 * column, _I64), align=4) for row in pair]
+            for pair, column in places
+        ]
+        starts = [builder.bitcast(_two_longs(builder, halves), _FOUR_SUMS) for halves in held]
     before, loop, after = builder.block, builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.end")
     builder.branch(loop)
 
@@ -217,7 +199,7 @@ def _write_matrix_tile(
         )
         for row in range(rows)
     ]
-    x_pairs = [_bfloats(builder, [x_rows[row] for row in pair]) for pair in pairs_of]
+    x_pairs = [builder.bitcast(_two_longs(builder, [x_rows[row] for row in pair]), _EIGHT_BFLOATS) for pair in pairs_of]
     new = []
     for column in range(0, vectors * LANES, 4):
         upper, lower = (builder.load(_at(builder, row, 4 * column, _FOUR_WORDS), align=4) for row in w_rows)
@@ -230,10 +212,7 @@ def _write_matrix_tile(
             _fetch(builder, builder.add(ahead, builder.mul(at, ahead_stride)), LINE * line)
     next_k = builder.add(k, two)
     builder.cbranch(builder.icmp_signed("<", next_k, count), loop, after)
-    zero = ir.Constant(_FOUR_SUMS, [0.0] * 4)
-    for phi, first, following in zip(
-        [k, *sums], [ir.Constant(_I64, 0), *[zero] * len(sums)], [next_k, *new], strict=True
-    ):
+    for phi, first, following in zip([k, *sums], [ir.Constant(_I64, 0), *starts], [next_k, *new], strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(following, loop)
 
@@ -241,17 +220,16 @@ def _write_matrix_tile(
     for (pair, column), sum_ in zip(places, new, strict=True):
         halves = builder.bitcast(sum_, _TWO_LONGS)
         for half, row in reversed(list(enumerate(pair))):  # of a row that stands for both either half will do
-            out_row = builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row)))
             value = builder.extract_element(halves, ir.Constant(_I32, half))
-            builder.store(value, _at(builder, out_row, 4 * column, _I64), align=4)
+            builder.store(value, _at(builder, out_rows[row], 4 * column, _I64), align=4)
 
 
-def _bfloats(builder: Any, values: list[Any]) -> Any:
-    """Eight bfloat16 of two numbers with 64 bits."""
+def _two_longs(builder: Any, values: Sequence[Any]) -> Any:
+    """A vector of two numbers with 64 bits."""
     both = ir.Constant(_TWO_LONGS, ir.Undefined)
     for place, value in enumerate(values):
         both = builder.insert_element(both, value, ir.Constant(_I32, place))
-    return builder.bitcast(both, _EIGHT_BFLOATS)
+    return both
 
 
 def _multiply_matrices(builder: Any, sums: Any, x: Any, w: Any) -> Any:

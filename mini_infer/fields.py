@@ -92,7 +92,9 @@ def plain_ids(values: Any) -> Any:
     """A list of ids, a tuple or an array of them as a list of Python's own integers; anything else as it is."""
     if hasattr(values, "tolist"):
         return values.tolist()
-    return [plain(value) for value in values] if isinstance(values, list | tuple) else values
+    if not isinstance(values, list | tuple):
+        return values
+    return [value if type(value) is int else plain(value) for value in values]  # which most are
 
 
 def check_int(error: type[Exception], name: str, value: Any, minimum: int, maximum: int | None = None) -> int:

@@ -50,6 +50,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.kernels, self.share = config, dtype, kernels, share
+        self._token_widths = share.token_widths(config.vocab_size)
         self.span, self.tokens = share.layers(config.num_layers), share.tokens(config.vocab_size)
         hidden_size, is_tied = config.hidden_size, config.tie_word_embeddings
         self.embedding = self.norm = self.output = None
@@ -80,16 +81,13 @@ class Decoder(nn.Module):
             ``[2, T, hidden_size]``, the last result and the stream that it is still to be added to.
         """
         if arriving is None:
-            hidden = self._embed(batch.token_ids)
-            residual = torch.zeros_like(hidden)
+            hidden, residual = self._embed(batch.token_ids), None
         else:
             hidden, residual = arriving
         for layer, layer_cache in zip(self.layers, kv_cache, strict=True):
             hidden, residual = layer(hidden, residual, batch, layer_cache)
-        if self.norm is None:
-            return torch.stack((hidden, residual))
-        hidden, _ = self.norm.add(hidden, residual)
-        return hidden
+        assert residual is not None  # there is a layer
+        return torch.stack((hidden, residual)) if self.norm is None else self.norm.add(hidden, residual)[0]
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """``[T]`` to ``[T, hidden_size]``. Who lacks a token's row adds zeros."""
@@ -108,9 +106,9 @@ class Decoder(nn.Module):
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
         """Scores of every next token, ``[N, vocab_size]``, for the rows ``[N, hidden_size]`` of the last stage's
         `forward`; where several share it, only the first has them, and the others get None."""
-        assert self.output is not None
-        logits = self.output(hidden)
-        return self.share.group.gather(logits, self.share.token_widths(self.config.vocab_size))
+        output = self.output
+        assert output is not None
+        return self.share.group.gather(output(hidden), self._token_widths)
 
 
 class Layer(nn.Module):
@@ -143,8 +141,11 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(model.hidden_size, config.feed_forward, dtype, kernels, share)
         self.feed_forward_post_norm = norm("post")
 
-    def forward(self, hidden: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Take and give ``[T, hidden_size]`` twice: the last result, and the stream that it is still to be added to."""
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """Take and give ``[T, hidden_size]`` twice: the last result, and the stream that it is still to be added to,
+        which the first layer has none of."""
         hidden, residual = _read(hidden, residual, self.attention_norm)
         hidden = self.attention(hidden, batch, kv_cache)
         if self.attention_post_norm is not None:
@@ -156,8 +157,10 @@ class Layer(nn.Module):
         return hidden, residual
 
 
-def _read(hidden: Tensor, residual: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def _read(hidden: Tensor, residual: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """(what a slot gets, the stream): ``hidden`` is added to the stream, and the sum normalised if there is a norm."""
+    if residual is None:
+        return hidden if norm is None else norm(hidden), hidden
     if norm is not None:
         return norm.add(hidden, residual)
     stream = hidden + residual

@@ -245,7 +245,9 @@ class Linear(Weighted):
 
     def fill(self, parts: Sequence[Part], read: Read, device: torch.device) -> None:
         if all(part.parameter for part in parts):
-            return super().fill(parts, read, device)
+            if len(parts) > 1 or self.kernels.backend_of("pack_linear") != "cpu":
+                return super().fill(parts, read, device)
+            return self._pack(read(parts[0].name, parts[0].index).to(self.dtype), None)  # right out of the file
         tensors: dict[str, dict[str, Tensor]] = {}
         for part in parts:  # those of one matrix share what stands before their last word
             matrix, _, name = part.name.rpartition(".")

@@ -53,6 +53,19 @@ def sharded(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path, "llama", 0, num_hidden_layers=2, max_shard_size="20KB")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_loaded_model_holds_nothing_of_its_file(tmp_path: Path, backend: str, dtype: torch.dtype) -> None:
+    directory = make_checkpoint(tmp_path, "llama", 0, dtype)
+    model = load_model(directory, read_config(directory), dtype, "cpu", kernels.resolve("cpu", backend))
+    before = {name: weight.clone() for name, weight in weights_of(model).items()}
+    file = directory / "model.safetensors"
+    with file.open("r+b") as written:  # in place, so that whoever has it mapped sees zeros
+        written.write(bytes(file.stat().st_size))
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, before[name]), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shards_hold_the_same_model(tmp_path: Path, family: str) -> None:
     one = load(make_checkpoint(tmp_path / "one", family, 7))

@@ -33,7 +33,7 @@ Times = dict[str, dict[int, float]]
 ROUNDS = 5
 """Runs of each candidate at each size at most, of which the quickest counts."""
 
-ENOUGH = 0.1
+ENOUGH = 0.05
 """Seconds after which a size gets no further round, if there were two: long runs err less."""
 
 HOPELESS = 1.5

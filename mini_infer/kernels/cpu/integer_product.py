@@ -40,11 +40,7 @@ class IntegerProduct:
         self._quantize = _quantize_kernel(kind != "int8", panels.rotated)
         self._num_runs = -(-panels.codes.nbytes // RUN), num_panels
         self._fixed = (
-            panels.codes.data_ptr(),
-            panels.scales.data_ptr(),
-            0 if panels.offsets is None else panels.offsets.data_ptr(),
-            self._table.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            *panels.addresses(self._table, bias),
             panels.shape[0],
             num_steps,
             panels.step // 8,

@@ -34,15 +34,16 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from mini_infer.kernels.cpu import cores
 from mini_infer.kernels.cpu.cache import compiled
 from mini_infer.kernels.registry import register
 
-FIRST = 3
-"""Where a kernel's own arguments begin; before them: the next task, the number of tasks, the next thread's number."""
+FIRST = 4
+"""Where a kernel's own arguments begin; before them: the next task, the number of tasks, the next thread's number, and
+how many tasks a thread takes at a time."""
 
 ELEMENTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 """How a kernel sees the numbers of a tensor."""
@@ -56,6 +57,10 @@ _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.Floa
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SMALL = 1 << 15
 """Below this many numbers, waking other threads costs more than they save."""
+
+TURNS = 32
+"""How often a thread takes tasks, if there are that many: asking costs as much as a small row, and neighbouring tasks
+may write to the same cache line."""
 
 
 # ---- what kernels are written with -----------------------------------------------------------------------------------
@@ -163,12 +168,13 @@ def _fetch_add(typing_context, address, increment):
 
 @intrinsic(prefer_literal=True)
 def buffer(typing_context, count):
-    """Room for ``count`` float32, a constant, on the thread's stack; its address."""
+    """Room for ``count`` float32, a constant, on the thread's stack, with anything in it; its address."""
     if not isinstance(count, types.IntegerLiteral):
         return None
 
     def codegen(context, builder, signature, args):
-        room = cgutils.alloca_once(builder, ir.ArrayType(_F32, count.literal_value))
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(_F32, count.literal_value))
         room.align = 64
         return builder.ptrtoint(room, _I64)
 
@@ -177,12 +183,13 @@ def buffer(typing_context, count):
 
 @numba.njit
 def tasks(args):
-    """The tasks of this thread: each time the next one that nobody has taken yet, until none is left."""
+    """The tasks of this thread: each time the next few that nobody has taken yet, until none is left."""
     while True:
-        task = _fetch_add(args, 1)
-        if task >= args[1]:
+        first = _fetch_add(args, args[3])
+        if first >= args[1]:
             return
-        yield task
+        for task in range(first, min(first + args[3], args[1])):  # noqa: UP028  (Numba has no `yield from`)
+            yield task
 
 
 @intrinsic
@@ -273,20 +280,22 @@ class Kernel:
         """
         if num_tasks == 0:
             return
-        data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
         num_threads = 1 if work < _SMALL else min(torch.get_num_threads(), num_tasks)
+        at_a_time = max(1, num_tasks // (TURNS * num_threads))
+        data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, at_a_time, *args)
         launch = Launch(self._address, data, num_threads)
-        if num_threads == 1:
+        running = cores.here().threads(num_threads)
+        if running == 1:
             self._here(ctypes.addressof(data))
         else:
-            parallel()(launch.kernel, ctypes.addressof(data), num_threads, 0)
+            parallel()(launch.kernel, ctypes.addressof(data), running, 0)
         observe = observer.get()
         if observe is not None:
             observe(launch)
 
     def alone(self, num_tasks: int, *args: int) -> None:
         """Call the kernel once, on this thread."""
-        data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, *args)
+        data = (ctypes.c_int64 * (FIRST + len(args)))(0, num_tasks, 0, 1, *args)
         self._here(ctypes.addressof(data))
 
 
@@ -296,7 +305,7 @@ class Launch(NamedTuple):
     Attributes:
         kernel: address of the machine code.
         data: the kernel's argument.
-        num_threads: how many threads share the tasks.
+        num_threads: how many threads share the tasks, if other programs leave them cores.
     """
 
     kernel: int

@@ -18,7 +18,8 @@ The weight is cut into panels of 64 output features (`COLUMNS`); within a panel 
 A task is a run of panels times a few hundred tokens, six tokens at a time. A run is about 2 MiB long, since the
 processor reads ahead only along a line and has to find its pace anew after each jump. A panel comes from memory for the
 first six tokens and from the core's own cache for the others. These would leave memory idle, so meanwhile they ask for
-the next panel.
+the next panel. Two or three passes, a batch that memory and arithmetic hold back alike, go together: all multiply with
+16 KiB of the panel, which stay in the first cache, and ask for the 16 KiB after them.
 
 Bytes: the weight, once. Floor: N * K * itemsize / memory bandwidth for a few tokens, 2 * M * N * K / peak for many. The
 two meet at about a dozen tokens, which is why a small batch decodes for the price of one sequence.
@@ -55,7 +56,13 @@ TOKENS = 384
 RUN = 2 << 20
 """Bytes of weights that a task reads in one go, where that leaves at least two tasks for each thread."""
 
-TILE = max(ROWS, amx.ROWS) * COLUMNS
+TOGETHER = 3
+"""Passes that go through a panel side by side; more would not leave room for it in the core's first cache."""
+
+BLOCK = 64
+"""How many k of a panel, or pairs of them, passes that go together multiply with before they go on."""
+
+TILE = max(TOGETHER * ROWS, amx.ROWS) * COLUMNS
 
 
 SIZES = (1, 2, 4, 8, 16, 64, 256)
@@ -64,7 +71,7 @@ SIZES = (1, 2, 4, 8, 16, 64, 256)
 _TIMED = 1 << 18
 """Weights with fewer numbers take the first candidate; a trial would measure little but the call."""
 
-_LONG = 1 << 32
+_LONG = 1 << 31
 """Trials of more multiply-adds are left out."""
 
 _TALL = 16
@@ -75,7 +82,7 @@ _TALL = 16
 def pack_linear(weight: Tensor, bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     pairs = weight.dtype is torch.bfloat16
     if weight.dtype not in ELEMENTS or 0 in weight.shape or (pairs and weight.shape[1] % 2):
-        return reference.pack_linear(weight, bias)
+        return reference.pack_linear(weight.clone(), bias)  # which keeps it, and it may be mapped from a file
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     names = candidates(weight)
@@ -116,8 +123,21 @@ def timed(weight: Tensor, bias: Tensor | None, names: list[str], again: bool = F
     sizes = [size for size in SIZES if size * weight.numel() <= _LONG]
     key = f"pack_linear {num_inputs} to {num_outputs}"
     known = None if again else choice.times(key, names, sizes)
-    if known is not None:
-        return known
+    return known or _measured(key, weight, bias, names, sizes)
+
+
+@functools.cache
+def fastest(names: tuple[str, ...], num_tokens: int) -> str:
+    """Of these kinds of bfloat16, the one that multiplies so many tokens fastest, for whoever else is made of tiles."""
+    key, weight = f"{num_tokens} tokens, 1024 to 1024", torch.ones(1024, 1024, dtype=torch.bfloat16)
+    found = choice.times(key, names, [num_tokens]) or _measured(key, weight, None, names, [num_tokens])
+    return choice.fastest(found)[num_tokens]
+
+
+def _measured(
+    key: str, weight: Tensor, bias: Tensor | None, names: Sequence[str], sizes: Sequence[int]
+) -> choice.Times:
+    num_outputs, num_inputs = weight.shape
     x = torch.randn(sizes[-1], num_inputs).to(weight.dtype)
     panels = _packed(weight)
     products: dict[str, Callable[[Tensor], Tensor]] = {
@@ -142,7 +162,7 @@ def _in_panels(
     products = {kind: _Product(panels, bias, num_inputs, num_outputs, kind) for kind in dict.fromkeys(kinds.values())}
     by_size = [(size, products[kind]) for size, kind in kinds.items()]
     multiply = by_size[0][1] if len(products) == 1 else functools.partial(_multiply, by_size, num_inputs)
-    return multiply, functools.partial(_rows, panels)
+    return multiply, functools.partial(_rows, panels, weight.shape)
 
 
 def _multiply(by_size: Sequence[tuple[int, "_Product"]], num_inputs: int, x: Tensor) -> Tensor:
@@ -167,9 +187,26 @@ def _packed(weight: Tensor) -> Tensor:
     return panels
 
 
-def _rows(panels: Tensor, ids: Tensor) -> Tensor:
-    """Rows of the weight, gathered from the panels: number r is column r % 64 of panel r // 64."""
-    return panels[ids // COLUMNS, :, ids % COLUMNS].flatten(1)
+def _rows(panels: Tensor, shape: torch.Size, ids: Tensor) -> Tensor:
+    """Rows of the weight, gathered from the panels by a kernel of ours, which costs a recording nothing. What the
+    weight has no row for is no number."""
+    ids = ids.to(torch.int64).contiguous()
+    rows = torch.empty((len(ids), shape[1]), dtype=panels.dtype)
+    _gather(
+        len(ids), ids.data_ptr(), panels.data_ptr(), rows.data_ptr(), shape[0], panels.shape[1], work=2 * rows.numel()
+    )
+    return rows
+
+
+@kernel
+def _gather(args):
+    ids, panels = pointer(args[FIRST], np.int64), pointer(args[FIRST + 1], np.uint32)
+    rows, num_outputs, depth = pointer(args[FIRST + 2], np.uint32), args[FIRST + 3], args[FIRST + 4]
+    for task in tasks(args):
+        row = ids[task]
+        begin = row // COLUMNS * COLUMNS * depth + row % COLUMNS  # its column of its panel
+        for k in range(depth):
+            rows[task * depth + k] = panels[begin + k * COLUMNS] if 0 <= row < num_outputs else np.uint32(0x7FC07FC0)
 
 
 class _Product:
@@ -240,7 +277,7 @@ def _pack(args):
 def _kernel(element: type, kind: str) -> Kernel:
     with_amx = kind == "amx"
     most_rows = amx.ROWS if with_amx else ROWS
-    x_bytes = 4 if kind in ("fma", "split") else 2
+    x_bytes, x_step = (4 if kind in ("fma", "split") else 2), (8 if kind == "split" else 4)
     k_bytes = COLUMNS * 4  # of a panel at each k, or each pair of them
     lines = -(-k_bytes // (2 * LINE))  # a panel is fetched in two passes or more
 
@@ -262,30 +299,51 @@ def _kernel(element: type, kind: str) -> Kernel:
             num_passes = (
                 end - begin + most_rows - 1
             ) // most_rows  # of about as many rows each, rather than a small last one
+            many = num_passes > 1
+            together, num_parts = 1, 1
+            if many and num_passes <= TOGETHER and not with_amx:
+                together, num_parts = num_passes, -(-depth // BLOCK)
+            part_depth = depth // num_parts // 2 * 2  # of all parts but the last; once, since a division takes long
             for panel in range(num_panels * run // num_runs, num_panels * (run + 1) // num_runs):
                 w = panels + panel * depth * k_bytes
                 column = panel * COLUMNS
                 width = min(COLUMNS, num_outputs - column)
-                for number in range(num_passes):
-                    first = begin + (end - begin) * number // num_passes
-                    last = begin + (end - begin) * (number + 1) // num_passes
-                    # Each pass fetches its share of the next panel. A single one need not: it waits for memory anyway.
-                    ahead = w + depth * k_bytes + depth * k_bytes * number // num_passes if num_passes > 1 else w
-                    ahead_stride = k_bytes // num_passes if num_passes > 1 else 0
-                    if with_amx:
-                        if last - first != configured:
-                            configured = last - first
-                            amx.configure(configured, room)
-                        amx.product(
-                            last - first, x + first * x_stride, x_stride, w, k_bytes, depth // 16, sums_at, COLUMNS * 4
-                        )
-                    else:
-                        tiles(
-                            kind, last - first, VECTORS, 0, lines, x + first * x_stride, x_stride, w, k_bytes, depth,
-                            sums_at, COLUMNS * 4, ahead, ahead_stride,
-                        )  # fmt: skip
-                    for row in range(last - first):
-                        place, at = (first + row) * num_outputs + column, row * COLUMNS
+                for group in range(0, num_passes, together):
+                    top, bottom = begin, end
+                    if together < num_passes:
+                        top = begin + (end - begin) * group // num_passes
+                        bottom = begin + (end - begin) * (group + together) // num_passes
+                    for part in range(num_parts):
+                        k = part * part_depth
+                        count = part_depth if part + 1 < num_parts else depth - k
+                        w_at = w + k * k_bytes
+                        for number in range(group, group + together):
+                            first, last = top, bottom
+                            if together > 1:
+                                first = begin + (end - begin) * number // num_passes
+                                last = begin + (end - begin) * (number + 1) // num_passes
+                            x_at, to = x + first * x_stride + k * x_step, sums_at + (first - top) * COLUMNS * 4
+                            # Each pass fetches its share of what follows. A single one need not: it waits for memory
+                            # anyway.
+                            ahead = w_at + (count * k_bytes * (num_passes + number) // num_passes if many else 0)
+                            ahead_stride = k_bytes // num_passes if many else 0
+                            if with_amx:
+                                if last - first != configured:
+                                    configured = last - first
+                                    amx.configure(configured, room)
+                                amx.product(last - first, x_at, x_stride, w, k_bytes, depth // 16, to, COLUMNS * 4)
+                            elif part == 0:
+                                tiles(
+                                    kind, last - first, VECTORS, 0, lines, x_at, x_stride, w_at, k_bytes, count, to,
+                                    COLUMNS * 4, ahead, ahead_stride,
+                                )  # fmt: skip
+                            else:
+                                tiles(
+                                    kind, last - first, VECTORS, 1, lines, x_at, x_stride, w_at, k_bytes, count, to,
+                                    COLUMNS * 4, ahead, ahead_stride,
+                                )  # fmt: skip
+                    for row in range(bottom - top):
+                        place, at = (top + row) * num_outputs + column, row * COLUMNS
                         if has_bias:
                             for i in range(width):
                                 store(out, place + i, load(sums, at + i) + load(bias, column + i))

@@ -82,6 +82,11 @@ class Panels:
             matrix.shape,
         )  # fmt: skip
 
+    def addresses(self, table: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+        """Where codes, scales, offsets, a table and a bias lie; 0 for offsets and a bias that are not there."""
+        tensors = self.codes, self.scales, self.offsets, table, bias
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
 
 def _fits_half(numbers: Tensor) -> bool:
     wide = numbers.float()

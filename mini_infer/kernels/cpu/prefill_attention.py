@@ -22,13 +22,14 @@ become numbers of the query's dtype as they are copied.
 """
 
 import functools
-from typing import Any
+import math
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from mini_infer.kernels.cpu import amx, choice
+from mini_infer.kernels.cpu import amx, linear
 from mini_infer.kernels.cpu.jit import (
     CACHE_ELEMENTS,
     ELEMENTS,
@@ -47,18 +48,21 @@ from mini_infer.kernels.cpu.jit import (
     thread_number,
 )
 from mini_infer.kernels.cpu.kv_cache import allocate_kv_cache
-from mini_infer.kernels.cpu.softmax import largest_score, weigh
-from mini_infer.kernels.cpu.tile import COLUMNS, LANES, MATRICES, PAIRS, ROWS, VECTORS, interleave, tiles, widest
+from mini_infer.kernels.cpu.softmax import LEAST, largest_score, weigh
+from mini_infer.kernels.cpu.tile import COLUMNS, LANES, MATRICES, PAIRS, ROWS, VECTORS, fetch, interleave, tiles, widest
 from mini_infer.kernels.reference import attention as reference
 
 CHUNK = 4096
 """Tokens that are copied and scored at a time; a multiple of `COLUMNS`."""
 
+AHEAD = 2
+"""How many times `LANES` tokens before their turn keys and values are fetched from memory."""
+
 PAIRED = ("dot", "amx", "bfmmla")
 """Kinds whose tiles take bfloat16 in pairs."""
 
 TRIAL = 256
-"""Tokens of the prompt with which candidates are timed."""
+"""Tokens with which candidates are timed."""
 
 
 @register_fast("paged_prefill_attention", reference.paged_prefill_attention)
@@ -74,28 +78,22 @@ def paged_prefill_attention(
     span: int,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    _, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = key_cache.shape
+    head_dim = query.shape[2]
     arguments = query, key_cache, value_cache, block_tables, context_lens, query_start
     if not widest(head_dim) or key_cache.dtype not in CACHE_ELEMENTS:
         return reference.paged_prefill_attention(*arguments, scale, sliding_window, span, kv_scales)
-    kind = _kind(query.dtype, num_heads, num_kv_heads, head_dim, block_size)
-    return attend(kind, *arguments, scale, sliding_window, span, kv_scales)
+    return attend(_kind(query.dtype, head_dim), *arguments, scale, sliding_window, span, kv_scales)
 
 
 @functools.cache
-def _kind(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> str:
-    """How such heads are multiplied on this processor."""
+def _kind(dtype: torch.dtype, head_dim: int) -> str:
+    """How heads are multiplied on this processor: like weights, since both are the same tiles, so that no candidate has
+    to be compiled only to be found slower."""
     names = candidates(dtype, head_dim)
     if len(names) == 1:
         return names[0]
-    key = f"paged_prefill_attention {num_heads} heads over {num_kv_heads} of {head_dim}"
-    found = choice.times(key, names, [TRIAL])
-    if found is None:
-        query, *cache = trial(1, TRIAL, dtype, num_heads, num_kv_heads, head_dim, block_size)
-        arguments = query, *cache, torch.tensor([0, TRIAL]), head_dim**-0.5, None, 1
-        found = choice.measure(key, {name: functools.partial(_run, name, arguments) for name in names}, [TRIAL])
-    return choice.fastest(found)[TRIAL]
+    products = {"split" if name == "widen" else name: name for name in names}
+    return products[linear.fastest(tuple(products), TRIAL)]
 
 
 def trial(
@@ -118,15 +116,11 @@ def trial(
 
 
 def candidates(dtype: torch.dtype, head_dim: int) -> list[str]:
-    """The ways to multiply on this processor; the first is taken unless another is measured to be faster."""
+    """The ways to multiply on this processor; the first is taken unless another multiplies weights faster."""
     if dtype is torch.float32:
         return ["fma"]
     names = ["dot", "widen"] if PAIRS else ["widen", "bfmmla"] if MATRICES else ["widen"]
     return [*names, "amx"] if amx.is_there() and PAIRS and head_dim % COLUMNS == 0 else names
-
-
-def _run(kind: str, arguments: tuple[Any, ...], _: int) -> Tensor:
-    return attend(kind, *arguments)
 
 
 def attend(
@@ -156,8 +150,11 @@ def attend(
     room_bytes = room * (2 * head_dim * dtype.itemsize + _most_rows(kind) * 8)
     scratch = torch.empty(torch.get_num_threads() * room_bytes + 64, dtype=torch.uint8)
     waiting = torch.empty(num_tokens if max_blocks * block_size > room else 0, num_heads, head_dim + 2)
+    # Heads of a sequence that one thread takes: of those that decode as many as leave each thread some tasks.
+    enough = query_start is None and num_seqs * num_kv_heads >= 8 * torch.get_num_threads()
+    together = math.gcd(num_kv_heads, num_seqs * num_kv_heads // (4 * torch.get_num_threads())) if enough else 1
     _kernel(ELEMENTS[dtype], CACHE_ELEMENTS[key_cache.dtype], kind, head_dim)(
-        num_seqs * num_kv_heads,
+        num_seqs * num_kv_heads // together,
         query.data_ptr(),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
@@ -173,15 +170,24 @@ def attend(
         block_size,
         num_heads,
         num_kv_heads,
-        float_bits(scale),
+        float_bits(scale or LEAST),
         sliding_window or 0,
         span,
         *key_cache.stride(),
         *value_cache.stride(),
         0 if kv_scales is None else kv_scales.data_ptr(),
+        together,
         work=query.numel() * block_size,
     )
     return out
+
+
+@numba.njit
+def _heads(args, together):
+    """KV heads of all sequences, numbered; so many of a task."""
+    for task in tasks(args):
+        for number in range(task * together, (task + 1) * together):  # noqa: UP028  (Numba has no `yield from`)
+            yield number
 
 
 def _most_rows(kind: str) -> int:
@@ -210,6 +216,7 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
         max_blocks, block_size = args[FIRST + 11], args[FIRST + 12]
         num_heads, num_kv_heads = args[FIRST + 13], args[FIRST + 14]
         scale, window, span = as_float(args[FIRST + 15]), args[FIRST + 16], args[FIRST + 17]
+        hidden = -np.float32(np.inf) / scale  # a score that gets no weight
         kv_scales = pointer(args[FIRST + 26], np.uint16)
         keys, values = FIRST + 18, FIRST + 22  # where the caches' strides begin: block, slot, head, feature
         key_cache_at, value_cache_at = args[FIRST + 1], args[FIRST + 2]
@@ -231,8 +238,9 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
         factors = pointer(buffer(most_rows), np.float32)
         tile_room, configured = buffer(16), 0
 
-        for task in tasks(args):
+        for task in _heads(args, args[FIRST + 27]):
             sequence, kv_head = task // num_kv_heads, task % num_kv_heads
+            last_head = kv_head // args[FIRST + 27] * args[FIRST + 27] + args[FIRST + 27] - 1  # of this thread's
             context = np.int64(context_lens[sequence])
             if decodes:
                 first_row, num_queries, first_position = sequence * num_heads, group, context - 1
@@ -257,51 +265,66 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                                 waiting[kept + i] = np.float32(0)
                             waiting[kept + head_dim + 1] = np.float32(0)
 
-                # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]; zeros after the end
-                following = start
-                while following < stop:
+                # keys [chunk of 64 tokens][D / step][64][step], values [context / step][D][step]
+                following, end = start, min(stop, context)
+                while following < end:
                     token = following
                     number, following = token - start, token + 1
                     to = number // COLUMNS * COLUMNS * head_dim + number % COLUMNS * step
                     to_value = number // step * step * head_dim + number % step
-                    if token >= context:
-                        for i in range(head_dim):
-                            packed_keys[to + i // step * step * COLUMNS + i % step] = element(0)
-                            packed_values[to_value + i * step] = element(0)
-                    else:
-                        block = np.int64(block_tables[sequence * max_blocks + token // block_size])
-                        slot = token % block_size
-                        key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
-                        value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
-                        if pairs and not scaled and straight and token + LANES <= context:
-                            for i in range(0, head_dim, 2):
-                                from_key = key_cache_at + (key + i * args[keys + 3]) * size
+                    block = np.int64(block_tables[sequence * max_blocks + token // block_size])
+                    slot = token % block_size
+                    key = block * args[keys] + slot * args[keys + 1] + kv_head * args[keys + 2]
+                    value = block * args[values] + slot * args[values + 1] + kv_head * args[values + 2]
+                    if pairs and not scaled and straight:  # sixteen at a time, also where the context ends before
+                        following = token + LANES
+                        later, later_head = token + AHEAD * LANES, kv_head
+                        if later >= end:
+                            later, later_head = start + later - end, min(kv_head + 1, last_head)
+                        later = min(later, context - 1)
+                        block = np.int64(block_tables[sequence * max_blocks + later // block_size])
+                        slot = later // LANES * LANES % block_size
+                        key_ahead = key_cache_at + (block * args[keys] + slot + later_head * args[keys + 2]) * size
+                        value_ahead = (
+                            value_cache_at
+                            + (block * args[values] + slot * head_dim + later_head * args[values + 2]) * size
+                        )
+                        for i in range(0, head_dim, 2):
+                            from_key = key_cache_at + (key + i * args[keys + 3]) * size
+                            interleave(
+                                packed_keys_at + (to + i * COLUMNS) * size, from_key, from_key + block_size * size
+                            )
+                            fetch(key_ahead + i * block_size * size)
+                        for j in range(0, LANES, 2):
+                            for i in range(0, head_dim, LANES):
+                                from_value = value_cache_at + (value + j * head_dim + i) * size
                                 interleave(
-                                    packed_keys_at + (to + i * COLUMNS) * size, from_key, from_key + block_size * size
+                                    packed_values_at + (to_value + j * head_dim + 2 * i) * size,
+                                    from_value,
+                                    from_value + head_dim * size,
                                 )
-                            for j in range(0, LANES, 2):
-                                for i in range(0, head_dim, LANES):
-                                    from_value = value_cache_at + (value + j * head_dim + i) * size
-                                    interleave(
-                                        packed_values_at + (to_value + j * head_dim + 2 * i) * size,
-                                        from_value,
-                                        from_value + head_dim * size,
-                                    )
-                            following = token + LANES
-                        elif scaled:
-                            side = (block * num_kv_heads + kv_head) * 2 * block_size + slot
-                            key_scale, value_scale = load(kv_scales, side), load(kv_scales, side + block_size)
-                            for i in range(head_dim):
-                                exact = load(key_cache, key + i * args[keys + 3]) * key_scale
-                                store(packed_keys, to + i // step * step * COLUMNS + i % step, exact)
-                                exact = load(value_cache, value + i * args[values + 3]) * value_scale
-                                store(packed_values, to_value + i * step, exact)
-                        else:
-                            for i in range(head_dim):
-                                packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[
-                                    key + i * args[keys + 3]
-                                ]
-                                packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
+                                fetch(value_ahead + (j * head_dim + 2 * i) * size)
+                    elif scaled:
+                        side = (block * num_kv_heads + kv_head) * 2 * block_size + slot
+                        key_scale, value_scale = load(kv_scales, side), load(kv_scales, side + block_size)
+                        for i in range(head_dim):
+                            exact = load(key_cache, key + i * args[keys + 3]) * key_scale
+                            store(packed_keys, to + i // step * step * COLUMNS + i % step, exact)
+                            exact = load(value_cache, value + i * args[values + 3]) * value_scale
+                            store(packed_values, to_value + i * step, exact)
+                    else:
+                        for i in range(head_dim):
+                            packed_keys[to + i // step * step * COLUMNS + i % step] = key_cache[
+                                key + i * args[keys + 3]
+                            ]
+                            packed_values[to_value + i * step] = value_cache[value + i * args[values + 3]]
+                # After the context keys may be anything, since nobody sees their scores; but 0 times anything need not
+                # be 0, so values are zeros there.
+                if (end - start) % step:
+                    for i in range(head_dim):
+                        packed_values[(end - start - 1) * head_dim + i * step + 1] = element(0)
+                for i in range((end - start + step - 1) // step * step * head_dim, (stop - start) * head_dim):
+                    packed_values[i] = element(0)
 
                 for head in range(kv_head * group, kv_head * group + heads):
                     for row in range(0, num_queries, most_rows):
@@ -335,14 +358,14 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                             since = max(low, position - window + 1 - start) if window > 0 else low
                             since = min(since, high)
                             until = max(since, min(high, min(context, (position // span + 1) * span) - start))
-                            begin, end = i * room + since, i * room + until
-                            for j in range(low, since):
-                                store(weights, i * room + j, np.float32(0))
-                            for j in range(until, high):
-                                store(weights, i * room + j, np.float32(0))
-                            largest = largest_score(scores, begin, end, scale)
+                            first, last = i * room + low, i * room + high  # whole vectors, of which it sees a part
+                            for j in range(first, i * room + since):
+                                scores[j] = hidden
+                            for j in range(i * room + until, last):
+                                scores[j] = hidden
+                            largest = largest_score(scores, first, last, scale)
                             if alone:
-                                factors[i] = np.float32(1) / weigh(scores, begin, end, scale, largest, weights, begin)
+                                factors[i] = np.float32(1) / weigh(scores, first, last, scale, largest, weights, first)
                             else:
                                 kept = (first_row + (row + i) * row_step + head) * (head_dim + 2) + head_dim
                                 top = waiting[kept]
@@ -350,8 +373,11 @@ def _kernel(element: type, cache_element: type, kind: str, head_dim: int) -> Ker
                                 waiting[kept] = largest
                                 factors[i] = exp(top - largest) if since < until else np.float32(1)
                                 if since < until:
-                                    total = weigh(scores, begin, end, scale, largest, weights, begin)
+                                    total = weigh(scores, first, last, scale, largest, weights, first)
                                     waiting[kept + 1] = waiting[kept + 1] * factors[i] + total
+                                else:
+                                    for j in range(first, last):
+                                        store(weights, j, np.float32(0))
                         for column in range(0, head_dim, columns):
                             seen_values = packed_values_at + (low * head_dim + column * step) * size
                             if with_amx:

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mini_infer.exceptions import NotRecordableError
+from mini_infer.kernels.cpu import cores
 from mini_infer.kernels.cpu.jit import FIRST, Launch, kernel, observer, parallel_address, pointer
 from mini_infer.kernels.registry import recording
 
@@ -191,7 +192,8 @@ class _Launches:
         return cls(launches, np.array(rows, dtype=np.int64), parallel_address())
 
     def __call__(self) -> None:
-        _launch_all.alone(len(self.table), self.table.ctypes.data, self.openmp)
+        most_threads = cores.here().threads(torch.get_num_threads())
+        _launch_all.alone(len(self.table), self.table.ctypes.data, self.openmp, most_threads)
 
 
 @intrinsic
@@ -219,9 +221,9 @@ def _launch(typing_context, openmp, address, data, num_threads):
 
 @kernel
 def _launch_all(args):
-    table, openmp = pointer(args[FIRST], np.int64), args[FIRST + 1]
+    table, openmp, most_threads = pointer(args[FIRST], np.int64), args[FIRST + 1], args[FIRST + 2]
     for i in range(args[1]):
         data = pointer(table[3 * i + 1], np.int64)
         data[0] = 0  # the next task
         data[2] = 0  # the next thread's number
-        _launch(openmp, table[3 * i], table[3 * i + 1], table[3 * i + 2])
+        _launch(openmp, table[3 * i], table[3 * i + 1], min(table[3 * i + 2], most_threads))

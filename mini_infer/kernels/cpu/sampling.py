@@ -134,7 +134,7 @@ def _kth_largest(logits, begin, count, k, maxima, heap):
                 z = load(logits, begin + i)
                 if z > heap[0]:
                     heap[0] = z
-                    _sink(heap, 0, k)
+                    _sink(heap, np.int64(0), k)
     return heap[0]
 
 
@@ -160,7 +160,7 @@ def _sort_descending(numbers, count):
         _sink(numbers, i, count)
     for last in range(count - 1, 0, -1):
         numbers[0], numbers[last] = numbers[last], numbers[0]
-        _sink(numbers, 0, last)
+        _sink(numbers, np.int64(0), last)
 
 
 @numba.njit(fastmath=FAST_MATH)
@@ -254,7 +254,7 @@ def _draw_kernel(element: type) -> Kernel:
                 place = _kth_largest(logits, begin, vocab_size, looked_at, maxima, ranked)
                 place = place if place < _MOST else _MOST
                 threshold = (place - largest) / temperature
-                count = 0
+                count = np.int64(0)  # a constant would have functions compiled for it alone
                 for first in range(0, vocab_size, _BLOCK):
                     if (min(maxima[first // _BLOCK], _MOST) - largest) / temperature >= threshold:
                         for i in range(first, min(first + _BLOCK, vocab_size)):

@@ -5,6 +5,9 @@ import numpy as np
 
 from mini_infer.kernels.cpu.jit import FAST_MATH, exp, load, store
 
+LEAST = 2.0**-126
+"""Stands for a scale of 0, by which no score could be multiplied so that it gets no weight."""
+
 
 # Comparing many numbers at once needs leave to ignore NaN ("nnan"); `weigh` does not, and makes all weights NaN of one.
 @numba.njit(fastmath=FAST_MATH | {"nnan"})

@@ -11,7 +11,7 @@ Per k it loads R + 4 vectors for 4 R multiply-adds, so that arithmetic, not load
 R = 1 it reads w exactly once, as fast as memory gives it. Goto and van de Geijn, Anatomy of High-Performance Matrix
 Multiplication, 2008, https://doi.org/10.1145/1356052.1356053
 
-Six kinds, by what w holds and what the processor has:
+Seven kinds, by what w holds and what the processor has:
 
     "fma"     w float32, x float32
     "widen"   w bfloat16, x float32: each w is widened on the way in; half the bytes from memory
@@ -20,6 +20,7 @@ Six kinds, by what w holds and what the processor has:
               and whose lower half is the other once it is shifted up; two multiply-adds
     "dot"     w and x bfloat16, in pairs along k: one AVX-512 BF16 instruction adds x[k] w[k] + x[k+1] w[k+1], in
               float32, for 16 columns
+    "weave"   the same instruction where w is no pairs: two rows of w are woven into pairs on the way in
     "bfmmla"  the same w and x on Arm: one BFMMLA instruction multiplies four k of two rows with two columns; two
               neighbouring rows of pairs in w, zipped, hold four k of each column
 
@@ -36,11 +37,11 @@ from typing import Any, Literal
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from mini_infer.kernels.cpu.jit import has_feature
 
-Kind = Literal["fma", "widen", "int8", "split", "dot", "bfmmla"]
+Kind = Literal["fma", "widen", "int8", "split", "dot", "weave", "bfmmla"]
 
 LANES = 16 if has_feature("avx512f") else 8
 """float32 numbers in a vector register. (An Arm processor's hold 4; there LLVM takes two for one.)"""
@@ -106,9 +107,10 @@ def tile(
         rows, vectors: the size of the tile; it is ``vectors * LANES`` columns wide.
         accumulate: add to what ``out`` holds, instead of writing over it.
         lines: how many cache lines of what will be read later are asked for at each k.
-        x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot"
+        x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot" and "weave"
             ``[rows, count, 2]``, bfloat16, and for "split" the same in float32.
-        w, w_stride: the same of w ``[count, columns]``; for "dot" and "split" ``[count, columns, 2]``.
+        w, w_stride: the same of w ``[count, columns]``; for "dot" and "split" ``[count, columns, 2]``, for "weave"
+            ``[2 * count, columns]``.
         count: how many k, for "bfmmla" an even number of pairs; at least one or two are always computed.
         out, out_stride: the same of the sums, float32 ``[rows, columns]``.
         ahead, ahead_stride: where those lines are at the first k, and how many bytes further at each following one.
@@ -118,14 +120,19 @@ def tile(
         return None
 
     def codegen(context, builder, signature, args):
-        values = [constant.literal_value for constant in constants]
-        if values[0] == "bfmmla":
-            _write_matrix_tile(builder, *values[1:], args[5:])
-        else:
-            _write_tile(builder, *values, args[5:])
+        _write(builder, *[constant.literal_value for constant in constants], args[5:])
         return context.get_dummy_value()
 
     return types.void(*constants, *[types.int64] * 9), codegen
+
+
+def _write(
+    builder: Any, kind: Kind, rows: int, vectors: int, accumulate: int, lines: int, operands: Sequence[Any]
+) -> None:
+    if kind == "bfmmla":
+        _write_matrix_tile(builder, rows, vectors, accumulate, lines, operands)
+    else:
+        _write_tile(builder, kind, rows, vectors, accumulate, lines, operands)
 
 
 def _write_tile(
@@ -143,10 +150,11 @@ def _write_tile(
     builder.position_at_end(loop)
     k = builder.phi(_I64)
     sums = [builder.phi(_SUMS) for _ in places]
-    w_row = builder.add(w, builder.mul(k, w_stride))
+    w_rows = builder.shl(k, ir.Constant(_I64, 1)) if kind == "weave" else k
+    w_row = builder.add(w, builder.mul(w_rows, w_stride))
     x_bytes = 3 if kind == "split" else 2  # a float32 or a pair of bfloat16 per k; or a pair of float32
     x_column = builder.add(x, builder.shl(k, ir.Constant(_I64, x_bytes)))
-    w_vectors = [_load_w(builder, kind, w_row, vector) for vector in range(vectors)]
+    w_vectors = [_load_w(builder, kind, w_row, w_stride, vector) for vector in range(vectors)]
     x_vectors = [
         _load_x(builder, kind, builder.add(x_column, builder.mul(x_stride, ir.Constant(_I64, row))))
         for row in range(rows)
@@ -254,8 +262,11 @@ def _fetch(builder: Any, address: Any, offset: int) -> None:
     builder.call(function, [place, *(ir.Constant(_I32, value) for value in (to_read, second_cache, data))])
 
 
-def _load_w(builder: Any, kind: Kind, address: Any, vector: int) -> Any:
+def _load_w(builder: Any, kind: Kind, address: Any, stride: Any, vector: int) -> Any:
     """One of the vectors of a row of w."""
+    if kind == "weave":
+        rows = [_at(builder, row, 2 * LANES * vector, _HALVES) for row in (address, builder.add(address, stride))]
+        return builder.bitcast(_woven(builder, [builder.load(row, align=2) for row in rows]), _WORDS)
     if kind == "int8":
         bytes_ = ir.VectorType(ir.IntType(8), LANES)
         loaded = builder.load(_at(builder, address, LANES * vector, bytes_), align=1)
@@ -276,7 +287,7 @@ def _load_x(builder: Any, kind: Kind, address: Any) -> Any:
     """One x, in every lane of a vector; for "split" two of them."""
     if kind == "split":
         return tuple(_load_x(builder, "fma", builder.add(address, ir.Constant(_I64, 4 * half))) for half in range(2))
-    single, vector = (_I32, _WORDS) if kind == "dot" else (_F32, _SUMS)
+    single, vector = (_I32, _WORDS) if kind in ("dot", "weave") else (_F32, _SUMS)
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(
         undefined, builder.load(_at(builder, address, 0, single), align=4), ir.Constant(_I32, 0)
@@ -289,7 +300,7 @@ def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
         for one_w, one_x in zip(w, x, strict=True):
             sums = _multiply_add(builder, "fma", sums, one_w, one_x)
         return sums
-    if kind == "dot":
+    if kind in ("dot", "weave"):
         name, operands = "llvm.x86.avx512bf16.dpbf16ps.512", [_SUMS, _PAIRS, _PAIRS]
         values = [sums, builder.bitcast(w, _PAIRS), builder.bitcast(x, _PAIRS)]
     else:
@@ -298,52 +309,66 @@ def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
     return builder.call(function, values)
 
 
+def _woven(builder: Any, halves: Sequence[Any]) -> Any:
+    """Pairs of one number of each of two vectors of 16 bits."""
+    order = ir.Constant(ir.VectorType(_I32, 2 * LANES), [i // 2 + i % 2 * LANES for i in range(2 * LANES)])
+    return builder.shuffle_vector(*halves, order)
+
+
 @intrinsic
 def interleave(typing_context, to, first, second):
     """Write `LANES` pairs of 16 bits, one of each from either address."""
 
     def codegen(context, builder, signature, args):
         to, *sources = args
-        halves = [builder.load(_at(builder, source, 0, _HALVES), align=2) for source in sources]
-        order = ir.Constant(ir.VectorType(_I32, 2 * LANES), [i // 2 + i % 2 * LANES for i in range(2 * LANES)])
-        pairs = builder.shuffle_vector(*halves, order)
+        pairs = _woven(builder, [builder.load(_at(builder, source, 0, _HALVES), align=2) for source in sources])
         builder.store(pairs, _at(builder, to, 0, pairs.type), align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def fetch(typing_context, address):
+    """Ask for the cache line at an address, as a `tile` asks for its ``lines``."""
+
+    def codegen(context, builder, signature, args):
+        _fetch(builder, args[0], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
 def tiles(
-    kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride
-):
-    """A `tile` whose number of rows, up to `ROWS`, is not a constant."""
-    raise RuntimeError("tiles is part of compiled kernels; from Python call kernels.pack_linear")
+    typing_context, kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead,
+    ahead_stride,
+):  # fmt: skip
+    """A `tile` whose number of rows, up to `ROWS`, is not a constant: a function that all such calls of a kernel share,
+    since most of what it takes to compile one is for its tiles."""
+    constants = (kind, vectors, accumulate, lines)
+    if not all(isinstance(constant, types.Literal) for constant in constants):
+        return None
 
+    def codegen(context, builder, signature, args):
+        what, *others = [constant.literal_value for constant in constants]
+        name = "-".join(map(str, ("tiles", what, *others)))
+        function = builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_I64] * 10), name)
+            function.linkage = "internal"
+            inside = ir.IRBuilder(function.append_basic_block())
+            sizes = {size: function.append_basic_block() for size in range(1, ROWS + 1)}
+            switch = inside.switch(function.args[0], sizes[ROWS])
+            for size, block in sizes.items():
+                switch.add_case(ir.Constant(_I64, size), block)
+                inside.position_at_end(block)
+                _write(inside, what, size, *others, function.args[1:])
+                inside.ret_void()
+        builder.call(function, [args[1], *args[5:]])
+        return context.get_dummy_value()
 
-@overload(tiles, prefer_literal=True)
-def _tiles(
-    kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride
-):
-    what, wide, adds = kind.literal_value, vectors.literal_value, accumulate.literal_value
-    more = lines.literal_value
-
-    def choose(
-        kind, rows, vectors, accumulate, lines, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride
-    ):
-        if rows == 1:
-            tile(what, 1, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
-        elif rows == 2:
-            tile(what, 2, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
-        elif rows == 3:
-            tile(what, 3, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
-        elif rows == 4:
-            tile(what, 4, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
-        elif rows == 5:
-            tile(what, 5, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
-        else:
-            tile(what, 6, wide, adds, more, x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride)
-
-    return choose
+    return types.void(kind, types.int64, vectors, accumulate, lines, *[types.int64] * 9), codegen
 
 
 def widest(width: int, most: int = VECTORS) -> int:

@@ -41,11 +41,7 @@ class ValueProduct:
         num_panels, num_words, _ = panels.codes.shape
         self._kernel = _value_kernel(panels.of, panels.table is not None, panels.offsets is not None, ELEMENTS[dtype])
         self._fixed = (
-            panels.codes.data_ptr(),
-            panels.scales.data_ptr(),
-            0 if panels.offsets is None else panels.offsets.data_ptr(),
-            self._table.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            *panels.addresses(self._table, bias),
             panels.shape[0],
             panels.shape[1],
             panels.steps,

@@ -129,9 +129,9 @@ class Scores:
         num_top: int64 ``[P]``, how many of the likeliest tokens to report.
     """
 
-    rows: Ints
-    targets: Ints
-    num_top: Ints
+    rows: Ints = field(default_factory=lambda: NO_INTS)
+    targets: Ints = field(default_factory=lambda: NO_INTS)
+    num_top: Ints = field(default_factory=lambda: NO_INTS)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -245,17 +245,17 @@ class StepOutput:
     """What a step gives.
 
     Attributes:
-        token_ids: for each draw, in its order, a list of tokens.
+        token_ids: what each draw gave, in their order.
         logprobs: the log probability of each of them; NaN where the logits are not finite.
-        token_scores: for each draw that asked for log probabilities, in its order, one for each token.
+        token_scores: one for each draw that asked for log probabilities, in their order.
         scores: one for each of ``StepInput.scores``.
         pooled: float32 ``[hidden_size]`` for each of ``StepInput.pools``, hidden states after the model's last norm.
         confidences: for each draw how sure it is, if any asked for that; arbitrary for those that did not.
     """
 
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    token_scores: list[list[TokenScore]]
+    token_ids: list[int]
+    logprobs: list[float]
+    token_scores: list[TokenScore]
     scores: list[TokenScore]
     pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)

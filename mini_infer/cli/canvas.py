@@ -7,7 +7,7 @@ from rich.console import Console
 from mini_infer import LLM, SamplingParams
 from mini_infer.cli.terminal import draw_canvas
 from mini_infer.engine.detokenizer import canvas_cells
-from mini_infer.engine.loop import Flight, NullObserver, StepResult
+from mini_infer.engine.loop import Flight, StepObserver, StepResult
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.scheduler import Sequence
 
@@ -21,7 +21,7 @@ WAYS = {
 }
 
 
-class CanvasView(NullObserver):
+class CanvasView(StepObserver):
     """Prints the canvas of every sequence after every step.
 
     Args:

@@ -1,9 +1,9 @@
 """From a plan to a step: integers in lists become arrays, complete and independent of the sequences they came from."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import chain, takewhile
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,24 +29,23 @@ from mini_infer.step import (
 from mini_infer.typing import BlockTable, TokenIds
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a step gives to one scheduled sequence.
 
     Attributes:
-        token_ids, logprobs: for each of its draws, the tokens and their log probabilities.
-        token_scores: for each of its draws, one for each token; empty lists if none were asked for.
+        token_ids, logprobs: what its draws gave, and the log probabilities of that.
+        token_scores: of the same tokens; empty if it did not ask for them.
         scores: of the rows that it wanted scored.
         pooled: of the runs of rows that it wanted summed.
         confidences: of its draws; empty if it did not ask how sure they are.
     """
 
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    token_scores: list[list[TokenScore]]
-    scores: list[TokenScore]
-    pooled: list[npt.NDArray[np.float32]]
-    confidences: list[float]
+    token_ids: list[int]
+    logprobs: list[float]
+    token_scores: tuple[TokenScore, ...]
+    scores: tuple[TokenScore, ...]
+    pooled: tuple[npt.NDArray[np.float32], ...]
+    confidences: tuple[float, ...]
 
 
 class Wanted:
@@ -57,13 +56,14 @@ class Wanted:
         self._rows: list[int] = []
         self._keys: list[tuple[int, int, int]] = []
         self._params: list[SamplingParams] = []
+        self._num_asking = 0  # for log probabilities
         self._guides: dict[int, tuple[int, float]] = {}
         self._confidences: dict[int, int] = {}
         self._edits = Edits()
         self._scores: list[tuple[int, int, int]] = []
         self._pools: list[tuple[int, int]] = []
         self._keeps: list[tuple[TokenSequence, Reuse, bool]] = []
-        self._ends: list[tuple[int, int, int]] = []
+        self._ends: list[tuple[int, int, int, int]] = []
 
     def draw(
         self,
@@ -90,6 +90,8 @@ class Wanted:
         self._rows.append(row)
         self._keys.append(key)
         self._params.append(params)
+        if params.logprobs is not None:
+            self._num_asking += 1
 
     def guide(self, row: int, scale: float) -> None:
         """Have the last draw guided, away from the logits after another row."""
@@ -117,7 +119,7 @@ class Wanted:
 
     def end_sequence(self) -> None:
         """All that the next sequence of the plan wants was said."""
-        self._ends.append((len(self._rows), len(self._scores), len(self._pools)))
+        self._ends.append((len(self._rows), self._num_asking, len(self._scores), len(self._pools)))
 
     @property
     def sequences(self) -> list[TokenSequence]:
@@ -138,7 +140,7 @@ class Wanted:
             top_k=np.array([min(p.top_k, 2**31) for p in params], dtype=np.int64),
             top_p=np.array([p.top_p for p in params], dtype=np.float64),
             min_p=np.array([p.min_p for p in params], dtype=np.float64),
-            num_logprobs=np.array([-1 if p.logprobs is None else min(p.logprobs, 2**31) for p in params], np.int64),
+            num_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in params], dtype=np.int64),
             edits=self._edits.finish(),
             confidences=self._per_draw(self._confidences) if self._confidences else NO_INTS,
             **self._guidance(),
@@ -155,15 +157,11 @@ class Wanted:
 
     def scores(self) -> Scores:
         """As arrays."""
-        columns = np.array(self._scores, dtype=np.int64).reshape(-1, 3).T
-        return Scores(*(np.ascontiguousarray(column) for column in columns))
+        return Scores(*_columns(self._scores))
 
     def pools(self) -> Pools:
         """As arrays."""
-        if not self._pools:
-            return Pools()
-        starts, ends = zip(*self._pools, strict=True)
-        return Pools(np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64))
+        return Pools(*_columns(self._pools))
 
     @property
     def keeps(self) -> list[tuple[TokenSequence, Reuse, bool]]:
@@ -172,20 +170,21 @@ class Wanted:
 
     def answers(self, output: StepOutput) -> Iterator[Answer]:
         """What the step gave, for each sequence of the plan."""
-        token_scores = iter(output.token_scores)
-        asked = [next(token_scores) if params.logprobs is not None else [] for params in self._params]
-        draw, score, pool = 0, 0, 0
-        for draw_end, score_end, pool_end in self._ends:
-            draws, scores, pools = slice(draw, draw_end), slice(score, score_end), slice(pool, pool_end)
+        token_ids, logprobs = output.token_ids, output.logprobs
+        token_scores, scores = tuple(output.token_scores), tuple(output.scores)  # whose empty parts take no memory
+        pooled, confidences = tuple(output.pooled), tuple(output.confidences)
+        draw = asking = score = pool = 0
+        for ends in self._ends:
+            draw_end, asking_end, score_end, pool_end = ends
             yield Answer(
-                output.token_ids[draws],
-                output.logprobs[draws],
-                asked[draws],
-                output.scores[scores],
-                output.pooled[pools],
-                output.confidences[draws],
+                token_ids[draw:draw_end],
+                logprobs[draw:draw_end],
+                token_scores[asking:asking_end],
+                scores[score:score_end],
+                pooled[pool:pool_end],
+                confidences[draw:draw_end],
             )
-            draw, score, pool = draw_end, score_end, pool_end
+            draw, asking, score, pool = ends
 
 
 class Describer:
@@ -211,29 +210,32 @@ class Describer:
 
         Everything is computed in numpy, a handful of vector operations for the whole step.
         """
-        draw_rows = [self._row_of(sequence) for sequence in wanted.sequences]
+        draw_rows = self._rows_of(wanted.sequences)
         copies = (_pairs(plan.swap_out), _pairs(plan.copy), _pairs(plan.swap_in))
-        scheduled = tuple(_with_twins(plan.scheduled))
+        scheduled = list(_with_twins(plan.scheduled))
         starts = np.array([item.start for item in scheduled], dtype=np.int32)
         counts = np.array([item.num_tokens for item in scheduled], dtype=np.int32)
         query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start_loc[1:])
+        np.add.accumulate(counts, out=query_start_loc[1:])
         token_ids = np.fromiter(
-            chain.from_iterable(item.sequence.token_ids[item.start : item.end] for item in scheduled),
+            chain.from_iterable([i.sequence.token_ids[i.start : i.start + i.num_tokens] for i in scheduled]),
             dtype=np.int64,
             count=plan.num_tokens,
         )
-        owners = np.repeat(np.arange(len(scheduled)), counts)
-        positions = np.arange(plan.num_tokens) - query_start_loc[owners] + starts[owners]
-        cached = np.array([item.num_cached for item in scheduled], dtype=np.int32)
+        owners = np.arange(len(scheduled)).repeat(counts)
+        positions = np.arange(plan.num_tokens) + (starts - query_start_loc[:-1])[owners]
+        # Of how many tokens before its own a sequence's blocks have the keys and values.
+        cached = np.array([i.start if i.reuse is None else i.reuse.num_kept for i in scheduled], dtype=np.int32)
         places = positions + (cached - starts)[owners]  # among those that the sequence keeps
-        num_whole = sum(item.is_whole for item in scheduled)
-        table_rows = np.array([self._row_of(item.sequence) for item in scheduled], dtype=np.int64)
-        changed = self._update(scheduled, table_rows)
+        num_whole = len(list(takewhile(attrgetter("is_whole"), scheduled)))
+        rows = self._rows_of([item.sequence for item in scheduled])
+        table_rows = np.array(rows, dtype=np.int64)
+        tables = [item.sequence.block_table for item in scheduled]
+        changed = self._update(rows, tables)
         token_rows = table_rows[owners]
         slots = self._slots(token_rows, places)
         slots[: query_start_loc[num_whole]] = -1
-        sampled_at = np.flatnonzero(token_ids == PLACEHOLDER)
+        (sampled_at,) = (token_ids == PLACEHOLDER).nonzero()
         token_ids[sampled_at] = 0
         return StepInput(
             *copies,
@@ -247,8 +249,8 @@ class Describer:
             table_rows=table_rows,
             changed=changed,
             changed_blocks=self._host.ravel()[changed],
-            width=max((len(item.sequence.block_table) for item in scheduled), default=0),
-            num_decodes=int((counts == 1).sum()),
+            width=max(map(len, tables), default=0),
+            num_decodes=int(np.count_nonzero(counts == 1)),
             draws=wanted.draws(draw_rows),
             scores=wanted.scores(),
             pools=wanted.pools(),
@@ -258,8 +260,8 @@ class Describer:
 
     def _slots(self, table_rows: Ints, places: Ints) -> Ints:
         """Where in the cache the tokens at some places of their sequences' blocks are."""
-        blocks = self._host[table_rows, places // self._block_size].astype(np.int64)
-        slots: Ints = blocks * self._block_size + places % self._block_size
+        blocks, offsets = np.divmod(places, self._block_size)
+        slots: Ints = self._host[table_rows, blocks].astype(np.int64) * self._block_size + offsets
         return slots
 
     def _keeps(self, wanted: Wanted, scheduled: Sequence[ScheduledSequence]) -> Keeps:
@@ -271,21 +273,20 @@ class Describer:
             for sequence, reuse, by_head in wanted.keeps
         ]
         slots = [
-            self._slots(np.array([self._row_of(sequence)]), np.arange(reuse.num_kept))
+            self._slots(np.array(self._rows_of([sequence])), np.arange(reuse.num_kept))
             for sequence, reuse, _ in wanted.keeps
         ]
-        columns = [*np.array(rows, dtype=np.int64).T, np.concatenate(slots)]
-        return Keeps(*(np.ascontiguousarray(column) for column in columns))
+        return Keeps(*[*_columns(rows), np.concatenate(slots)])
 
     def forget(self) -> None:
         """A step failed, so that it is not known what the executor has: all tables are sent again."""
         self._known = [[] for _ in self._known]
 
-    def _update(self, scheduled: Sequence[ScheduledSequence], table_rows: Ints) -> Ints:
+    def _update(self, rows: Sequence[int], tables: Sequence[BlockTable]) -> Ints:
         """Bring the tables up to date; the places in the flattened table that changed."""
         places: list[int] = []
-        for row, item in zip(table_rows.tolist(), scheduled, strict=True):
-            table, known = item.sequence.block_table, self._known[row]
+        for row, table in zip(rows, tables, strict=True):
+            known = self._known[row]
             if table != known:
                 first = _first_difference(table, known)
                 self._host[row, first : len(table)] = table[first:]
@@ -294,13 +295,14 @@ class Describer:
                 known[first:] = table[first:]
         return np.array(places, dtype=np.int64)
 
-    def _row_of(self, sequence: TokenSequence) -> int:
-        row = self._rows.get(sequence)
-        if row is None:
-            if not self._free:  # there are as many rows as sequences can run, so some have stopped
-                for other in [other for other in self._rows if other.status is not SequenceStatus.RUNNING]:
-                    self._free.append(self._rows.pop(other))
-            row = self._rows[sequence] = self._free.pop()
+    def _rows_of(self, sequences: Sequence[TokenSequence]) -> list[int]:
+        return [self._rows[sequence] if sequence in self._rows else self._new_row(sequence) for sequence in sequences]
+
+    def _new_row(self, sequence: TokenSequence) -> int:
+        if not self._free:  # there are as many rows as sequences can run, so some have stopped
+            for other in [other for other in self._rows if other.status is not SequenceStatus.RUNNING]:
+                self._free.append(self._rows.pop(other))
+        row = self._rows[sequence] = self._free.pop()
         return row
 
 
@@ -310,6 +312,11 @@ def _with_twins(scheduled: Sequence[ScheduledSequence]) -> Iterator[ScheduledSeq
         yield item
         if item.sequence.twin is not None:
             yield item._replace(sequence=item.sequence.twin)
+
+
+def _columns(rows: Sequence[tuple[int, ...]]) -> Iterable[Ints]:
+    """None at all if there are no rows."""
+    return np.ascontiguousarray(np.array(rows, dtype=np.int64).T) if rows else ()
 
 
 def _pairs(copies: Sequence[BlockCopy]) -> Ints:

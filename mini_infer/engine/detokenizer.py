@@ -4,6 +4,7 @@ import codecs
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
+from itertools import groupby
 from typing import TypeAlias
 
 _REPLACEMENT = "\ufffd"  # what decoding bytes that are no character, or not yet one, gives
@@ -74,7 +75,12 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens add. An unfinished character waits for its other bytes."""
-        return "".join(map(self._append, token_ids))
+        text = ""
+        shown = [token_id for token_id in token_ids if token_id not in self._skipped]
+        for are_bytes, run in groupby(shown, self._byte_tokens.__contains__):
+            for part in [[token_id] for token_id in run] if are_bytes else [list(run)]:
+                text += self._append(part, are_bytes)
+        return text
 
     def settle(self) -> str:
         """What waits for the end of a run of byte tokens, as if it ended here, if its last character is whole."""
@@ -86,13 +92,11 @@ class Detokenizer:
         """The rest of the text, once no more tokens come. An unfinished character shows as the decoder shows it."""
         return self._text(self._pending)[self._num_released :]
 
-    def _append(self, token_id: int) -> str:
-        if token_id in self._skipped:
-            return ""
-        self._pending.append(token_id)
+    def _append(self, token_ids: list[int], are_bytes: bool) -> str:
+        self._pending += token_ids
         if len(self._pending) >= _LONGEST_RUN:
             return self._release_part()
-        if token_id in self._byte_tokens:
+        if are_bytes:
             return ""
         text = self._text(self._pending)
         if text and not text.endswith(_REPLACEMENT):
@@ -282,13 +286,17 @@ class TextStream:
         detokenizer: makes the text.
         stop_strings: looks for its end.
         hidden: ids and texts of the tokens that are left out of it.
+        is_followed: somebody reads along, or looks for stop strings; else all tokens become text at the end, at once.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop_strings: StopStringMatcher, hidden: Mapping[int, str]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop_strings: StopStringMatcher, hidden: Mapping[int, str], is_followed: bool
+    ) -> None:
         self.stop_string: str | None = None
         self._detokenizer = detokenizer
         self._stop_strings = stop_strings
         self._hidden = hidden
+        self._unread: list[int] | None = None if is_followed else []
 
     def append(self, token_id: int, may_stop: bool = True) -> str:
         """The text that a token releases. If it completes a stop string, ``stop_string`` says which.
@@ -296,6 +304,9 @@ class TextStream:
         Args:
             may_stop: whether the token's text is searched.
         """
+        if self._unread is not None:
+            self._unread.append(token_id)
+            return ""
         hidden = self._hidden.get(token_id)
         if hidden is None:
             return self._search(self._detokenizer.append([token_id]), may_stop)
@@ -305,7 +316,8 @@ class TextStream:
         """The rest of the text, once no more tokens come."""
         if self.stop_string is not None:
             return ""
-        text = self._search(self._detokenizer.end())
+        unread, self._unread = self._unread, None
+        text = self._search(self._detokenizer.append(unread or ()) + self._detokenizer.end())
         return text if self.stop_string is not None else text + self._stop_strings.flush()
 
     def _search(self, piece: str, may_stop: bool = True, *, shown: bool = True) -> str:

@@ -106,7 +106,7 @@ class Intake:
         token_ids = self._token_ids(prompt)
         seed = params.seed if params.seed is not None else derived_seed(self._seed, number)
         stop_token_ids = self._stop_token_ids(params)
-        completions = self._completions(params, token_ids)
+        completions = self._completions(params, token_ids, is_followed=listener is not None)
         text = str(prompt) if isinstance(prompt, str) else None
         if self._diffusion is not None:
             if params.gen_length is None and overrides.get("max_tokens") is not None:
@@ -171,11 +171,18 @@ class Intake:
         )
         decoding = BeamSearch(request_id, token_ids, params.n, options)
         text = str(prompt) if isinstance(prompt, str) else None
-        return Request(request_id, text, token_ids, params, self._completions(params, token_ids), decoding, None)
+        return Request(request_id, text, token_ids, params, self._completions(params, token_ids, False), decoding, None)
 
-    def _completions(self, params: SamplingParams, token_ids: TokenIds) -> list[Completion]:
-        make_stream = self._stream_maker(token_ids, params)
-        return [Completion(place, params.min_tokens, make_stream()) for place in range(params.n)]
+    def _completions(self, params: SamplingParams, prompt_token_ids: TokenIds, is_followed: bool) -> list[Completion]:
+        matcher = StopStringMatcher(params.stop_strings)
+        hides = params.skip_special_tokens and params.stop_strings
+        hidden = self._tokenizer.special_tokens if hides else {}
+
+        def stream() -> TextStream:
+            detokenizer = self._tokenizer.detokenizer(prompt_token_ids, params.skip_special_tokens)
+            return TextStream(detokenizer, matcher.fresh(), hidden, is_followed or bool(params.stop_strings))
+
+        return [Completion(place, params.min_tokens, stream()) for place in range(params.n)]
 
     def _compile(self, params: SamplingParams, stop_token_ids: frozenset[int]) -> Seq[Grammar | None]:
         """The grammar of each completion."""
@@ -207,18 +214,6 @@ class Intake:
                 )
         return params
 
-    def _stream_maker(self, prompt_token_ids: TokenIds, params: SamplingParams) -> Callable[[], TextStream]:
-        """Makes the text stream of each completion of a request."""
-        matcher = StopStringMatcher(params.stop_strings)
-        hides = params.skip_special_tokens and params.stop_strings
-        hidden = self._tokenizer.special_tokens if hides else {}
-
-        def make() -> TextStream:
-            detokenizer = self._tokenizer.detokenizer(prompt_token_ids, params.skip_special_tokens)
-            return TextStream(detokenizer, matcher.fresh(), hidden)
-
-        return make
-
     def _token_ids(self, prompt: Prompt) -> TokenIds:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, self._max_model_len)
@@ -238,7 +233,7 @@ class Intake:
         """
         known: TokenIds = plain_ids(token_ids)
         for place, token_id in enumerate(known):
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
+            if type(token_id) is not int:
                 raise InvalidRequestError(f"token {place} of the prompt must be an integer, got {shown(token_id)}")
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(

@@ -301,10 +301,11 @@ class LLMEngine(RequestEngine):
                 for request in requests:
                     self._enqueue(request)
             with generation_progress(len(requests), show_progress) as report:
-                while not all(request.finished for request in requests):
+                left = requests
+                while left:
                     self._advance()
-                    done = sum(request.finished for request in requests)
-                    report(done, self._loop.counts.num_generated_tokens - generated_before)
+                    left = [request for request in left if not request.finished]
+                    report(len(requests) - len(left), self._loop.counts.num_generated_tokens - generated_before)
             with self._lock:  # a step that another thread runs may have handed them over already
                 return [request.output() for request in requests]
         finally:

@@ -21,14 +21,13 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import Protocol
 
 from mini_infer.engine.describe import Answer, Describer, Wanted
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import EngineError, RequestError
 from mini_infer.interrupts import uninterrupted
 from mini_infer.outputs import FinishReason
-from mini_infer.scheduler import Outcome, ScheduledSequence, Scheduler, SchedulerOutputs
+from mini_infer.scheduler import Outcome, Scheduler, SchedulerOutputs
 from mini_infer.step import Executor, ExecutorRestarted, StepFuture, StepInput, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -91,8 +90,8 @@ class LoopCounts:
         return cls(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
-class StepObserver(Protocol):
-    """Watches the loop from outside; a trace does. It must raise nothing."""
+class StepObserver:
+    """Watches the loop from outside; a trace does. It must raise nothing. This one does nothing."""
 
     def arrived(self, request: Request) -> None:
         """A request was queued."""
@@ -117,34 +116,6 @@ class StepObserver(Protocol):
 
     def closed(self) -> None:
         """The engine was closed."""
-
-
-class NullObserver:
-    """Watches, and does nothing; for those that only want to hear of some of it."""
-
-    def arrived(self, request: Request) -> None:
-        pass
-
-    def planned(self, plan: SchedulerOutputs, began: int) -> None:
-        pass
-
-    def submitted(self, flight: Flight) -> None:
-        pass
-
-    def computed(self, flight: Flight, output: StepOutput) -> None:
-        pass
-
-    def committed(self, flight: Flight, result: StepResult) -> None:
-        pass
-
-    def rewound(self, plans: list[SchedulerOutputs], error: BaseException) -> None:
-        pass
-
-    def ended(self, request: Request) -> None:
-        pass
-
-    def closed(self) -> None:
-        pass
 
 
 class _Closed:
@@ -367,38 +338,41 @@ class EngineLoop:
             raise
         self.flights.popleft()
         self._count(flight.plan)
-        num_generated_before = self.counts.num_generated_tokens
-        finished = [*finished, *self._publish(flight, answers, failed)]
-        result = StepResult(flight.plan, finished, self.counts.num_generated_tokens - num_generated_before)
+        ended, num_generated = self._publish(flight, answers, failed)
+        result = StepResult(flight.plan, [*finished, *ended], num_generated)
         for observer in self._observers:
             observer.committed(flight, result)
         return result
 
-    def _publish(self, flight: Flight, answers: list[Answer], failed: dict[Request, Exception]) -> list[Request]:
-        """Tell of a step whose outcomes are committed, save of those that failed. Returns the requests that ended."""
+    def _publish(
+        self, flight: Flight, answers: list[Answer], failed: dict[Request, Exception]
+    ) -> tuple[list[Request], int]:
+        """Tell of a step whose outcomes are committed, save of those that failed.
+
+        Returns:
+            The requests that ended, and how many tokens were generated.
+        """
         now = time.monotonic()
-        finished = list(failed)
+        finished, num_generated = list(failed), 0
         self._is_publishing = True
         try:
             for request, cause in failed.items():
                 self._fail(request, cause)
             for item, request, answer in zip(flight.plan.scheduled, flight.requests, answers, strict=True):
                 if self._is_alive(request):
-                    if item.num_logits and request.first_token_time is None:
+                    if request.first_token_time is None and item.num_logits:
                         request.first_token_time = now
-                    self._publish_one(request, item, answer)
+                    try:
+                        num_generated += request.decoding.publish(request, item, answer, self.scheduler)
+                    except BaseException as error:
+                        self._fail(request, error)
                     if request.finished:
                         self._retire(request)
                         finished.append(request)
         finally:
             self._is_publishing = False
-        return finished
-
-    def _publish_one(self, request: Request, item: ScheduledSequence, answer: Answer) -> None:
-        try:
-            self.counts.num_generated_tokens += request.decoding.publish(request, item, answer, self.scheduler)
-        except BaseException as error:
-            self._fail(request, error)
+            self.counts.num_generated_tokens += num_generated
+        return finished, num_generated
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """Something that concerns one request alone has raised: it ends."""

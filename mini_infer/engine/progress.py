@@ -15,6 +15,10 @@ def generation_progress(num_requests: int, wanted: bool) -> Iterator[Callable[[i
     Yields:
         A function to call with the numbers of requests finished and tokens generated so far.
     """
+    console = Console(stderr=True)
+    if not wanted or not (console.is_terminal or console.is_jupyter):
+        yield lambda finished, tokens: None
+        return
     columns = (
         TextColumn("Generating"),
         BarColumn(),
@@ -22,9 +26,7 @@ def generation_progress(num_requests: int, wanted: bool) -> Iterator[Callable[[i
         TextColumn("{task.fields[speed]:.0f} tok/s"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    shown = wanted and (console.is_terminal or console.is_jupyter)
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("Generating", total=num_requests, speed=0.0)
         start = time.monotonic()
         yield lambda finished, tokens: bar.update(

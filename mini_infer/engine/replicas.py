@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from operator import attrgetter
 from typing import Any
 
-from mini_infer.engine.loop import EngineLoop, Flight, LoopCounts, NullObserver, StepResult
+from mini_infer.engine.loop import EngineLoop, Flight, LoopCounts, StepObserver, StepResult
 from mini_infer.engine.request import Request
 from mini_infer.engine.router import Router
 from mini_infer.scheduler import SchedulerOutputs
@@ -89,7 +89,7 @@ class Replicas:
             raise errors[0]
 
 
-class _Accounts(NullObserver):
+class _Accounts(StepObserver):
     """Tells the router what has become of requests."""
 
     def __init__(self, router: Router) -> None:

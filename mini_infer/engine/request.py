@@ -62,8 +62,9 @@ class Completion:
         if not is_text:
             return ""
         piece = self.stream.append(token_id, len(self.token_ids) > self.min_tokens)
+        if piece:
+            self.text += piece
         self.stop_reason = self.stream.stop_string
-        self.text += piece
         return piece
 
     def end(self, reason: FinishReason) -> str:

@@ -221,12 +221,13 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of token ids, exactly: nothing is tidied up."""
-        if len(token_ids) > _MANY and self._has_plain_decoder:  # in a way that lets other threads run meanwhile
-            texts: list[str] = self.hf.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens)
-            return texts[0]
-        text: str = self.hf.decode(
-            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        text: str
+        if not self._has_plain_decoder:
+            text = self.hf.decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces=False)
+        elif len(token_ids) > _MANY:  # in a way that lets other threads run meanwhile
+            (text,) = self.hf.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens)
+        else:  # twice as fast as by way of transformers
+            text = self.hf.backend_tokenizer.decode(token_ids, skip_special_tokens)
         return text
 
     def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:

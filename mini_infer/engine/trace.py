@@ -27,7 +27,7 @@ from itertools import count
 from typing import Any
 
 from mini_infer.engine.detokenizer import canvas_cells
-from mini_infer.engine.loop import Flight, StepResult
+from mini_infer.engine.loop import Flight, StepObserver, StepResult
 from mini_infer.engine.request import Request
 from mini_infer.exceptions import InvalidConfigError
 from mini_infer.outputs import FinishReason
@@ -131,7 +131,7 @@ class _Step:
     args: dict[str, Any]
 
 
-class StepTrace:
+class StepTrace(StepObserver):
     """An observer of the loop that puts what happens to steps and sequences into a file.
 
     Args:

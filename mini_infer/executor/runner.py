@@ -67,9 +67,9 @@ class Computed(NamedTuple):
         """As plain numbers. The tensors must be in CPU memory."""
         asked = [num for num in step.draws.num_logprobs.tolist() if num >= 0]
         return StepOutput(
-            token_ids=[[token_id] for token_id in self.token_ids.tolist()],
-            logprobs=[[logprob] for logprob in self.logprobs.tolist()],
-            token_scores=[[s] for s in self.token_scores.to_scores(asked)] if self.token_scores else [],
+            token_ids=self.token_ids.tolist(),
+            logprobs=self.logprobs.tolist(),
+            token_scores=self.token_scores.to_scores(asked) if self.token_scores else [],
             scores=self.scores.to_scores(step.scores.num_top.tolist()) if self.scores else [],
             pooled=[] if self.pooled is None else list(self.pooled.numpy()),
             confidences=[] if self.confidences is None else self.confidences.tolist(),

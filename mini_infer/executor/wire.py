@@ -107,7 +107,7 @@ def output_from_json(values: dict[str, Any]) -> StepOutput:
     def score(logprob: float, rank: int, top_ids: list[int], top_logprobs: list[float]) -> TokenScore:
         return TokenScore(logprob, rank, tuple(top_ids), tuple(top_logprobs))
 
-    values["token_scores"] = [[score(*one) for one in scores] for scores in values["token_scores"]]
+    values["token_scores"] = [score(*one) for one in values["token_scores"]]
     values["pooled"] = [np.array(row, dtype=np.float32) for row in values["pooled"]]
     values["scores"] = [score(*one) for one in values["scores"]]
     return StepOutput(**values)

@@ -48,11 +48,6 @@ class ScheduledSequence(NamedTuple):
         return self.sequence.is_whole and self.reuse is None
 
     @property
-    def num_cached(self) -> int:
-        """Tokens before its own whose keys and values the step finds in the sequence's blocks."""
-        return self.start if self.reuse is None else self.reuse.num_kept
-
-    @property
     def num_rows(self) -> int:
         """Tokens that the step computes for it, those of its twin among them."""
         return self.num_tokens if self.sequence.twin is None else 2 * self.num_tokens

@@ -198,7 +198,7 @@ class Scheduler(Roster):
                     break
             else:
                 num_guesses -= sequence.num_drafts
-                self._schedule(sequence, sequence.num_uncomputed_tokens, draft)
+                self._schedule(sequence, draft.budget, draft)
         return chunks
 
     def _plan_chunks(self, chunks: list[Sequence], draft: PlanDraft) -> None:
@@ -233,22 +233,23 @@ class Scheduler(Roster):
 
     def _schedule_prompt(self, sequence: Sequence, draft: PlanDraft) -> None:
         """Plan as much of a prompt as its caller's share of prompts allows, and as must be computed at once."""
-        num_tokens = sequence.num_uncomputed_tokens
+        num_tokens = draft.budget
         if sequence.caller is not None:
-            num_tokens = draft.charge(sequence.caller, min(num_tokens, draft.budget), sequence.least_tokens)
+            num_uncomputed = min(sequence.num_uncomputed_tokens, draft.budget)
+            num_tokens = draft.charge(sequence.caller, num_uncomputed, sequence.least_tokens)
         self._schedule(sequence, num_tokens, draft)
 
     def _schedule(self, sequence: Sequence, num_tokens: int, draft: PlanDraft) -> None:
-        """Put so many of a sequence's tokens into the plan, if the budget allows. Those that see each other stay
-        together."""
+        """Put so many of a sequence's tokens into the plan, if it has them and the budget allows. Those that see each
+        other stay together."""
         (start, end), num_drafts = sequence.uncomputed, sequence.num_drafts
-        num_tokens = min(num_tokens, draft.budget)
+        num_tokens = min(num_tokens, draft.budget, end - start)
         if start + num_tokens < end:
             num_tokens -= num_tokens % sequence.span
             if num_tokens <= 0:
                 return
-        reaches_end = start + num_tokens == end
-        samples = reaches_end and sequence.num_known_tokens + sequence.num_placeholders < sequence.max_length
+        reaches_end, known = start + num_tokens == end, sequence.num_known_tokens
+        samples = reaches_end and known + sequence.num_placeholders < sequence.max_length
         item = ScheduledSequence(
             sequence,
             start,
@@ -260,11 +261,12 @@ class Scheduler(Roster):
         )
         draft.budget -= item.num_rows
         draft.scheduled.append(item)
-        if self.prefix_caching:
+        fills_blocks = (start + num_tokens) // self.block_manager.block_size > len(sequence.content_ids)
+        if self.prefix_caching and fills_blocks:
             # What becomes of a step that decides late is not certain, not even whether its keys and values are valid;
             # on a canvas, those are whose neighbours are all known.
             is_certain = not (samples and sequence.decides_late) or sequence.num_masks
-            certain = min(start + num_tokens, sequence.num_known_tokens) if is_certain else start
+            certain = min(start + num_tokens, known) if is_certain else start
             self._holdings.remember(sequence, certain - certain % sequence.span, draft)
 
     def _expect(self, item: ScheduledSequence) -> None:

@@ -145,7 +145,7 @@ def with_nan(output: StepOutput, place: int) -> StepOutput:
     """What an executor gives where the logits of one draw, or else of one scored row, are not finite."""
     if output.logprobs:
         logprobs = list(output.logprobs)
-        logprobs[place] = [NAN] * len(logprobs[place])
+        logprobs[place] = NAN
         return replace(output, logprobs=logprobs)
     scores = list(output.scores)
     top_ids = scores[place].top_ids
@@ -230,5 +230,5 @@ class Saying(Passing):
         self._left = list(script)
 
     def submit(self, step: StepInput, /) -> StepFuture:
-        token_ids = [[self._left.pop(0)] for _ in range(len(step.draws))]
+        token_ids = [self._left.pop(0) for _ in range(len(step.draws))]
         return Then(self.inner.submit(step), lambda output: replace(output, token_ids=token_ids))

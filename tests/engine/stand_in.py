@@ -242,10 +242,10 @@ class StandIn:
             assert draws.positions[draw] == len(tokens)
             raw = logits_after(tokens)
             token_id = self._draw(draws, draw, raw)
-            token_ids.append([token_id])
-            logprobs.append([float(log_softmax(raw)[token_id])])
+            token_ids.append(token_id)
+            logprobs.append(float(log_softmax(raw)[token_id]))
             if draws.num_logprobs[draw] >= 0:
-                token_scores.append([score(raw, token_id, int(draws.num_logprobs[draw]))])
+                token_scores.append(score(raw, token_id, int(draws.num_logprobs[draw])))
             self._sampled[draws.table_rows[draw]] = token_id
         wanted = zip(scores.rows.tolist(), scores.targets.tolist(), scores.num_top.tolist(), strict=True)
         return StepOutput(

@@ -62,15 +62,15 @@ def test_a_step(seed: int) -> None:
 def test_a_result() -> None:
     numbers = [0.1, -1e-320, math.pi, -math.inf, -0.0]
     output = StepOutput(
-        token_ids=[[1], [2, 3], []],
-        logprobs=[[numbers[0]], [numbers[1], numbers[2]], []],
-        token_scores=[[TokenScore(numbers[3], 3, (5, 6), (numbers[4], 1e300))]],
+        token_ids=[1, 2, 3],
+        logprobs=numbers[:3],
+        token_scores=[TokenScore(numbers[3], 3, (5, 6), (numbers[4], 1e300))],
         scores=[TokenScore(numbers[2], 1, (), ())],
         pooled=[np.array([0.1, -1e-40, 3e38], dtype=np.float32)],
     )
     there = output_from_json(json.loads(json.dumps(output_to_json(output))))
     assert there.pooled[0].dtype == np.float32 and there.pooled[0].tobytes() == output.pooled[0].tobytes()
     assert replace(there, pooled=[]) == replace(output, pooled=[]) and str(there) == str(output)
-    nan = StepOutput([[0]], [[math.nan]], [], [])
-    (logprob,) = output_from_json(json.loads(json.dumps(output_to_json(nan)))).logprobs[0]
+    nan = StepOutput([0], [math.nan], [], [])
+    (logprob,) = output_from_json(json.loads(json.dumps(output_to_json(nan)))).logprobs
     assert math.isnan(logprob)

@@ -57,7 +57,7 @@ def test_tokens_join_to_the_text(maker: Maker, skip_special: bool, tmp_path_fact
         prompt = encode(tokenizer, "".join(draw.choices(letters, k=4)))
         stops = ["a,", "你"] if draw.random() < 0.3 else []
         hidden = left_out if stops else {}
-        stream = TextStream(tokenizer.detokenizer(prompt, skip_special), StopStringMatcher(stops), hidden)
+        stream = TextStream(tokenizer.detokenizer(prompt, skip_special), StopStringMatcher(stops), hidden, True)
         made, text, shapes = CompletionLogprobs(tokenizer), "", []
         if draw.random() < 0.5:
             text = tokenizer.decode(prompt, skip_special_tokens=False)

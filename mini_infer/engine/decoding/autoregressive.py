@@ -8,8 +8,8 @@ out is the same with drafts and without, token for token; drafts that turn out r
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 from mini_infer.engine.decoding.lifecycle import close_completion, start_all, stop_all
 from mini_infer.engine.describe import Answer, Wanted
@@ -83,10 +83,10 @@ class Autoregressive:
     def want(self, request: Request, item: ScheduledSequence, first_row: int, wanted: Wanted) -> None:
         if item.num_logits:
             known = item.end + 1 - item.num_logits
-            first_drawn = first_row + known - 1 - item.start
+            first_drawn = first_row + item.num_tokens - item.num_logits
             for sequence in (item.sequence, *item.forks):
                 stream = self._streams[sequence]
-                drafts = sequence.token_ids[known : item.end]
+                drafts = sequence.token_ids[known : known + item.num_logits - 1]
                 for place in range(item.num_logits):
                     key = (self._seed, stream.completion.index, known + place)
                     wanted.draw(first_drawn + place, sequence, key, request.params, stream.rules, drafts[:place])
@@ -105,41 +105,30 @@ class Autoregressive:
     def decide(self, request: Request, item: ScheduledSequence, answer: Answer) -> list[Outcome]:
         if not item.num_logits:
             return [] if item.end < item.sequence.max_length else [Outcome(item.sequence, (), item.end)]
-        known = item.end + 1 - item.num_logits
-        outcomes = []
+        end, outcomes = item.end, []
+        known = end + 1 - item.num_logits
         for sequence, token_ids, logprobs, _ in _drawn(item, answer):
             settled: TokenIds = []
             reason: FinishReason | None = None
-            for token_id, logprob, draft in zip(
-                token_ids, logprobs, (*sequence.token_ids[known : item.end], None), strict=True
-            ):
+            for token_id, logprob in zip(token_ids, logprobs, strict=True):
                 if math.isnan(logprob):
                     reason = "error"
                     break
                 settled.append(token_id)
-                if self._stops(request, sequence, known + len(settled) - 1, token_id):
+                length = known + len(settled)
+                if token_id in self._stop_token_ids and _may_stop(request, sequence, length):
                     reason = "stop"
                     break
-                if token_id != draft:  # what was drawn after it followed something else
-                    break
-            settled, reason = self._within_grammar(sequence, settled, reason)
-            outcomes.append(Outcome(sequence, tuple(settled), known + max(len(settled) - 1, 0), reason))
+                if length > end or token_id != sequence.token_ids[length - 1]:
+                    break  # what was drawn after it followed something else
+            grammar = self._streams[sequence].grammar
+            if grammar is not None and (num_accepted := grammar.num_accepted(settled)) < len(settled):
+                # Where it allows nothing, not even an end, the draw gives a token all the same.
+                del settled[num_accepted:]
+                reason = "stop" if grammar.is_complete_after(settled) else "error"
+            num_valid = known + len(settled) - 1 if settled else known
+            outcomes.append(Outcome(sequence, tuple(settled), num_valid, reason))
         return outcomes
-
-    def _stops(self, request: Request, sequence: Sequence, position: int, token_id: int) -> bool:
-        num_generated = position + 1 - sequence.num_prompt_tokens
-        return token_id in self._stop_token_ids and num_generated > request.params.min_tokens
-
-    def _within_grammar(
-        self, sequence: Sequence, token_ids: TokenIds, reason: FinishReason | None
-    ) -> tuple[TokenIds, FinishReason | None]:
-        """What is left of some tokens under the completion's grammar. Where that allows nothing, not even an end, the
-        draw gives a token all the same."""
-        grammar = self._streams[sequence].grammar
-        if grammar is None or (num_accepted := grammar.num_accepted(token_ids)) == len(token_ids):
-            return token_ids, reason
-        token_ids = token_ids[:num_accepted]
-        return token_ids, "stop" if grammar.is_complete_after(token_ids) else "error"
 
     def publish(self, request: Request, item: ScheduledSequence, answer: Answer, scheduler: Scheduler) -> int:
         if request.params.prompt_logprobs is not None and self._streams[item.sequence].completion.index == 0:
@@ -158,16 +147,19 @@ class Autoregressive:
             if completion.finish_reason is not None:  # it ended before these tokens
                 continue
             text, num_new = "", 0
-            for token_id, logprob, score in zip(
-                sequence.token_ids[known : sequence.num_known_tokens], logprobs, scores or repeat(None), strict=False
-            ):
-                stops = sequence.finish_reason == "stop" and self._stops(request, sequence, known + num_new, token_id)
+            for token_id in sequence.token_ids[known : sequence.num_known_tokens]:
+                place = PlaceLogprobs(token_id, scores[num_new], self._decode_token) if scores else None
+                logprob = logprobs[num_new]
+                num_new += 1
+                stops = (
+                    sequence.finish_reason == "stop"
+                    and token_id in self._stop_token_ids
+                    and _may_stop(request, sequence, known + num_new)
+                )
                 if not stops:
                     for rule in stream.rules:
                         rule.accept(token_id)
-                place = None if score is None else PlaceLogprobs(token_id, score, self._decode_token)
                 text += completion.append(token_id, logprob, place, is_text=not stops)
-                num_new += 1
                 if stops:
                     asked_for = token_id in (request.params.stop_token_ids or ())
                     completion.stop_reason = token_id if asked_for else None
@@ -209,16 +201,19 @@ class Autoregressive:
                 request.prompt_logprobs.append(PlaceLogprobs(token_id, score, self._decode_token))
 
 
+def _may_stop(request: Request, sequence: Sequence, length: int) -> bool:
+    """Whether a stop token that makes a sequence so long ends it."""
+    return length - sequence.num_prompt_tokens > request.params.min_tokens
+
+
 def _drawn(
     item: ScheduledSequence, answer: Answer
-) -> Iterable[tuple[Sequence, TokenIds, list[float], list[TokenScore]]]:
+) -> Iterable[tuple[Sequence, TokenIds, list[float], Seq[TokenScore]]]:
     """What was drawn for a sequence, one token or one after each of its drafts, and for those that fork from it: the
     tokens, their log probabilities, and their scores if those were asked for."""
+    token_ids, logprobs, scores = answer.token_ids, answer.logprobs, answer.token_scores
+    if not item.forks:
+        return [(item.sequence, token_ids, logprobs, scores)]
+    parts = [slice(i * item.num_logits, (i + 1) * item.num_logits) for i in range(1 + len(item.forks))]
     sequences = (item.sequence, *item.forks)
-    if item.num_logits == 1:
-        return zip(sequences, answer.token_ids, answer.logprobs, answer.token_scores, strict=True)
-    token_ids = list(chain.from_iterable(answer.token_ids))
-    logprobs = list(chain.from_iterable(answer.logprobs))
-    scores = list(chain.from_iterable(answer.token_scores))
-    parts = [slice(i * item.num_logits, (i + 1) * item.num_logits) for i in range(len(sequences))]
     return [(s, token_ids[p], logprobs[p], scores[p]) for s, p in zip(sequences, parts, strict=True)]

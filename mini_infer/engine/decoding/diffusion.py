@@ -30,6 +30,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -322,14 +323,11 @@ class Diffusion:
 
     def _drawn(self, sequence: TokenSequence, answer: Answer) -> list[_Written]:
         """A token for every gap."""
-        return [
-            _Written(position, token_id, logprob, scores[0] if scores else None)
-            for position, (token_id,), (logprob,), scores in zip(
-                self._gaps(sequence), answer.token_ids, answer.logprobs, answer.token_scores, strict=True
-            )
-        ]
+        gaps = self._gaps(sequence)
+        scores = answer.token_scores or [None] * len(gaps)
+        return [_Written(*one) for one in zip(gaps, answer.token_ids, answer.logprobs, scores, strict=True)]
 
-    def _kept(self, sequence: TokenSequence, drawn: list[_Written], confidences: list[float]) -> list[_Written]:
+    def _kept(self, sequence: TokenSequence, drawn: list[_Written], confidences: Seq[float]) -> list[_Written]:
         """What a step writes: the surest tokens, of equals the leftmost."""
         options, canvas = self._options, self._canvases[sequence]
         order = confidences if options.rule in _RATED else [one.logprob for one in drawn]

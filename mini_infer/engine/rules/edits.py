@@ -32,6 +32,8 @@ class Edits:
         self._forced[draw] = token_id
 
     def finish(self) -> LogitEdits:
+        if not (self._scaled or self._added or self._masks or self._forced):
+            return LogitEdits()
         return LogitEdits(
             *_joined(self._scaled),
             *_joined(self._added),

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-COLOURS = ("#1f77b4", "#ff7f0e", "#7f7f7f")
-"""Of the series, in their order: blue, orange and grey can be told apart by everyone."""
+COLOURS = ("#1f77b4", "#ff7f0e", "#7f7f7f", "#009e73", "#cc79a7")
+"""Of the series, in their order: colours of different lightness, which can be told apart by everyone."""
 
 FONT = "system-ui, 'Noto Sans CJK SC', 'PingFang SC', 'Microsoft YaHei', sans-serif"
 WIDTH, LEFT, RIGHT = 560, 16, 90

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.report import save
 from benchmarks.shapes import SHAPES, make_random_checkpoint
 from mini_infer import LLM, SamplingParams, SparseConfig
-from mini_infer.engine.loop import NullObserver
+from mini_infer.engine.loop import StepObserver
 from mini_infer.models.families import llada
 from mini_infer.models.families.llama import NAMES as LLAMA_NAMES
 from mini_infer.scheduler import SchedulerOutputs
@@ -203,7 +203,7 @@ def random_model(shape: str, rounds: int) -> dict[str, Any]:
         }
 
 
-class Watch(NullObserver):
+class Watch(StepObserver):
     """Counts what an engine computes.
 
     Attributes:

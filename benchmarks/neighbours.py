@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.compare import random_checkpoint
-from benchmarks.report import save
+from benchmarks.report import processor, save
 from mini_infer import LLM, SamplingParams
 from mini_infer.cli.bench import Workload
 
@@ -65,7 +65,9 @@ def main(
     shape: Annotated[str, typer.Option(help="Checkpoint, as benchmarks.compare has it.")] = "qwen3-0.6b",
     requests: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that does not count.")] = 3,
-    keep: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/neighbours-cpu.json.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--save", help="Write benchmarks/results/neighbours-cpu-PROCESSOR.json.")
+    ] = False,
 ) -> None:
     with LLM(str(random_checkpoint(shape)), dtype="bfloat16", device="cpu", max_model_len=4096) as llm:
         found = measure(llm, Workload.draw(requests, (32, 64), (32, 64)), rounds)
@@ -73,7 +75,7 @@ def main(
         console.print(f"{count} busy neighbours: {row['share_of_idle']:.2f} of the speed without")
     if keep:
         command = f"python -m benchmarks.neighbours --shape {shape} --requests {requests} --rounds {rounds} --save"
-        save("neighbours-cpu", command, {"shape": shape, "requests": requests, "neighbours": found})
+        save(f"neighbours-cpu-{processor()}", command, {"shape": shape, "requests": requests, "neighbours": found})
 
 
 if __name__ == "__main__":

@@ -43,8 +43,13 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "quantized": "| tokens | bfloat16 | int8 | int8, groups of 32 | int4, groups of 32 | table, groups of 32 |",
         "tricks": "| trick | measured on | without | with | speedup |",
         "runs": "3. Tasks of 2 MiB instead of one panel | product 1024 to 151936, batch {tokens}",
+        "turns": "6. Threads take several tasks at a time | norm and addition, {tokens} tokens",
         "drawing": "7. A token drawn by one kernel | `top_k` 50, vocabulary 151936, batch {tokens}",
         "recording": "9. A decode step replayed instead of called | {shape} shape, batch {tokens}",
+        "products": "| product; tokens: | {tokens} |",
+        "sampled": "| workload | drawing tokens takes longer than taking the likeliest by | quartiles of the rounds |",
+        "neighbours": "Decoding {requests} sequences of the {shape} shape beside one program that only counts keeps "
+        "{one:.2f} of its speed, beside two {two:.2f}.",
         "quality": "| model | weights | bytes per weight | mean KLD | 99.9 % KLD | same top token | perplexity "
         "| held-out answers |",
         "batching": "| question | figure | command |",
@@ -140,8 +145,13 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "quantized": "| 词元 | bfloat16 | int8 | int8，每组 32 个 | int4，每组 32 个 | 码表，每组 32 个 |",
         "tricks": "| 技巧 | 测量对象 | 不用 | 使用 | 加速比 |",
         "runs": "3. 一个任务 2 MiB，而不是一块面板 | 乘法 1024 到 151936，批大小 {tokens}",
+        "turns": "6. 线程一次领取多个任务 | 归一化与相加，{tokens} 个词元",
         "drawing": "7. 一个算子完成随机抽取 | `top_k` 50，词表 151936，批大小 {tokens}",
         "recording": "9. 解码步重放，而不是逐个调用 | {shape} 规模，批大小 {tokens}",
+        "products": "| 乘法；词元数： | {tokens} |",
+        "sampled": "| 负载 | 随机采样比贪心多用的时间 | 各轮的四分位数 |",
+        "neighbours": "{shape} 规模的 {requests} 个序列解码时，旁边有一个只管计数的程序，速度为独占时的 {one:.2f}；"
+        "有两个则为 {two:.2f}。",
         "quality": "| 模型 | 权重 | 每个权重的字节数 | 平均 KL 散度 | 99.9% 分位 | 首选词元相同 | 困惑度 "
         "| 留出问题答对 |",
         "batching": "| 问题 | 数字 | 命令 |",
@@ -239,6 +249,9 @@ def tables(language: str) -> dict[str, str]:
             quantized_models_table(name, words) for name in compared("quantized-models-cpu")
         ),
         "tricks": tricks_table(results("tricks-cpu"), words),
+        "products": "\n\n".join(products_table(name, words) for name in compared("products-cpu")),
+        "sampled": "\n\n".join(sampled_table(name, words) for name in compared("sampled-cpu")),
+        "neighbours": "\n\n".join(neighbours_text(name, words) for name in compared("neighbours-cpu")),
         "batching": batching_table(words),
         "quality": quality_table(results("quality"), words),
         "serving": serving_table(results("serving"), words),
@@ -526,6 +539,40 @@ def quantized_table(measured: dict[str, Any], words: Mapping[str, str]) -> str:
         cells = [f"{row['microseconds']:,.0f} µs, {row['speedup']:.2f}x" for row in others]
         lines.append(" | ".join([f"| {tokens}", f"{base['microseconds']:,.0f} µs", *cells]) + " |")
     return "\n".join([*lines, "", _source(measured, "quantized-cpu", words)])
+
+
+def products_table(name: str, words: Mapping[str, str]) -> str:
+    """Products with a layer's weights at each number of tokens, beside the machine's limit and beside oneDNN."""
+    found = results(name)
+    rows = found["figures"]["products"]
+    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+    lines = [words["products"].format(tokens=" | ".join(map(str, tokens))), "|---|" + "---:|" * len(tokens)]
+    for model, inputs, outputs in dict.fromkeys((row["model"], row["inputs"], row["outputs"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["inputs"], row["outputs"]) == (model, inputs, outputs)]
+        cells = [f"{100 * row['of_the_machine']:.0f} %, {row.get('of_onednn', 0):.2f}x" for row in mine]
+        lines.append(f"| {model}, {inputs} → {outputs} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _source(found, name, words)])
+
+
+def sampled_table(name: str, words: Mapping[str, str]) -> str:
+    """How much longer it takes to draw tokens than to take the likeliest."""
+    found = results(name)
+    lines = [words["sampled"], "|---|---:|---:|"]
+    for model, scenarios in found["figures"]["models"].items():
+        for scenario, row in scenarios.items():
+            low, high = row["quartiles"]
+            what = words["tiny" if model == "tiny" else scenario]
+            lines.append(f"| {what} | {row['slower']:.1%} | {low:.1%}, {high:.1%} |")
+    return "\n".join([*lines, "", _source(found, name, words)])
+
+
+def neighbours_text(name: str, words: Mapping[str, str]) -> str:
+    """How much of its speed an engine keeps beside busy programs."""
+    found = results(name)
+    figures = found["figures"]
+    one, two = (figures["neighbours"][count]["share_of_idle"] for count in "12")
+    said = words["neighbours"].format(requests=figures["requests"], shape=figures["shape"], one=one, two=two)
+    return f"{said}\n\n{_source(found, name, words)}"
 
 
 def quality_table(found: dict[str, Any], words: Mapping[str, str]) -> str:

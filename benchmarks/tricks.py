@@ -19,7 +19,7 @@ from benchmarks.compare import random_checkpoint
 from benchmarks.report import save
 from benchmarks.shapes import SHAPES
 from mini_infer import LLM, SamplingParams, kernels
-from mini_infer.kernels.cpu import linear
+from mini_infer.kernels.cpu import jit, linear
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 32
 
@@ -50,6 +50,21 @@ def long_runs(shape: str, num_tokens: int, rounds: int) -> dict[str, float]:
             return time.perf_counter() - start
 
     return in_turns(rounds, lambda: seconds(1), lambda: seconds(linear.RUN))
+
+
+def several_tasks(shape: str, num_tokens: int, rounds: int) -> dict[str, float]:
+    """A norm, whose tasks are tokens: one at a time, and as many as make some dozen turns for each thread."""
+    width = SHAPES[shape]["hidden_size"]
+    x, residual, weight = (torch.randn(*size, width).bfloat16() for size in ((num_tokens,), (num_tokens,), ()))
+    cpu = kernels.resolve("cpu", "cpu")
+
+    def seconds(turns: int) -> float:
+        with patch.object(jit, "TURNS", turns):
+            start = time.perf_counter()
+            cpu.add_rmsnorm(x, residual, weight, 1e-6)
+            return time.perf_counter() - start
+
+    return in_turns(rounds, lambda: seconds(num_tokens), lambda: seconds(jit.TURNS))
 
 
 def drawing(shape: str, batch: int, rounds: int) -> dict[str, float]:
@@ -93,6 +108,7 @@ def recording(shape: str, batch: int, rounds: int) -> dict[str, float]:
 def measure(shape: str, rounds: int) -> Iterator[dict[str, Any]]:
     for num_tokens in (1, 16):
         yield {"trick": "runs", "shape": shape, "tokens": num_tokens, **long_runs(shape, num_tokens, rounds)}
+    yield {"trick": "turns", "shape": shape, "tokens": 1024, **several_tasks(shape, 1024, rounds)}
     yield {"trick": "drawing", "shape": shape, "tokens": 16, **drawing(shape, 16, rounds)}
     for decoded, batch in (("tiny", 1), ("tiny", 64), (shape, 1)):
         yield {"trick": "recording", "shape": decoded, "tokens": batch, **recording(decoded, batch, rounds)}

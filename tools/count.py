@@ -77,7 +77,7 @@ capability has in the files of others counts as theirs."""
 GOALS = {"dense": 6_500, "package": 14_000}
 """What dense models on one device, and the whole package, should have at most. Both are missed by far."""
 
-LIMITS = {"dense": 13_700, "package": 33_950}
+LIMITS = {"dense": 13_700, "package": 34_200}
 """What they may have at most as things stand: whoever makes them smaller lowers this."""
 
 

@@ -20,6 +20,8 @@ def hardware() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
+    # A name is not enough: of two machines that give the same one, only one may have, or show, AVX-512.
+    cpu = f"{cpu} ({torch.backends.cpu.get_cpu_capability()})"
     packages = {}
     for package in ("torch", "transformers", "triton", "numpy"):
         try:
@@ -35,7 +37,7 @@ def hardware() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as a part of a file's."""
+    """The processor's name and instructions as a part of a file's name."""
     return re.sub("[^a-z0-9]+", "-", hardware()["cpu"].split(" x ")[-1].lower()).strip("-")
 
 

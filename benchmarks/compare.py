@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks import compare_report
 from benchmarks.environments import PACKAGES, make_environment
 from benchmarks.report import RESULTS, processor, save
-from benchmarks.roofline import Machine, floor
+from benchmarks.roofline import Machine, floor, multiplied_as
 from benchmarks.shapes import SHAPES, SMOLLM2, make_checkpoint
 from benchmarks.workers.channel import Done
 from benchmarks.workers.driver import Engine, Worker, WorkerError
@@ -226,6 +226,7 @@ def _figures(contender: Contender, workload: Workload, runs: list[Run], ours: li
         "ttft_p50_seconds": round(median(lambda run: statistics.median(run.first)), 4),
         "itl_seconds": round(median(inter_token), 5),
         "version": contender.worker.version,
+        "dtype": contender.worker.engine.options["dtype"],
         "peak_memory_mb": peak and round(peak / 1e6),
         "ready_seconds": round(contender.worker.ready_seconds, 2),
         "first_token_seconds": round(contender.worker.first_token_seconds, 2),
@@ -424,8 +425,9 @@ def main(
 def _engines(
     ours: list[str] | None, peer: list[str] | None, pythons: Mapping[str, Path | None], dtype: str, max_model_len: int
 ) -> list[Engine]:
-    options = {"dtype": dtype, "max_model_len": max_model_len}
-    own = options | {"device": "cpu"}
+    own = {"dtype": dtype, "max_model_len": max_model_len, "device": "cpu"}
+    # Where PyTorch has no fast product of bfloat16, who computes with PyTorch would stand still.
+    wide = str(multiplied_as(torch.device("cpu"), getattr(torch, dtype))).removeprefix("torch.")
     engines = [
         Engine(f"mini-infer ({backend})", "ours", own | {"kernel_backend": backend}) for backend in ours or []
     ] or [Engine("mini-infer", "ours", own)]
@@ -433,13 +435,14 @@ def _engines(
         if peer and label not in peer:
             continue
         if label not in pythons:
-            engines.append(Engine(label, module, {"dtype": dtype}))
+            engines.append(Engine(label, module, {"dtype": wide}))
             continue
         python = pythons[label]
         if python is None:
             flag = f"--{label.replace('.', '')}-python"
             console.print(f"{label} is not measured: name the interpreter of its environment with {flag}")
         elif label == "vllm":
+            options = {"dtype": wide, "max_model_len": max_model_len}
             engines.append(Engine(label, module, options, str(python), {"VLLM_CPU_KVCACHE_SPACE": "4"}))
         else:
             engines.append(Engine(label, module, {"dtype": dtype, "threads": torch.get_num_threads()}, str(python)))

@@ -39,6 +39,8 @@ def load(model: str, options: dict[str, Any]) -> dict[str, Any]:
     scheduler.max_num_seqs = 256
     scheduler.enable_prefix_caching = False  # so that a round does not find the prompts of the one before
     precision = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[options["dtype"]]
+    if precision.upper() not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        precision = "f32"  # what it computes in where the processor has nothing narrower, and refuses a cache of less
     pipeline = openvino_genai.ContinuousBatchingPipeline(
         converted(model, options.get("in_int8", False)),
         scheduler,

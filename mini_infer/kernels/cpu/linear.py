@@ -19,7 +19,7 @@ A task is a run of panels times a few hundred tokens, six tokens at a time. A ru
 processor reads ahead only along a line and has to find its pace anew after each jump. A panel comes from memory for the
 first six tokens and from the core's own cache for the others. These would leave memory idle, so meanwhile they ask for
 the next panel. Two or three passes, a batch that memory and arithmetic hold back alike, go together: all multiply with
-16 KiB of the panel, which stay in the first cache, and ask for the 16 KiB after them.
+16 KiB of the panel, or 8 of a narrow one, which stay in the first cache, and ask for those after them.
 
 Bytes: the weight, once. Floor: N * K * itemsize / memory bandwidth for a few tokens, 2 * M * N * K / peak for many. The
 two meet at about a dozen tokens, which is why a small batch decodes for the price of one sequence.
@@ -59,11 +59,13 @@ RUN = 2 << 20
 TOGETHER = 3
 """Passes that go through a panel side by side; more would not leave room for it in the core's first cache."""
 
-BLOCK = 64
+BLOCK = 64 if COLUMNS == 64 else 128
 """How many k of a panel, or pairs of them, passes that go together multiply with before they go on."""
 
 TILE = max(TOGETHER * ROWS, amx.ROWS) * COLUMNS
 
+FAR = 8 << 10
+"""How many bytes ahead a single pass asks for weights."""
 
 SIZES = (1, 2, 4, 8, 16, 64, 256)
 """Numbers of tokens at which candidates are timed. Each serves up to the next one; the last all beyond."""
@@ -280,6 +282,7 @@ def _kernel(element: type, kind: str) -> Kernel:
     x_bytes, x_step = (4 if kind in ("fma", "split") else 2), (8 if kind == "split" else 4)
     k_bytes = COLUMNS * 4  # of a panel at each k, or each pair of them
     lines = -(-k_bytes // (2 * LINE))  # a panel is fetched in two passes or more
+    far = FAR if lines * LINE == k_bytes else 0  # or in a single one, where it is narrow
 
     @kernel
     def linear(args):
@@ -323,10 +326,13 @@ def _kernel(element: type, kind: str) -> Kernel:
                                 first = begin + (end - begin) * number // num_passes
                                 last = begin + (end - begin) * (number + 1) // num_passes
                             x_at, to = x + first * x_stride + k * x_step, sums_at + (first - top) * COLUMNS * 4
-                            # Each pass fetches its share of what follows. A single one need not: it waits for memory
-                            # anyway.
-                            ahead = w_at + (count * k_bytes * (num_passes + number) // num_passes if many else 0)
-                            ahead_stride = k_bytes // num_passes if many else 0
+                            # Each pass fetches its share of what follows. A single one of a wide panel, or of one
+                            # token, need not: it waits for memory anyway.
+                            alone_ahead = far if last - first > 1 else 0
+                            ahead = w_at + (
+                                count * k_bytes * (num_passes + number) // num_passes if many else alone_ahead
+                            )
+                            ahead_stride = k_bytes // num_passes if many or alone_ahead > 0 else 0
                             if with_amx:
                                 if last - first != configured:
                                     configured = last - first

@@ -13,12 +13,12 @@ numbers. The processor guesses what is read next only along such a run, and know
 a block is computed, the next one is already fetched, and at the end of the first pass the first values are.
 
 Where the processor multiplies pairs of bfloat16, two features of the keys, or two tokens' values, are woven into pairs
-on their way into registers, and the weights are rounded to bfloat16; elsewhere numbers are widened.
+on their way into registers, and the weights are rounded to bfloat16; elsewhere numbers are widened, two at a time.
 
-Keeping the scores (4 bytes per token and head, beside the 4 * D bytes of its key and value) costs little, and leaves
-both passes to be `tile`s of few rows, so that loading, not arithmetic, is their limit. A long context is cut into
-chunks, so that scores take no more memory than `CHUNK` says; with each the result so far is scaled to the highest score
-yet, as in an online softmax.
+Keeping scores and weights (8 bytes per token and head, beside the 4 * D bytes of its key and value) costs little, and
+leaves both passes to be `tile`s of few rows, so that loading, not arithmetic, is their limit. A long context is cut
+into chunks, so that scores take no more memory than `CHUNK` says; with each the result so far is scaled to the highest
+score yet, as in an online softmax.
 
 Of codes of 8 bits, a token's scores are multiplied by its key's scale and its weights by its value's: one number each,
 and not one for every feature.
@@ -58,7 +58,7 @@ from mini_infer.kernels.cpu.jit import (
 )
 from mini_infer.kernels.cpu.kv_cache import has_fast_layout
 from mini_infer.kernels.cpu.softmax import LEAST, largest_score, weigh
-from mini_infer.kernels.cpu.tile import LANES, LINE, PAIRS, ROWS, VECTORS, tile, widest
+from mini_infer.kernels.cpu.tile import LANES, LINE, PAIRS, ROWS, tile, widest
 from mini_infer.kernels.reference import attention as reference
 
 BLOCKS = "blocks"
@@ -155,7 +155,7 @@ def _by_blocks(
     num_threads = torch.get_num_threads()
     # Sequences differ in length, so every thread should get a few tasks.
     num_parts = min(num_kv_heads, -(-2 * num_threads // max(num_seqs, 1)))
-    scores = torch.empty(num_threads * num_heads * room * 3 // 2, dtype=torch.float32)  # and weights in bfloat16
+    scores = torch.empty(2 * num_threads * num_heads * room, dtype=torch.float32)  # and weights
     elements = ELEMENTS[query.dtype], CACHE_ELEMENTS[key_cache.dtype]
     _kernel(*elements, num_heads, num_kv_heads, head_dim, block_size)(
         num_seqs * num_parts,
@@ -179,30 +179,30 @@ def _by_blocks(
 
 @numba.njit
 def _scale(
-    scores, row, kv_scales, block_tables, table, num_kv_heads, head, which, block_size, begin, end
+    numbers, row, kv_scales, block_tables, table, num_kv_heads, head, which, block_size, begin, end
 ):  # fmt: skip
-    """Multiply the scores of the tokens from ``begin`` to ``end`` by the scales of their keys (0) or values (1)."""
+    """Multiply scores of the tokens from ``begin`` to ``end`` by their keys' scales (0), or weights by values' (1)."""
     for block in range(begin // block_size, (end + block_size - 1) // block_size):
         piece = np.int64(block_tables[table + block]) * num_kv_heads + head
         first = block * block_size
         scales = (piece * 2 + which) * block_size - first
         for token in range(max(begin, first), min(end, first + block_size)):
-            scores[row + token] *= load(kv_scales, scales + token)
+            numbers[row + token] *= load(kv_scales, scales + token)
 
 
 @functools.cache
 def _kernel(
     element: type, cache_element: type, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
 ) -> Kernel:
-    kinds: dict[type, str] = {np.int8: "int8", np.float32: "fma", np.uint16: "weave" if PAIRS else "widen"}
+    kinds: dict[type, str] = {np.int8: "int8", np.float32: "fma", np.uint16: "weave" if PAIRS else "twice"}
     kind = kinds[cache_element]
     scaled, woven = kind == "int8", kind == "weave"
-    step, x_size = (2, 2) if woven else (1, 4)  # k of a tile's step, and bytes of a query's number or a weight
+    step = 2 if kind in ("weave", "twice") else 1  # how many k a tile takes as one
+    x_size = 2 if woven else 4  # bytes of a query's number or a weight
     size = np.dtype(cache_element).itemsize
     group = num_heads // num_kv_heads
     rows = max(divisor for divisor in range(1, ROWS + 3) if group % divisor == 0)  # query heads of a tile
-    most = VECTORS if rows <= ROWS else VECTORS // 2
-    key_vectors, value_vectors = widest(block_size, most), widest(head_dim, most)
+    key_vectors, value_vectors = widest(block_size, rows), widest(head_dim, rows)
     chunk, columns = key_vectors * LANES, value_vectors * LANES  # tokens, and features, that a tile covers
     key_lines, value_lines = -(-step * chunk * size // LINE), -(-step * columns * size // LINE)
     head_bytes = head_dim * block_size * size  # of one KV head in one block
@@ -219,8 +219,8 @@ def _kernel(
         hidden = -np.float32(np.inf) / scale  # a score that gets no weight
         kv_scales = pointer(args[FIRST + 12], np.uint16)  # [piece, key and value, block]
         room = chunk_blocks * block_size
-        scores_at = args[FIRST + 6] + thread_number(args) * num_heads * room * (4 + 2 * (step - 1))
-        weights_at = scores_at + num_heads * room * 4 * (step - 1)
+        scores_at = args[FIRST + 6] + thread_number(args) * num_heads * room * 8
+        weights_at = scores_at + num_heads * room * 4  # not in place: LLVM would compute one weight at a time
         query_at, sums_at = buffer(width), buffer(width)
         scores, weights = pointer(scores_at, np.float32), pointer(weights_at, weight_element)
         wide_query, sums = pointer(query_at, np.float32), pointer(sums_at, np.float32)
@@ -288,7 +288,7 @@ def _kernel(
                         sums[i] *= before
                     if scaled:
                         _scale(
-                            scores, at, kv_scales, block_tables, table, num_kv_heads, row // group, 1, block_size,
+                            weights, at, kv_scales, block_tables, table, num_kv_heads, row // group, 1, block_size,
                             chunk_begin, chunk_end,
                         )  # fmt: skip
 

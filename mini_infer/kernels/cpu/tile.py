@@ -11,10 +11,11 @@ Per k it loads R + 4 vectors for 4 R multiply-adds, so that arithmetic, not load
 R = 1 it reads w exactly once, as fast as memory gives it. Goto and van de Geijn, Anatomy of High-Performance Matrix
 Multiplication, 2008, https://doi.org/10.1145/1356052.1356053
 
-Seven kinds, by what w holds and what the processor has:
+Eight kinds, by what w holds and what the processor has:
 
     "fma"     w float32, x float32
     "widen"   w bfloat16, x float32: each w is widened on the way in; half the bytes from memory
+    "twice"   "widen", two rows of w at a time
     "int8"    w int8, x float32: the same, with a quarter of the bytes
     "split"   w bfloat16 in pairs along k, x float32: a pair is 32 bits, whose upper half is one float32 as it stands,
               and whose lower half is the other once it is shifted up; two multiply-adds
@@ -41,13 +42,16 @@ from numba.extending import intrinsic
 
 from mini_infer.kernels.cpu.jit import has_feature
 
-Kind = Literal["fma", "widen", "int8", "split", "dot", "weave", "bfmmla"]
+Kind = Literal["fma", "widen", "twice", "int8", "split", "dot", "weave", "bfmmla"]
 
 LANES = 16 if has_feature("avx512f") else 8
 """float32 numbers in a vector register. (An Arm processor's hold 4; there LLVM takes two for one.)"""
 
-ROWS, VECTORS = (6, 4) if has_feature("avx512f") else (6, 2)
-"""The largest tile: its sums, one row of w and one x must fit the registers, 32 with AVX-512 and 16 without."""
+REGISTERS = 32 if has_feature("avx512f") else 16
+"""That hold a vector."""
+
+ROWS, VECTORS = (6, 4) if REGISTERS == 32 else (6, 2)
+"""The largest tile: its sums, one row of w and one x must fit the registers."""
 
 COLUMNS = VECTORS * LANES
 
@@ -108,9 +112,9 @@ def tile(
         accumulate: add to what ``out`` holds, instead of writing over it.
         lines: how many cache lines of what will be read later are asked for at each k.
         x, x_stride: address of x ``[rows, count]``, and in bytes the distance between its rows; for "dot" and "weave"
-            ``[rows, count, 2]``, bfloat16, and for "split" the same in float32.
-        w, w_stride: the same of w ``[count, columns]``; for "dot" and "split" ``[count, columns, 2]``, for "weave"
-            ``[2 * count, columns]``.
+            ``[rows, count, 2]``, bfloat16, and for "split" and "twice" the same in float32.
+        w, w_stride: the same of w ``[count, columns]``; for "dot" and "split" ``[count, columns, 2]``, for "weave" and
+            "twice" ``[2 * count, columns]``.
         count: how many k, for "bfmmla" an even number of pairs; at least one or two are always computed.
         out, out_stride: the same of the sums, float32 ``[rows, columns]``.
         ahead, ahead_stride: where those lines are at the first k, and how many bytes further at each following one.
@@ -141,28 +145,35 @@ def _write_tile(
     """Write the loop in LLVM's language; ``operands`` are the numbers that a tile is called with, in their order."""
     x, x_stride, w, w_stride, count, out, out_stride, ahead, ahead_stride = operands
     places = [(row, vector) for row in range(rows) for vector in range(vectors)]
+    # A sum waits for itself. So who adds two products at a time has two sums for each place, as long as these, w's
+    # vectors and an x fit the registers.
+    has_two = kind in ("split", "twice")
+    chains = 2 if has_two and 2 * len(places) + 2 * vectors + 2 <= REGISTERS else 1
     out_rows = [builder.add(out, builder.mul(out_stride, ir.Constant(_I64, row))) for row in range(rows)]
     outs = [_at(builder, out_rows[row], 4 * LANES * vector, _SUMS) for row, vector in places]
-    starts = [builder.load(place, align=4) if accumulate else ir.Constant(_SUMS, [0.0] * LANES) for place in outs]
+    nothing = ir.Constant(_SUMS, [0.0] * LANES)
+    starts = [builder.load(place, align=4) if accumulate else nothing for place in outs]
+    starts += [nothing] * (len(places) * (chains - 1))
     before, loop, after = builder.block, builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.end")
     builder.branch(loop)
 
     builder.position_at_end(loop)
     k = builder.phi(_I64)
-    sums = [builder.phi(_SUMS) for _ in places]
-    w_rows = builder.shl(k, ir.Constant(_I64, 1)) if kind == "weave" else k
+    sums = [builder.phi(_SUMS) for _ in starts]
+    w_rows = builder.shl(k, ir.Constant(_I64, 1)) if kind in ("weave", "twice") else k
     w_row = builder.add(w, builder.mul(w_rows, w_stride))
-    x_bytes = 3 if kind == "split" else 2  # a float32 or a pair of bfloat16 per k; or a pair of float32
+    x_bytes = 3 if has_two else 2  # a float32 or a pair of bfloat16 per k; or a pair of float32
     x_column = builder.add(x, builder.shl(k, ir.Constant(_I64, x_bytes)))
     w_vectors = [_load_w(builder, kind, w_row, w_stride, vector) for vector in range(vectors)]
     x_vectors = [
         _load_x(builder, kind, builder.add(x_column, builder.mul(x_stride, ir.Constant(_I64, row))))
         for row in range(rows)
     ]
-    new = [
-        _multiply_add(builder, kind, sum_, w_vectors[vector], x_vectors[row])
-        for sum_, (row, vector) in zip(sums, places, strict=True)
-    ]
+    new = list(sums)
+    for place, (row, vector) in enumerate(places):
+        for half in range(len(w_vectors[vector])):
+            at = place + half % chains * len(places)
+            new[at] = _multiply_add(builder, kind, new[at], w_vectors[vector][half], x_vectors[row][half])
     for line in range(lines):
         _fetch(builder, builder.add(ahead, builder.mul(k, ahead_stride)), LINE * line)
     next_k = builder.add(k, ir.Constant(_I64, 1))
@@ -172,8 +183,9 @@ def _write_tile(
         phi.add_incoming(following, loop)
 
     builder.position_at_end(after)
-    for place, sum_ in zip(outs, new, strict=True):
-        builder.store(sum_, place, align=4)
+    for at, place in enumerate(outs):
+        total = new[at] if chains == 1 else builder.fadd(new[at], new[at + len(places)])
+        builder.store(total, place, align=4)
 
 
 def _write_matrix_tile(
@@ -262,44 +274,45 @@ def _fetch(builder: Any, address: Any, offset: int) -> None:
     builder.call(function, [place, *(ir.Constant(_I32, value) for value in (to_read, second_cache, data))])
 
 
-def _load_w(builder: Any, kind: Kind, address: Any, stride: Any, vector: int) -> Any:
-    """One of the vectors of a row of w."""
+def _load_w(builder: Any, kind: Kind, address: Any, stride: Any, vector: int) -> tuple[Any, ...]:
+    """One of the vectors of a row of w; for "split" two, of the first and the second numbers of its pairs, and for
+    "twice" one of each of two rows."""
+    if kind == "twice":
+        rows = (address, builder.add(address, stride))
+        return tuple(_load_w(builder, "widen", row, stride, vector)[0] for row in rows)
     if kind == "weave":
         rows = [_at(builder, row, 2 * LANES * vector, _HALVES) for row in (address, builder.add(address, stride))]
-        return builder.bitcast(_woven(builder, [builder.load(row, align=2) for row in rows]), _WORDS)
+        return (builder.bitcast(_woven(builder, [builder.load(row, align=2) for row in rows]), _WORDS),)
     if kind == "int8":
         bytes_ = ir.VectorType(ir.IntType(8), LANES)
         loaded = builder.load(_at(builder, address, LANES * vector, bytes_), align=1)
-        return builder.sitofp(builder.sext(loaded, _WORDS), _SUMS)
+        return (builder.sitofp(builder.sext(loaded, _WORDS), _SUMS),)
     if kind == "widen":
         loaded = builder.load(_at(builder, address, 2 * LANES * vector, _HALVES), align=2)
         shift = ir.Constant(_WORDS, [16] * LANES)
-        return builder.bitcast(builder.shl(builder.zext(loaded, _WORDS), shift), _SUMS)
+        return (builder.bitcast(builder.shl(builder.zext(loaded, _WORDS), shift), _SUMS),)
     loaded = builder.load(_at(builder, address, 4 * LANES * vector, _SUMS if kind == "fma" else _WORDS), align=4)
     if kind == "split":
         first = builder.shl(loaded, ir.Constant(_WORDS, [16] * LANES))
         second = builder.and_(loaded, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
         return builder.bitcast(first, _SUMS), builder.bitcast(second, _SUMS)
-    return loaded
+    return (loaded,)
 
 
-def _load_x(builder: Any, kind: Kind, address: Any) -> Any:
-    """One x, in every lane of a vector; for "split" two of them."""
-    if kind == "split":
-        return tuple(_load_x(builder, "fma", builder.add(address, ir.Constant(_I64, 4 * half))) for half in range(2))
+def _load_x(builder: Any, kind: Kind, address: Any) -> tuple[Any, ...]:
+    """One x, in every lane of a vector; for "split" and "twice" two of them."""
+    if kind in ("split", "twice"):
+        both = [_load_x(builder, "fma", builder.add(address, ir.Constant(_I64, 4 * half))) for half in range(2)]
+        return both[0] + both[1]
     single, vector = (_I32, _WORDS) if kind in ("dot", "weave") else (_F32, _SUMS)
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(
         undefined, builder.load(_at(builder, address, 0, single), align=4), ir.Constant(_I32, 0)
     )
-    return builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES))
+    return (builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES)),)
 
 
 def _multiply_add(builder: Any, kind: Kind, sums: Any, w: Any, x: Any) -> Any:
-    if kind == "split":
-        for one_w, one_x in zip(w, x, strict=True):
-            sums = _multiply_add(builder, "fma", sums, one_w, one_x)
-        return sums
     if kind in ("dot", "weave"):
         name, operands = "llvm.x86.avx512bf16.dpbf16ps.512", [_SUMS, _PAIRS, _PAIRS]
         values = [sums, builder.bitcast(w, _PAIRS), builder.bitcast(x, _PAIRS)]
@@ -371,6 +384,7 @@ def tiles(
     return types.void(kind, types.int64, vectors, accumulate, lines, *[types.int64] * 9), codegen
 
 
-def widest(width: int, most: int = VECTORS) -> int:
-    """How many vectors wide, up to ``most``, the tiles should be that cover ``width`` columns; 0 if none do."""
+def widest(width: int, rows: int = ROWS) -> int:
+    """How many vectors wide the tiles of so many rows should be that cover ``width`` columns; 0 if none do."""
+    most = min(4, (REGISTERS - 1) // (rows + 1))
     return max((vectors for vectors in range(1, most + 1) if width % (vectors * LANES) == 0), default=0)

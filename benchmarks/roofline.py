@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer import EngineConfig, LLMEngine, SamplingParams, kernels
 from mini_infer.cli.bench import Workload, measure, parse_range, show
 from mini_infer.cli.flags import engine_flags
 from mini_infer.cli.group import Command
@@ -248,7 +248,8 @@ def measure_with_limits(config: EngineConfig, workload: Workload) -> dict[str, A
     begin = time.perf_counter()
     engine = LLMEngine(config)
     load_seconds = time.perf_counter() - begin
-    dtype = resolve_dtype(config.dtype, engine.model_config.dtype, engine.device)
+    chosen = kernels.resolve(engine.device, config.kernel_backend)
+    dtype = resolve_dtype(config.dtype, engine.model_config.dtype, chosen)
     machine = Machine.measure(engine.device, dtype)
     report = measure(engine, workload, SamplingParams(temperature=0))
     machine = machine.best(Machine.measure(engine.device, dtype))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mini_infer import EngineConfig, LLMEngine, SamplingParams
+from mini_infer import EngineConfig, LLMEngine, SamplingParams, kernels
 from mini_infer.exceptions import InvalidConfigError, InvalidRequestError
 from mini_infer.executor.device import resolve_dtype
 
@@ -101,11 +101,12 @@ def measure(engine: LLMEngine, workload: Workload, sampling: SamplingParams) -> 
     counts = [len(output.token_ids) for output in outputs]
     ttft = [output.metrics.time_to_first_token or 0.0 for output in outputs]
     latency = [output.metrics.latency for output in outputs]
+    chosen = kernels.resolve(engine.device, engine.config.kernel_backend)
     between = [(last - one) / (n - 1) for last, one, n in zip(latency, ttft, counts, strict=True) if n > 1]
     return {
         "model": str(engine.config.model),
         "device": str(engine.device),
-        "dtype": str(resolve_dtype(engine.config.dtype, engine.model_config.dtype, engine.device)).partition(".")[2],
+        "dtype": str(resolve_dtype(engine.config.dtype, engine.model_config.dtype, chosen)).partition(".")[2],
         **throughput(len(outputs), workload.num_input_tokens, sum(counts), seconds),
         "ttft_seconds": spread(ttft),
         "tpot_seconds": spread(between),

@@ -152,7 +152,7 @@ def show_info(config: EngineConfig, console: Console, as_json: bool) -> None:
     # What a tokenizer needs is all files but the weights: nobody wants to fetch these to learn that they do not fit.
     directory = resolve_tokenizer(str(config.model), config.revision, config.cache_dir)
     shape = read_config(directory)
-    dtype = resolve_dtype(config.dtype, shape.dtype, device)
+    dtype = resolve_dtype(config.dtype, shape.dtype, chosen)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype)
     check_layout(config, shape)
     decoder = Decoder(shape, dtype, "meta", chosen)

@@ -82,9 +82,9 @@ def _load(config: EngineConfig, window: int) -> Decoder:
     device = torch.device("cpu")
     path = _path(config)
     shape = read_config(path)
-    dtype = resolve_dtype(config.dtype, shape.dtype, device)
     with on(device):
         chosen = kernels.resolve(device, config.kernel_backend)
+        dtype = resolve_dtype(config.dtype, shape.dtype, chosen)
         longest = min(window, shape.max_position_embeddings)
         return load_model(
             path, replace(shape, max_position_embeddings=longest), dtype, device, chosen, config.quantization

@@ -98,7 +98,7 @@ def load(
     Several ranks do so together: what they measure, they compute together.
     """
     resolved = kernels.resolve(device, config.kernel_backend)
-    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, resolved)
     _mention_what_means_nothing_here(config, device)
     cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype)
     if cache_dtype is not dtype:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mini_infer.exceptions import InvalidConfigError
+from mini_infer.kernels import Kernels
 
 logger = logging.getLogger(__name__)
 
@@ -109,18 +110,20 @@ def unpack(buffer: Tensor, places: Sequence[Place]) -> list[Tensor]:
     ]
 
 
-def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, checkpoint_dtype: torch.dtype | None, kernels: Kernels) -> torch.dtype:
     """The dtype that ``EngineConfig.dtype`` means: its own name, or for "auto" the checkpoint's where the device can.
 
-    A CPU computes float16 slowly, and bfloat16 too if it lacks the instructions; a GPU older than Ampere has no
-    bfloat16. There "auto" takes the next best and logs it.
+    A CPU computes float16 slowly, and PyTorch bfloat16 too if the CPU lacks the instructions; our own kernels do well
+    without. A GPU older than Ampere has no bfloat16. There "auto" takes the next best and logs it.
     """
     if name != "auto":
         return _DTYPES[name]
     wanted = checkpoint_dtype if checkpoint_dtype in _DTYPES.values() else torch.float32
     assert wanted is not None
+    device = kernels.device
     if device.type == "cpu":
-        half = torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        widens = kernels.backend_of("pack_linear") == "cpu"
+        half = torch.bfloat16 if widens or _cpu_has_bfloat16() else torch.float32
         chosen = half if wanted in (torch.float16, torch.bfloat16) else wanted
     elif wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         chosen = torch.float16

@@ -278,8 +278,8 @@ def _load_w(builder: Any, kind: Kind, address: Any, stride: Any, vector: int) ->
     """One of the vectors of a row of w; for "split" two, of the first and the second numbers of its pairs, and for
     "twice" one of each of two rows."""
     if kind == "twice":
-        rows = (address, builder.add(address, stride))
-        return tuple(_load_w(builder, "widen", row, stride, vector)[0] for row in rows)
+        second = builder.add(address, stride)
+        return tuple(_load_w(builder, "widen", row, stride, vector)[0] for row in (address, second))
     if kind == "weave":
         rows = [_at(builder, row, 2 * LANES * vector, _HALVES) for row in (address, builder.add(address, stride))]
         return (builder.bitcast(_woven(builder, [builder.load(row, align=2) for row in rows]), _WORDS),)

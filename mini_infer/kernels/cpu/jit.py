@@ -136,6 +136,16 @@ def as_float(typing_context, bits):
 
 
 @intrinsic
+def float_of(typing_context, bits):
+    """The float32 that these 32 bits are. Positive ones are in the order of their bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.trunc(args[0], _I32), _F32)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
 def _floor(typing_context, x):
     """Unlike the library's function, an instruction."""
 

@@ -20,6 +20,7 @@ from mini_infer.kernels.cpu.jit import (
     FIRST,
     Kernel,
     exp,
+    float_of,
     kernel,
     load,
     pointer,
@@ -34,9 +35,6 @@ from mini_infer.kernels.reference import sampling as reference
 
 _BLOCK = 64
 """Neighbours whose largest is looked at first: most blocks hold nothing that could be among the likeliest."""
-
-_RANKED = 512
-"""Tokens that are sorted for ``top_p`` at first, and sixteen times as many each time that they do not reach it."""
 
 _MOST = np.float32(np.finfo(np.float32).max)
 
@@ -79,7 +77,7 @@ def draw_tokens(
     logits: Tensor, temperature: Floats, top_k: Ints, top_p: Floats, min_p: Floats, uniform: Floats
 ) -> Tensor:
     """One pass over a row finds the largest of each few neighbours, so that most of these need no second look. A heap
-    holds the k largest, and what is left of the row is so little that sorting it for ``top_p`` costs nothing."""
+    holds the k largest; what ``top_p`` keeps is found by halves, among those that can matter."""
     logits = logits.contiguous()
     num_rows, vocab_size = logits.shape
     limits = np.finfo(np.float32)
@@ -153,16 +151,6 @@ def _sink(heap, place, size):
     heap[place] = number
 
 
-@numba.njit
-def _sort_descending(numbers, count):
-    """By a heap whose smallest goes to the end, again and again."""
-    for i in range(count // 2 - 1, -1, -1):
-        _sink(numbers, i, count)
-    for last in range(count - 1, 0, -1):
-        numbers[0], numbers[last] = numbers[last], numbers[0]
-        _sink(numbers, np.int64(0), last)
-
-
 @numba.njit(fastmath=FAST_MATH)
 def _weigh_all(logits, begin, count, largest, temperature, weights):
     """Write e^scaled for a whole row; their sum."""
@@ -177,33 +165,31 @@ def _weigh_all(logits, begin, count, largest, temperature, weights):
     return total
 
 
-@numba.njit
-def _keep_top_p(weights, ids, count, enough, ranked, are_all):
-    """Keep the likeliest that together reach ``enough``, of equals the first; how many.
-
-    -1 if that is not known: all together do not reach it, or those that are not here (``are_all``) may equal the last.
-    """
+@numba.njit(fastmath=FAST_MATH)
+def _mass(weights, count, least):
+    """The sum of those weights that are at least ``least``."""
+    total = np.float64(0)
     for i in range(count):
-        ranked[i] = weights[i]
-    _sort_descending(ranked, count)
-    before, left = np.float64(0), 0
-    while left < count and np.float32(before) < enough:
-        before += np.float64(ranked[left])
-        left += 1
-    if np.float32(before) < enough:
-        return -1
-    if not are_all and left > 0 and ranked[left - 1] == ranked[count - 1]:
-        return -1
-    if left == 0:  # there is nothing, or it is no number
-        return 0
-    least, equal = ranked[left - 1], 0
-    while equal < left and ranked[left - 1 - equal] == least:
-        equal += 1
+        total += np.float64(weights[i] if weights[i] >= least else np.float32(0))
+    return total
+
+
+@numba.njit
+def _keep_top_p(weights, ids, count, enough):
+    """Keep the likeliest that together reach ``enough``, of equals the first, or all if these do not; how many.
+
+    Nothing is sorted: the least weight that is kept is found bit by bit, each time by a sum. None is above 1.
+    """
+    bits = 0
+    for place in range(29, -1, -1):
+        if np.float32(_mass(weights, count, float_of(bits | 1 << place))) >= enough:
+            bits |= 1 << place
+    least, before = float_of(bits), _mass(weights, count, float_of(bits + 1))
     kept = 0
     for i in range(count):
         stays = weights[i] > least
-        if weights[i] == least and equal > 0:
-            stays, equal = True, equal - 1
+        if weights[i] == least and np.float32(before) < enough:
+            stays, before = True, before + np.float64(least)
         if stays:
             weights[kept], ids[kept] = weights[i], ids[i]
             kept += 1
@@ -236,7 +222,7 @@ def _draw_kernel(element: type) -> Kernel:
         vocab_size, num_rows = args[FIRST + 5], args[FIRST + 6]
         room = args[FIRST + 4] + thread_number(args) * (3 * vocab_size + vocab_size // _BLOCK + 1) * 4
         weights, ids = pointer(room, np.float32), pointer(room + vocab_size * 4, np.int32)
-        ranked, maxima = pointer(room + vocab_size * 8, np.float32), pointer(room + vocab_size * 12, np.float32)
+        others, maxima = pointer(room + vocab_size * 8, np.float32), pointer(room + vocab_size * 12, np.float32)
         for row in tasks(args):
             begin = row * vocab_size
             temperature, top_p = np.float32(columns[row]), np.float32(columns[num_rows + row])
@@ -248,34 +234,27 @@ def _draw_kernel(element: type) -> Kernel:
                 _weigh_all(logits, begin, vocab_size, largest, temperature, weights)
                 token_ids[row] = _invert(weights, vocab_size, min_p, uniform)
                 continue
-            total = np.float64(-1)
-            looked_at, count = k if k < vocab_size else min(_RANKED, vocab_size), -1
-            while count < 0:
-                place = _kth_largest(logits, begin, vocab_size, looked_at, maxima, ranked)
-                place = place if place < _MOST else _MOST
-                threshold = (place - largest) / temperature
-                count = np.int64(0)  # a constant would have functions compiled for it alone
-                for first in range(0, vocab_size, _BLOCK):
-                    if (min(maxima[first // _BLOCK], _MOST) - largest) / temperature >= threshold:
-                        for i in range(first, min(first + _BLOCK, vocab_size)):
-                            scaled = _scaled(logits, begin + i, largest, temperature)
-                            if scaled >= threshold:
-                                weights[count], ids[count] = exp(scaled), i
-                                count += 1
-                if top_p < 1:
-                    if total < 0:
-                        if k < vocab_size:
-                            total = np.float64(0)
-                            for i in range(count):
-                                total += np.float64(weights[i])
-                        else:
-                            total = _weigh_all(logits, begin, vocab_size, largest, temperature, ranked)
-                    are_all = k < vocab_size or looked_at == vocab_size
-                    kept = _keep_top_p(weights, ids, count, top_p * np.float32(total), ranked, are_all)
-                    if kept >= 0:
-                        count = kept
-                    elif not are_all:
-                        looked_at, count = min(16 * looked_at, vocab_size), -1
+            if k < vocab_size:
+                place = _kth_largest(logits, begin, vocab_size, k, maxima, others)
+                threshold = ((place if place < _MOST else _MOST) - largest) / temperature
+                total = np.float64(0)
+            else:
+                # Tokens below an equal share of what top_p leaves out do not reach that together, and half of such a
+                # share leaves room for rounding.
+                total = _weigh_all(logits, begin, vocab_size, largest, temperature, others)
+                threshold = np.log(np.float32(0.5) * (np.float32(1) - top_p) * np.float32(total / vocab_size))
+            count = np.int64(0)  # a constant would have functions compiled for it alone
+            for first in range(0, vocab_size, _BLOCK):
+                if (min(maxima[first // _BLOCK], _MOST) - largest) / temperature >= threshold:
+                    for i in range(first, min(first + _BLOCK, vocab_size)):
+                        scaled = _scaled(logits, begin + i, largest, temperature)
+                        if scaled >= threshold:
+                            weights[count], ids[count] = exp(scaled), i
+                            count += 1
+            if top_p < 1:
+                if k < vocab_size:
+                    total = _mass(weights, count, np.float32(0))
+                count = _keep_top_p(weights, ids, count, top_p * np.float32(total))
             if count > 0:
                 highest = np.float32(0)
                 for i in range(count):

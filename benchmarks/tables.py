@@ -549,7 +549,9 @@ def products_table(name: str, words: Mapping[str, str]) -> str:
     lines = [words["products"].format(tokens=" | ".join(map(str, tokens))), "|---|" + "---:|" * len(tokens)]
     for model, inputs, outputs in dict.fromkeys((row["model"], row["inputs"], row["outputs"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["inputs"], row["outputs"]) == (model, inputs, outputs)]
-        cells = [f"{100 * row['of_the_machine']:.0f} %, {row.get('of_onednn', 0):.2f}x" for row in mine]
+        limits = [f"{100 * row['of_the_machine']:.0f} %" for row in mine]
+        onednn = [f", {row['of_onednn']:.2f}x" if "of_onednn" in row else "" for row in mine]  # it may not be there
+        cells = map("".join, zip(limits, onednn, strict=True))
         lines.append(f"| {model}, {inputs} → {outputs} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _source(found, name, words)])
 

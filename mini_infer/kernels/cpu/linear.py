@@ -303,6 +303,9 @@ def _kernel(element: type, kind: str) -> Kernel:
                 end - begin + most_rows - 1
             ) // most_rows  # of about as many rows each, rather than a small last one
             many = num_passes > 1
+            # Each pass fetches its share of what follows. A single one of a wide panel, or of one token, need not: it
+            # waits for memory anyway.
+            ahead_stride = k_bytes // num_passes if many or (far > 0 and end - begin > 1) else 0
             together, num_parts = 1, 1
             if many and num_passes <= TOGETHER and not with_amx:
                 together, num_parts = num_passes, -(-depth // BLOCK)
@@ -326,13 +329,7 @@ def _kernel(element: type, kind: str) -> Kernel:
                                 first = begin + (end - begin) * number // num_passes
                                 last = begin + (end - begin) * (number + 1) // num_passes
                             x_at, to = x + first * x_stride + k * x_step, sums_at + (first - top) * COLUMNS * 4
-                            # Each pass fetches its share of what follows. A single one of a wide panel, or of one
-                            # token, need not: it waits for memory anyway.
-                            alone_ahead = far if last - first > 1 else 0
-                            ahead = w_at + (
-                                count * k_bytes * (num_passes + number) // num_passes if many else alone_ahead
-                            )
-                            ahead_stride = k_bytes // num_passes if many or alone_ahead > 0 else 0
+                            ahead = w_at + (count * k_bytes * (num_passes + number) // num_passes if many else far)
                             if with_amx:
                                 if last - first != configured:
                                     configured = last - first
